@@ -1,0 +1,43 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.PHONY: demo test test-all test-fast check bench results clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[train,dev]'
+	touch $@
+
+$(VENV)/.installed-all: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[all,dev]'
+	touch $@
+
+demo: $(VENV)/.installed  ## train and compare three routers on built-in text, with a report
+	$(BIN)/etr demo
+
+test: $(VENV)/.installed  ## all tests that need no optional extra
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.installed  ## without the tests that take more than 10 s
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.installed-all  ## all tests, with every optional extra installed
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed  ## formatting, lint, types, import contracts
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed  ## speed of the layer against its floors, as ratios of one run
+	$(BIN)/python -m benchmarks
+
+results: $(VENV)/.installed  ## regenerate docs/results/demo.md (two seeds)
+	$(BIN)/etr demo --seeds 0 1 --markdown docs/results/demo.md
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

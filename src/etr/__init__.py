@@ -1,0 +1,10 @@
+"""Expert-Token Resonance: Mixture-of-Experts routing for PyTorch.
+
+The layer (`etr.moe`, re-exported here) needs torch alone. `etr.hf`, `etr.data`, `etr.train`,
+`etr.report` and the command line come with the extra ``etr-moe[train]``.
+"""
+
+from etr.moe import *  # noqa: F403
+from etr.moe import __all__ as __all__
+
+__version__ = "0.1.0"

@@ -1,0 +1,53 @@
+"""The Mixture-of-Experts layer. Imports torch alone."""
+
+from etr.moe import capacity
+from etr.moe.capacity import CAPACITIES
+from etr.moe.collector import Collector, moe_layers
+from etr.moe.config import MoEConfig, support_table
+from etr.moe.experts import EXPERT_BACKENDS
+from etr.moe.layer import MoE, set_eval_selection
+from etr.moe.losses import LossConfig
+from etr.moe.routers import (
+    ROUTERS,
+    Baseline,
+    EtrRouter,
+    ExpertChoice,
+    Hash,
+    LocMoERouter,
+    Random,
+    TokenChoice,
+)
+from etr.moe.routing import MoEOutput, Routing, RoutingContext, Selection
+from etr.moe.state import reset_states
+from etr.moe.topology import ExpertPlacement
+from etr.moe.training import after_step, attach, set_progress
+
+__all__ = [
+    "CAPACITIES",
+    "EXPERT_BACKENDS",
+    "ROUTERS",
+    "Baseline",
+    "Collector",
+    "EtrRouter",
+    "ExpertChoice",
+    "ExpertPlacement",
+    "Hash",
+    "LocMoERouter",
+    "LossConfig",
+    "MoE",
+    "MoEConfig",
+    "MoEOutput",
+    "Random",
+    "Routing",
+    "RoutingContext",
+    "Selection",
+    "TokenChoice",
+    "after_step",
+    "attach",
+    "capacity",
+    "moe_layers",
+    "reset_states",
+    "set_eval_selection",
+    "set_progress",
+    "support_table",
+]

@@ -1,0 +1,152 @@
+"""Thresholds: what score must a token reach to be kept, as training kept it.
+
+Expert choice over a batch lets later tokens push out earlier ones, and a single decoded token has
+no rivals at all. A threshold per expert, calibrated to the share of choosers that training keeps,
+is causal, needs no communication and gives the same selection in prefill, decode and any batch
+split.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from etr.moe.routing import Routing
+from etr.moe.select import pair_scores
+from etr.moe.state import GlobalState
+
+NUM_BINS = 256
+DECAY = 0.99
+"""Share of the running histogram that survives one optimizer step (for experts with choosers)."""
+
+
+class ScoreScale:
+    """Bins for scores in [-1, 1]: finest at 0, evenly logarithmic away from it.
+
+    Args:
+        scale: one over the size of a typical score, e.g. sqrt(H) for cosines of H dimensions.
+    """
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+        self.span = math.asinh(scale)
+
+    def coordinate(self, score: Tensor) -> Tensor:
+        """Map scores to [0, 1]."""
+        return (score * self.scale).asinh() / (2 * self.span) + 0.5
+
+    def score(self, coordinate: Tensor) -> Tensor:
+        """Inverse of `coordinate`."""
+        return ((coordinate - 0.5) * (2 * self.span)).sinh() / self.scale
+
+    def bin(self, score: Tensor) -> Tensor:
+        """Bin of each score, int64 in [0, NUM_BINS)."""
+        return (self.coordinate(score) * NUM_BINS).long().clamp(0, NUM_BINS - 1)
+
+    def edges(self) -> Tensor:
+        """The NUM_BINS + 1 bin edges as scores, float64."""
+        return self.score(torch.linspace(0, 1, NUM_BINS + 1, dtype=torch.float64))
+
+
+@torch.no_grad()
+def score_histogram(routing: Routing, scale: ScoreScale) -> Tensor:
+    """Scores of each expert's choosers, counted by bin, int64 [E, NUM_BINS]. No synchronisation."""
+    key = routing.expert * NUM_BINS + scale.bin(pair_scores(routing))
+    counts = torch.zeros((routing.num_experts + 1) * NUM_BINS, dtype=torch.int64, device=key.device)
+    counts.scatter_add_(0, key, torch.ones_like(key))
+    return counts.view(-1, NUM_BINS)[: routing.num_experts]
+
+
+class Calibration(GlobalState):
+    """Running score histograms and the thresholds read off them.
+
+    Args:
+        num_experts: E.
+        scale: bins of the router's scores.
+    """
+
+    threshold: Tensor
+    histogram: Tensor
+    chosen: Tensor
+    kept: Tensor
+    affinity_p99: Tensor
+    num_updates: Tensor
+
+    def __init__(self, num_experts: int, scale: ScoreScale) -> None:
+        super().__init__()
+        self.scale = scale
+        self.register_state("threshold", (num_experts,), -math.inf)
+        self.register_state("histogram", (num_experts, NUM_BINS), 0.0)
+        self.register_state("chosen", (num_experts,), 0.0)
+        self.register_state("kept", (num_experts,), 0.0)
+        self.register_state("affinity_p99", (), 0.0)
+        self.register_state("num_updates", (), 0, torch.int64)
+        self.is_calibrated = False
+
+    def state_changed(self) -> None:
+        if not self.num_updates.is_meta:
+            self.is_calibrated = bool(self.num_updates > 0)
+
+    @torch.no_grad()
+    def update(self, histogram: Tensor, kept: Tensor, decay: float = DECAY) -> None:
+        """Take in one step and set the thresholds.
+
+        An expert without choosers keeps what it had. Where nothing was dropped the threshold is
+        -inf.
+
+        Args:
+            histogram: `score_histogram` of the step, summed over micro-batches and ranks.
+            kept: choosers that the policy kept, [E].
+            decay: weight of all earlier steps; 1 sums evenly.
+        """
+        chosen = histogram.sum(-1)
+        seen = chosen > 0
+        for name, value in (("histogram", histogram), ("chosen", chosen), ("kept", kept)):
+            old = self.get_buffer(name)
+            mask = seen[:, None] if old.dim() == 2 else seen
+            old.copy_(torch.where(mask, decay * old + value, old))
+        self.threshold.copy_(self._quantiles())
+        p99 = self.scale.score(
+            _quantile(histogram.sum(0, keepdim=True), self.threshold.new_tensor([0.01]))
+        )
+        self.affinity_p99.copy_(torch.where(seen.any(), p99[0], self.affinity_p99))
+        self.num_updates += 1
+        self.is_calibrated = True
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Forget the past, e.g. before calibrating afresh with frozen weights."""
+        self.reset_state()
+
+    def kept_share(self) -> Tensor:
+        """Share of choosers that training keeps, float32 [E]; 1 for an expert never chosen."""
+        return torch.where(self.chosen > 0, self.kept / self.chosen.clamp_min(1e-30), 1.0)
+
+    def _quantiles(self) -> Tensor:
+        share = self.kept_share()
+        found = self.scale.score(_quantile(self.histogram, share)).to(self.threshold.dtype)
+        # Running means of equal counts are equal, so this comparison is exact; the slack covers
+        # sums that were reduced in another order.
+        found = torch.where(share >= 1 - 1e-6, -math.inf, found)
+        found = torch.where(self.kept > 0, found, math.inf)
+        return torch.where(self.chosen > 0, found, self.threshold)
+
+
+def _quantile(counts: Tensor, upper_share: Tensor) -> Tensor:
+    """Coordinate above which `upper_share` of each row's mass lies, linear within a bin.
+
+    Args:
+        counts: [N, NUM_BINS].
+        upper_share: [N].
+    Returns:
+        float64 [N] in [0, 1].
+    """
+    counts = counts.double()
+    above = counts.flip(-1).cumsum(-1).flip(-1)  # mass in this bin and higher
+    goal = above[:, :1] * upper_share[:, None]
+    # The bin in which the mass from the top first reaches the goal.
+    index = ((above >= goal).sum(-1, keepdim=True) - 1).clamp(0, NUM_BINS - 1)
+    inside = (above.gather(-1, index) - goal) / counts.gather(-1, index).clamp_min(1e-30)
+    return ((index + inside.clamp(0, 1)) / NUM_BINS).squeeze(-1)

@@ -1,0 +1,102 @@
+"""Collecting losses and statistics of one forward, and handing them to the optimizer step."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from etr.moe.stats import add_stats
+
+if TYPE_CHECKING:
+    from etr.moe.layer import MoE, MoEOutput
+
+
+class Collector:
+    """Receives what the MoE layers of a model return during one forward of that model.
+
+    It closes when the model's forward returns, so that activation recomputation in the backward
+    pass cannot count twice. On closing, the counters of layers in training are added to their
+    `pending` counters, which `after_step` consumes.
+
+        with Collector(model) as collector:
+            output = model(batch)
+        loss = task_loss + collector.loss()
+
+    Args:
+        model: model whose layers are collected from; a context's `collector` field needs no more.
+        ambient: also reach layers that are called without a context.
+    """
+
+    def __init__(self, model: nn.Module, *, ambient: bool = True) -> None:
+        self.layers: list[MoE] = moe_layers(model)
+        # Choices of the step's earlier micro-batches, as they are now: recomputation in the
+        # backward pass must see the same.
+        self.earlier = [layer.pending.get("num_choices_per_expert") for layer in self.layers]
+        self.is_open = True
+        self._ambient = ambient
+        self._entries: list[tuple[MoE, dict[str, Tensor], dict[str, Tensor]]] = []
+        self._losses: list[dict[str, Tensor]] = []
+
+    def __enter__(self) -> Collector:
+        if self._ambient:
+            for layer in self.layers:
+                layer.collector = self
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close(commit=kind is None)
+
+    def add(self, layer: MoE, output: MoEOutput) -> None:
+        """Take in one layer's output, unless closed."""
+        if self.is_open:
+            self._losses.append(output.losses)
+            self._entries.append((layer, output.losses, output.stats))
+
+    def earlier_choices(self, layer: MoE) -> Tensor | None:
+        """Choices of `layer` in the step's earlier micro-batches, int64 [E], or None."""
+        for known, choices in zip(self.layers, self.earlier, strict=True):
+            if known is layer:
+                return choices
+        return None
+
+    def close(self, *, commit: bool = True) -> None:
+        """Stop receiving; with `commit`, add the counters to the layers' pending ones."""
+        if not self.is_open:
+            return
+        self.is_open = False
+        if commit and torch.is_grad_enabled():
+            for layer, _, stats in self._entries:
+                if layer.training:
+                    layer.pending = add_stats(layer.pending, stats)
+
+    def losses(self) -> dict[str, Tensor]:
+        """Mean over layers of each loss, by name."""
+        names = {name for losses in self._losses for name in losses}
+        count = max(len(self._losses), 1)
+        return {
+            name: torch.stack([x[name] for x in self._losses if name in x]).sum() / count
+            for name in sorted(names)
+        }
+
+    def loss(self) -> Tensor | float:
+        """Sum of `losses`: add it to the task's loss. 0.0 where no layer has a loss."""
+        return sum(self.losses().values(), start=0.0)
+
+    def stats(self) -> list[dict[str, Tensor]]:
+        """Counters of each layer's forward, in order of execution."""
+        return [stats for _, _, stats in self._entries]
+
+
+def moe_layers(model: nn.Module) -> list[MoE]:
+    """MoE layers inside `model`, itself included, in order of registration."""
+    from etr.moe.layer import MoE
+
+    return [module for module in model.modules() if isinstance(module, MoE)]

@@ -1,0 +1,8 @@
+"""Dispatchers: how rows travel to their expert and back."""
+
+from etr.moe.dispatch.permute import DispatchHandle, Permute
+
+DISPATCHERS: dict[str, type[Permute]] = {"permute": Permute}
+"""Dispatchers by name."""
+
+__all__ = ["DISPATCHERS", "DispatchHandle", "Permute"]

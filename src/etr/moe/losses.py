@@ -1,0 +1,154 @@
+"""Balance and locality losses: pure functions of a Routing.
+
+Every mean is a sum over valid tokens divided by their global number. Where ranks share a group,
+each rank's loss is scaled so that the *average* over the group's ranks (what DDP and FSDP compute
+from gradients) equals the loss of one rank that holds all tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from etr.moe.topology import ExpertPlacement
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from etr.moe.routing import Routing
+
+AuxMode = Literal["micro", "ranks", "running", "previous"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the router's losses."""
+
+    aux_alpha: float | None = None
+    """Weight of the balance loss, no unit. None: the router's own (0.01, or 0 where experts choose
+    or the router has no probabilities)."""
+    aux_mode: AuxMode = "ranks"
+    """Whose choices count as load. micro: this rank's micro-batch. ranks: summed over data ranks.
+    running: plus the step's earlier micro-batches. previous: the last optimizer step's."""
+    z_beta: float = 0.0
+    """Weight of the mean squared log-sum-exp of the logits, no unit."""
+    locality_mu: float | None = None
+    """Weight of the locality loss, no unit. None: 0.01 with more than one node, else 0."""
+    locality_epsilon: float = 0.1
+    """Share of the target that is spread over all experts; 0 would make the divergence infinite."""
+
+    def __post_init__(self) -> None:
+        for name in ("aux_alpha", "z_beta", "locality_mu"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name}={value} must be >= 0")
+        if self.aux_mode not in ("micro", "ranks", "running", "previous"):
+            raise ValueError(
+                f"aux_mode={self.aux_mode!r} must be 'micro', 'ranks', 'running' or 'previous'"
+            )
+        if not 0 < self.locality_epsilon <= 1:
+            raise ValueError(f"locality_epsilon={self.locality_epsilon} must lie in (0, 1]")
+
+
+def balance_loss(routing: Routing, load: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """``E * sum_e f_e P_e``: 1 when load or probabilities are even, E when all go to one expert.
+
+    arXiv 2101.03961, eq. 4; f may come from more tokens than P (arXiv 2501.11873).
+
+    Args:
+        routing: gives P, the mean probability of each expert over valid tokens.
+        load: choices per expert that f is the share of, [E]; no gradient.
+        group: ranks over whose tokens P's mean is taken; `load` must be global already.
+    Returns:
+        scalar, not yet scaled by alpha.
+    Raises:
+        ValueError: the router has no probabilities.
+    """
+    if routing.probs is None:
+        raise ValueError("the balance loss needs probabilities, and this router has none")
+    share = load.detach().to(routing.probs.dtype)
+    share = share / share.sum().clamp_min(1.0)
+    return routing.num_experts * (share * _mean_over_valid(routing.probs, routing, group)).sum()
+
+
+def z_loss(routing: Routing, group: ProcessGroup | None = None) -> Tensor:
+    """Mean over valid tokens of ``logsumexp(logits)^2`` (arXiv 2202.08906, eq. 5), unscaled."""
+    if routing.logits is None:
+        raise ValueError("the z loss needs logits, and this router has none")
+    return _mean_over_valid(routing.logits.logsumexp(-1).square(), routing, group)
+
+
+def locality_loss(
+    routing: Routing,
+    placement: ExpertPlacement,
+    rank: int,
+    epsilon: float = 0.1,
+    node_group: ProcessGroup | None = None,
+) -> Tensor:
+    """``KL(D_c || D_l)``: how far a node's tokens are from using the node's own experts.
+
+    arXiv 2406.00023, section 3.4. D_c is the mean probability over the valid tokens of one node in
+    one micro-batch; ``D_l = (1 - epsilon) uniform(experts on the node) + epsilon uniform(all)``,
+    since a target with zeros makes the divergence infinite.
+
+    Args:
+        routing: choices of this rank's tokens.
+        placement: where experts live.
+        rank: this rank.
+        epsilon: share of the target spread over all experts.
+        node_group: ranks of this node; None when the node has one rank.
+    Returns:
+        scalar, not yet scaled by mu; 0 where no token is valid.
+    """
+    if routing.probs is None:
+        raise ValueError("the locality loss needs probabilities, and this router has none")
+    mean = _mean_over_valid(routing.probs, routing, node_group, average_ranks=False)
+    target = locality_target(placement, placement.node_of_rank[rank], epsilon).to(mean)
+    total = mean.sum()
+    mean = mean / torch.where(total > 0, total, 1.0)
+    return torch.where(mean > 0, mean * (mean.clamp_min(1e-30).log() - target.log()), 0.0).sum()
+
+
+def locality_target(placement: ExpertPlacement, node: int, epsilon: float) -> Tensor:
+    """The distribution over experts that tokens of `node` should have, float64 [E]."""
+    local = torch.zeros(placement.num_experts, dtype=torch.float64)
+    experts = placement.experts_on_node(node)
+    if not experts:
+        return torch.full_like(local, 1 / placement.num_experts)
+    local[list(experts)] = 1 / len(experts)
+    return (1 - epsilon) * local + epsilon / placement.num_experts
+
+
+def sum_over_group(value: Tensor, group: ProcessGroup | None) -> Tensor:
+    """All-reduced copy of `value` without gradient; `value` itself without a group."""
+    value = value.detach()
+    if group is None:
+        return value
+    value = value.clone()
+    dist.all_reduce(value, group=group)
+    return value
+
+
+def _mean_over_valid(
+    values: Tensor, routing: Routing, group: ProcessGroup | None, average_ranks: bool = True
+) -> Tensor:
+    """Mean of per-token values over the group's valid tokens.
+
+    With `average_ranks` only this rank's part is returned, times the number of ranks, so that the
+    average over ranks is the mean. Without, every rank gets the whole value, and a gradient that
+    is whole after averaging over all ranks.
+    """
+    mask = routing.valid_mask if values.dim() == 1 else routing.valid_mask[:, None]
+    local = torch.where(mask, values, 0.0).sum(0)
+    count = sum_over_group(routing.num_valid_tokens(), group).clamp_min(1)
+    ranks = 1 if group is None else dist.get_world_size(group)
+    if average_ranks or group is None:
+        return ranks * local / count
+    # Each of the group's ranks returns the same value, and each depends on this rank's tokens:
+    # `ranks * local` carries all those gradients without a collective in the backward pass.
+    whole = sum_over_group(local, group)
+    return (ranks * local + (whole - ranks * local).detach()) / count

@@ -1,0 +1,166 @@
+"""The layer in plain loops: the oracle that all tests compare with.
+
+Nothing here is shared with the fast path beyond the layer's parameters and options. Selections are
+lists of Python numbers; what carries gradients is written one token and one expert at a time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from etr.moe.layer import MoE
+from etr.moe.routing import Limit, Routing
+
+Pair = tuple[int, int]  # token, expert
+
+
+def grap(x: Tensor, num_experts: int) -> Tensor:
+    """GrAP affinity from its definition: cosine of each token and each block vector, [T, E]."""
+    hidden_size = x.shape[1]
+    block = hidden_size // num_experts
+    rows = []
+    for token in x:
+        row = []
+        for e in range(num_experts):
+            vector = torch.zeros_like(token)
+            vector[e * block : (e + 1) * block] = num_experts / hidden_size
+            norm = token.norm().clamp_min(1e-12) * vector.norm()
+            row.append((token * vector).sum() / norm)
+        rows.append(torch.stack(row))
+    return torch.stack(rows) if rows else x.new_zeros(0, num_experts)
+
+
+def top_k(scores: list[float], k: int) -> list[int]:
+    """The k best experts of one token; ties go to the lower expert."""
+    return sorted(range(len(scores)), key=lambda e: (-scores[e], e))[:k]
+
+
+def capacity(factor: float, num_tokens: int, top_k: int, num_experts: int, least: int = 1) -> int:
+    """Tokens per expert at a capacity factor."""
+    return max(least, math.ceil(factor * num_tokens * top_k / num_experts - 1e-6))
+
+
+def mass_prefix(gates: list[float], rho: float) -> int:
+    """Shortest prefix of a queue (best first) that holds a share rho of its summed gates."""
+    goal, running = (rho - 1e-6) * sum(gates), 0.0
+    for count, gate in enumerate(gates):
+        if running >= goal:
+            return count
+        running += gate
+    return len(gates)
+
+
+def choosers(routing: Routing, *, by_score: bool) -> list[list[int]]:
+    """Pair numbers of each expert's choosers in the order in which they are served."""
+    expert = routing.expert.tolist()
+    score = routing.score.tolist() if by_score and routing.score is not None else None
+    queues = []
+    for e in range(routing.num_experts):
+        queue = [p for p in range(len(expert)) if expert[p] == e]
+        if score is not None:
+            queue.sort(key=lambda p: (-score[p], p))
+        queues.append(queue)
+    return queues
+
+
+def keep(routing: Routing, limit: Limit, *, by_score: bool, rank_all: bool = False) -> set[Pair]:
+    """Kept (token, expert) pairs.
+
+    Args:
+        routing: the choices.
+        limit: what experts may keep.
+        by_score: serve by falling score instead of by position.
+        rank_all: rank a chooser among all valid tokens instead of among choosers.
+    """
+    kept: set[Pair] = set()
+    token = routing.token.tolist()
+    valid = routing.valid_mask.tolist()
+    scores = None if routing.scores is None else routing.scores.tolist()
+    for e, queue in enumerate(choosers(routing, by_score=by_score)):
+        if limit.min_score is not None and scores is not None:
+            least = float(limit.min_score[e])
+            queue = [p for p in queue if scores[token[p]][e] >= least]
+        if limit.capacity is not None:
+            count = int(limit.capacity[e])
+            if rank_all and scores is not None:
+                order = [t for t in range(len(valid)) if valid[t]]
+                order.sort(key=lambda t: (-scores[t][e], t))
+                best = set(order[:count])
+                queue = [p for p in queue if token[p] in best]
+            else:
+                queue = queue[:count]
+        kept.update((token[p], e) for p in queue)
+    return kept
+
+
+def weights(routing: Routing, kept: set[Pair], normalize: str) -> dict[Pair, Tensor]:
+    """Combine weight of every kept pair."""
+    gates = {
+        (t, e): routing.gate[p]
+        for p, (t, e) in enumerate(
+            zip(routing.token.tolist(), routing.expert.tolist(), strict=True)
+        )
+        if e < routing.num_experts
+    }
+    if normalize == "none":
+        return {pair: gates[pair] for pair in kept}
+    counted = gates if normalize == "chosen" else {pair: gates[pair] for pair in kept}
+    result = {}
+    for t, e in kept:
+        total = sum(gate for (token, _), gate in counted.items() if token == t)
+        result[t, e] = gates[t, e] / total if float(total) > 0 else gates[t, e] * 0
+    return result
+
+
+def feed_forward(token: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
+    """One token [H] through one expert."""
+    hidden = up @ token
+    if activation == "swiglu":
+        half = hidden.shape[0] // 2
+        gate = hidden[:half]
+        hidden = gate * torch.sigmoid(gate) * hidden[half:]
+    elif activation == "gelu":
+        hidden = 0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2)))
+    else:
+        hidden = torch.clamp(hidden, min=0) ** 2
+    return down @ hidden
+
+
+def moe(layer: MoE, x: Tensor, routing: Routing, limit: Limit) -> tuple[Tensor, set[Pair]]:
+    """Output of the layer for tokens x [T, H], given what its router wants and what is allowed.
+
+    Returns:
+        y [T, H] and the kept pairs.
+    """
+    rank_all = getattr(layer.router.config, "expert_pool", "choosers") == "all"
+    kept = keep(routing, limit, by_score=layer.rank_by == "score", rank_all=rank_all)
+    weight = weights(routing, kept, layer.normalize)
+    params = layer.experts.params(x.dtype)
+    rows = []
+    for t in range(x.shape[0]):
+        total = torch.zeros_like(x[t])
+        for e in range(routing.num_experts):
+            if (t, e) in kept:
+                output = feed_forward(x[t], params.up[e], params.down[e], params.activation)
+                total = total + weight[t, e].to(x.dtype) * output
+        if layer.shared_experts is not None:
+            shared = layer.shared_experts.params(x.dtype)
+            total = total + feed_forward(x[t], shared.up[0], shared.down[0], shared.activation)
+        rows.append(total)
+    return (torch.stack(rows) if rows else x.new_zeros(x.shape)), kept
+
+
+def balance_loss(routing: Routing) -> Tensor:
+    """``E * sum_e f_e P_e`` over the valid tokens of one micro-batch, unscaled."""
+    assert routing.probs is not None
+    tokens = [t for t, valid in enumerate(routing.valid_mask.tolist()) if valid]
+    chosen = [e for e in routing.expert.tolist() if e < routing.num_experts]
+    total = routing.probs.new_zeros(())
+    for e in range(routing.num_experts):
+        share = chosen.count(e) / max(len(chosen), 1)
+        for t in tokens:
+            total = total + share * routing.probs[t, e] / len(tokens)
+    return routing.num_experts * total

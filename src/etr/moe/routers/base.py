@@ -1,0 +1,180 @@
+"""What every router is: a frozen config that builds a module with `scores` and `choose`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from etr.moe.affinity import router_dtype
+from etr.moe.routing import RouterInput, Routing, Scores
+from etr.moe.select import RankBy, token_pairs, top_experts
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterTraits:
+    """Facts about a configured router that the layer, the tables and the tests rely on.
+
+    Args:
+        causal: in training, a token's kept experts do not depend on later tokens as far as the
+            router is concerned (a capacity may still drop by rivals).
+        fixed_load: every expert gets the same number of tokens by construction.
+        tokens_choose: tokens ask for experts; False where experts pick among all tokens.
+        has_scores: gives selection scores, so choosers can be ranked and thresholds calibrated.
+        has_probs: gives a distribution over experts, so a balance loss is defined.
+        has_cosine: scores are cosines, so the capacity lower bound applies.
+        rank_by: orders in which experts may fill up; the first is the default.
+        default_capacity: policy used when none is named.
+        position_free: the choice does not depend on where the token stands in the batch.
+        needs_token_ids: the context must hold token ids.
+        padded: the preset pads its buffers, so backend "auto" picks a padded one.
+    """
+
+    causal: bool = True
+    fixed_load: bool = False
+    tokens_choose: bool = True
+    has_scores: bool = True
+    has_probs: bool = True
+    has_cosine: bool = False
+    rank_by: tuple[RankBy, ...] = ("score", "position")
+    default_capacity: str = "factor"
+    position_free: bool = True
+    needs_token_ids: bool = False
+    padded: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """Base of the router configs."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    """arXiv id, or empty."""
+    summary: ClassVar[str]
+
+    @property
+    def traits(self) -> RouterTraits:
+        """Facts about this configuration."""
+        return RouterTraits()
+
+    def check(self, hidden_size: int, num_experts: int, top_k: int) -> None:
+        """Refuse sizes that the router cannot work with.
+
+        Raises:
+            ValueError: names the field, its value and what would be right.
+        """
+
+    def build(self, hidden_size: int, num_experts: int, top_k: int) -> Router:
+        """Make the router's module."""
+        raise NotImplementedError
+
+
+class Router(nn.Module):
+    """Base of the routers.
+
+    Subclasses implement `scores`; those that do not choose each token's k best experts implement
+    `choose` too. A router neither drops nor balances nor logs.
+
+    Args:
+        config: the router's options.
+        hidden_size: H.
+        num_experts: E.
+        top_k: experts a token may choose.
+    """
+
+    score_scale: float = 1.0
+    """One over the size of a typical score; places the bins of the threshold calibration."""
+
+    def __init__(
+        self, config: RouterConfig, hidden_size: int, num_experts: int, top_k: int
+    ) -> None:
+        super().__init__()
+        config.check(hidden_size, num_experts, top_k)
+        self.config = config
+        self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
+
+    def forward(
+        self, x: Tensor, inputs: RouterInput, *, tokens_choose: bool | None = None
+    ) -> Routing:
+        """Route tokens [T, H] in float32 (float64 for float64 inputs), also under autocast.
+
+        Args:
+            x: tokens, float [T, H].
+            inputs: everything that is not the hidden state.
+            tokens_choose: True makes an expert-choosing router give each token its k best.
+        """
+        # Autocast would run the scores in half precision and flip choices.
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            scores = self.scores(router_dtype(x), inputs)
+            if inputs.replay is not None:
+                return self.routing_of(scores, inputs.replay.expert, inputs)
+            if tokens_choose:
+                return Router.choose(self, scores, inputs)
+            return self.choose(scores, inputs)
+
+    def scores(self, x: Tensor, inputs: RouterInput) -> Scores:
+        """Score every (token, expert) pair.
+
+        Args:
+            x: tokens in the router's dtype, [T, H].
+            inputs: everything that is not the hidden state.
+        Returns:
+            Scores, whose `scores` lie in [-1, 1].
+        """
+        raise NotImplementedError
+
+    def choose(self, scores: Scores, inputs: RouterInput) -> Routing:
+        """Turn scores into choices; by default each token's `top_k` best (token choice)."""
+        table = scores.scores.detach()
+        if inputs.bonus is not None:
+            table = table + inputs.bonus
+        return self.routing_of(scores, top_experts(table, self.top_k), inputs)
+
+    def routing_of(self, scores: Scores, expert: Tensor, inputs: RouterInput) -> Routing:
+        """Routing of given choices.
+
+        Args:
+            scores: the full tables.
+            expert: chosen experts, int64 [T, k]; ``num_experts`` marks an unused place.
+            inputs: mask and bonus.
+        """
+        token, flat = token_pairs(expert, inputs.valid_mask, self.num_experts)
+        index = flat.clamp_max(self.num_experts - 1)
+        has_scores = self.config.traits.has_scores
+        score = scores.scores.detach()[token, index]
+        if inputs.bonus is not None:
+            score = score + inputs.bonus[index]
+        return Routing(
+            token=token,
+            expert=flat,
+            score=score if has_scores else None,
+            # `gather` has a cheaper backward than indexing with two index tensors.
+            gate=scores.gates.gather(1, index.view_as(expert)).flatten(),
+            valid_mask=inputs.valid_mask,
+            scores=scores.scores.detach() if has_scores else None,
+            logits=scores.logits,
+            probs=scores.probs,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+        )
+
+    def all_pairs(self, scores: Scores, inputs: RouterInput) -> Routing:
+        """Routing in which every expert may pick every valid token, pairs [T * E]."""
+        every = torch.arange(self.num_experts, device=scores.scores.device)
+        routing = self.routing_of(scores, every.expand(scores.scores.shape), inputs)
+        return replace(routing, tokens_choose=False)
+
+    def report(self) -> list[str]:
+        """Warnings about the router's parameters in plain words. May synchronise the device."""
+        return []
+
+    def reset_parameters(self) -> None:
+        """Write initial values into the parameters (after a meta-device start)."""
+
+
+def one_best(name: str, top_k: int) -> None:
+    """Refuse top_k != 1 for routers defined for one expert per token."""
+    if top_k != 1:
+        raise ValueError(f"top_k={top_k}: router {name!r} is defined for top_k=1")

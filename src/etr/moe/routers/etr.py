@@ -1,0 +1,165 @@
+"""Expert-Token Resonance: orthogonal cosine affinity, both sides choose."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from etr.moe.affinity import (
+    block_width,
+    condition_number,
+    cosine_affinity,
+    grap_affinity,
+    learned_block_affinity,
+    orthonormal_start,
+    polar_factor,
+)
+from etr.moe.routers.base import Router, RouterConfig, RouterTraits
+from etr.moe.routing import RouterInput, Routing, Scores
+from etr.moe.select import ExpertPool
+
+MAX_CONDITION = 1e3
+
+
+@dataclass(frozen=True, kw_only=True)
+class EtrRouter(RouterConfig):
+    """Tokens choose experts by cosine affinity; experts keep the choosers that resonate most.
+
+    arXiv 2406.00023, eqs. 2-6.
+    """
+
+    name = "etr"
+    paper = "2406.00023"
+    summary = "cosine affinity to orthogonal expert directions (GrAP); both sides choose"
+
+    frame: Literal["fixed", "learned", "orthonormal"] = "fixed"
+    """Expert directions. fixed: block vectors without parameters (the paper's eq. 3). learned: one
+    number per dimension on the same blocks. orthonormal: dense learned orthonormal directions."""
+    choice: Literal["both", "token", "expert"] = "both"
+    """Who chooses. both: tokens, then experts among their choosers. token: overflow is dropped by
+    position. expert: experts pick from all tokens."""
+    expert_pool: ExpertPool = "choosers"
+    """With choice=both, experts rank their choosers, or all tokens (keeps fewer)."""
+    temperature: float | None = None
+    """Scale of the affinity before the softmax, no unit. None: sqrt(hidden_size), at which an
+    isotropic token has logits of standard deviation 1."""
+    learn_temperature: bool = False
+    """Train the temperature (its logarithm), starting from `temperature`."""
+
+    def __post_init__(self) -> None:
+        for field, allowed in (
+            ("frame", ("fixed", "learned", "orthonormal")),
+            ("choice", ("both", "token", "expert")),
+            ("expert_pool", ("choosers", "all")),
+        ):
+            if getattr(self, field) not in allowed:
+                raise ValueError(
+                    f"{field}={getattr(self, field)!r} must be one of {', '.join(allowed)}"
+                )
+        if self.temperature is not None and not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be > 0, or None for sqrt(H)")
+        if self.expert_pool == "all" and self.choice != "both":
+            raise ValueError(
+                f"expert_pool='all' needs choice='both': with choice={self.choice!r} there is no "
+                "second choice to rank for"
+            )
+
+    @property
+    def traits(self) -> RouterTraits:
+        return RouterTraits(
+            causal=self.choice != "expert",
+            fixed_load=self.choice == "expert",
+            tokens_choose=self.choice != "expert",
+            has_cosine=True,
+            rank_by=("position",) if self.choice == "token" else ("score",),
+            default_capacity="schedule",
+        )
+
+    def check(self, hidden_size: int, num_experts: int, top_k: int) -> None:
+        if self.frame != "orthonormal":
+            block_width(hidden_size, num_experts)
+        elif num_experts > hidden_size:
+            raise ValueError(
+                f"num_experts={num_experts} exceeds hidden_size={hidden_size}: there are at most "
+                "hidden_size orthonormal directions"
+            )
+
+    def build(self, hidden_size: int, num_experts: int, top_k: int) -> Router:
+        return _EtrRouter(self, hidden_size, num_experts, top_k)
+
+
+class _EtrRouter(Router):
+    config: EtrRouter
+
+    def __init__(self, config: EtrRouter, hidden_size: int, num_experts: int, top_k: int) -> None:
+        super().__init__(config, hidden_size, num_experts, top_k)
+        self.score_scale = math.sqrt(hidden_size)
+        self.temperature = config.temperature or math.sqrt(hidden_size)
+        self.weight: nn.Parameter | None = None
+        self.log_temperature: nn.Parameter | None = None
+        if config.frame == "learned":
+            self.weight = nn.Parameter(torch.empty(hidden_size))
+        elif config.frame == "orthonormal":
+            self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        if config.learn_temperature:
+            self.log_temperature = nn.Parameter(torch.empty(()))
+        self._directions: tuple[tuple[object, ...], Tensor] | None = None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        if self.weight is not None:
+            if self.config.frame == "learned":
+                self.weight.fill_(self.num_experts / self.hidden_size)
+            elif not self.weight.is_meta:
+                self.weight.copy_(orthonormal_start(self.num_experts, self.hidden_size))
+        if self.log_temperature is not None:
+            self.log_temperature.fill_(math.log(self.temperature))
+
+    def affinity(self, x: Tensor) -> Tensor:
+        """Cosine of tokens [T, H] and expert directions, [T, E]."""
+        if self.weight is None:
+            return grap_affinity(x, self.num_experts)
+        if self.config.frame == "learned":
+            return learned_block_affinity(x, self.weight.to(x.dtype), self.num_experts)
+        return cosine_affinity(x, self.directions(x.dtype), unit=True)
+
+    def directions(self, dtype: torch.dtype) -> Tensor:
+        """Orthonormal directions [E, H]; kept between forwards while the weight stays the same."""
+        assert self.weight is not None
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return polar_factor(self.weight.to(dtype))
+        key = (self.weight.data_ptr(), self.weight._version, self.weight.device, dtype)
+        if self._directions is None or self._directions[0] != key:
+            self._directions = (key, polar_factor(self.weight.to(dtype)))
+        return self._directions[1]
+
+    def scores(self, x: Tensor, inputs: RouterInput) -> Scores:
+        affinity = self.affinity(x)
+        scale: Tensor | float = self.temperature
+        if self.log_temperature is not None:
+            scale = self.log_temperature.to(x.dtype).exp()
+        logits = affinity * scale
+        probs = logits.softmax(-1)
+        return Scores(scores=affinity, logits=logits, gates=probs, probs=probs)
+
+    def choose(self, scores: Scores, inputs: RouterInput) -> Routing:
+        if self.config.choice == "expert":
+            return self.all_pairs(scores, inputs)
+        return super().choose(scores, inputs)
+
+    def report(self) -> list[str]:
+        if self.config.frame != "orthonormal" or self.weight is None or self.weight.is_meta:
+            return []
+        condition = condition_number(self.weight)
+        if condition <= MAX_CONDITION:
+            return []
+        return [
+            f"router weight has condition number {condition:.3g} > {MAX_CONDITION:g}: its "
+            "directions are no longer orthonormal to float32 precision; lower the learning rate "
+            "or start again from its polar factor"
+        ]

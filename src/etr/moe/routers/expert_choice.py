@@ -1,0 +1,53 @@
+"""Expert choice: every expert takes its best tokens from the whole batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from etr.moe.routers.base import Router, RouterConfig, RouterTraits
+from etr.moe.routing import RouterInput, Routing, Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertChoice(RouterConfig):
+    """Experts take the tokens of highest softmax score, perfectly balanced and not causal.
+
+    arXiv 2202.09368. Evaluation uses thresholds, or each token's top_k experts where dropless.
+    """
+
+    name = "expert_choice"
+    paper = "2202.09368"
+    summary = "learned linear router, each expert takes its best tokens"
+
+    @property
+    def traits(self) -> RouterTraits:
+        return RouterTraits(causal=False, fixed_load=True, tokens_choose=False, rank_by=("score",))
+
+    def build(self, hidden_size: int, num_experts: int, top_k: int) -> Router:
+        return _ExpertChoiceRouter(self, hidden_size, num_experts, top_k)
+
+
+class _ExpertChoiceRouter(Router):
+    config: ExpertChoice
+
+    def __init__(
+        self, config: ExpertChoice, hidden_size: int, num_experts: int, top_k: int
+    ) -> None:
+        super().__init__(config, hidden_size, num_experts, top_k)
+        self.score_scale = float(num_experts)
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.hidden_size**-0.5)
+
+    def scores(self, x: Tensor, inputs: RouterInput) -> Scores:
+        logits = x @ self.weight.to(x.dtype).T
+        probs = logits.softmax(-1)
+        return Scores(scores=probs, logits=logits, gates=probs, probs=probs)
+
+    def choose(self, scores: Scores, inputs: RouterInput) -> Routing:
+        return self.all_pairs(scores, inputs)

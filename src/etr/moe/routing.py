@@ -1,0 +1,234 @@
+"""The values that the stages of the layer hand to each other.
+
+    x [T, H] --router--> Routing --capacity--> Selection --dispatch, experts, combine--> y [T, H]
+
+`T` counts every token of the flattened input, padding included; `P` counts (token, expert) pairs.
+Shapes are static: an unused or invalid pair has ``expert == num_experts`` and is never kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from etr.moe.collector import Collector
+    from etr.moe.topology import ExpertPlacement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What a router thinks of every (token, expert) pair.
+
+    Args:
+        scores: selection score, float [T, E]; higher is better.
+        logits: float [T, E] before the gate, or None where a router has none.
+        gates: combine weight of each pair before any normalisation, float [T, E].
+        probs: the gates as a distribution over experts (rows sum to 1), or None.
+    """
+
+    scores: Tensor
+    logits: Tensor | None
+    gates: Tensor
+    probs: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """What each token wants: one row per (token, expert) pair, token-major.
+
+    Selection score and combine weight are two tensors: what ranks a pair need not weigh it.
+
+    Args:
+        token: index of the pair's token, int64 [P].
+        expert: index of the pair's expert, int64 [P]; ``num_experts`` marks an unused pair.
+        score: selection score by which experts rank their choosers, float [P], or None where the
+            router has none (no gradient flows through it).
+        gate: combine weight before normalisation, float [P].
+        valid_mask: True for real tokens, bool [T].
+        scores, logits, probs: the full [T, E] tables behind the pairs, None where a router has
+            none. ``scores`` is free of any locality bonus, so thresholds can be read off it.
+        num_experts: E.
+        top_k: experts a token may choose.
+        tokens_choose: False where experts pick tokens and the pairs are all of [T, E].
+    """
+
+    token: Tensor
+    expert: Tensor
+    score: Tensor | None
+    gate: Tensor
+    valid_mask: Tensor
+    scores: Tensor | None
+    logits: Tensor | None
+    probs: Tensor | None
+    num_experts: int
+    top_k: int
+    tokens_choose: bool = True
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, padding included."""
+        return self.valid_mask.shape[0]
+
+    @property
+    def valid(self) -> Tensor:
+        """True for pairs in use, bool [P]."""
+        return self.expert < self.num_experts
+
+    def num_valid_tokens(self) -> Tensor:
+        """Real tokens, int64 [] on the device (no synchronisation)."""
+        return self.valid_mask.sum()
+
+    def num_choices_per_expert(self) -> Tensor:
+        """Pairs that ask for each expert before anything is dropped, int64 [E]."""
+        return count_experts(self.expert, self.num_experts)
+
+    def routing_map(self) -> Tensor:
+        """Dense view, bool [T, E]: True where the token asks for the expert."""
+        dense = torch.zeros(
+            self.num_tokens, self.num_experts + 1, dtype=torch.bool, device=self.expert.device
+        )
+        dense[self.token, self.expert] = True
+        return dense[:, : self.num_experts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What each expert keeps, over the pairs of one Routing.
+
+    Args:
+        kept: True for pairs that reach their expert, bool [P].
+        position_in_expert: place in the expert's queue, int64 [P]; unique among the kept pairs of
+            an expert and below ``buffer_size``.
+        combine_weight: weight of the expert's output in the token's sum, float [P]; zero where
+            not kept.
+        num_tokens_per_expert: kept pairs, int64 [E].
+        buffer_size: static upper bound of tokens per expert for padded backends.
+    """
+
+    kept: Tensor
+    position_in_expert: Tensor
+    combine_weight: Tensor
+    num_tokens_per_expert: Tensor
+    buffer_size: int
+
+    def selection_map(self, routing: Routing) -> Tensor:
+        """Dense view, bool [T, E]: True where the expert keeps the token."""
+        shape = (routing.num_tokens, routing.num_experts + 1)
+        dense = torch.zeros(shape, dtype=torch.bool, device=self.kept.device)
+        dense.index_put_((routing.token, routing.expert), self.kept)
+        return dense[:, : routing.num_experts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """What a capacity policy allows.
+
+    Args:
+        capacity: most tokens per expert, int64 [E] in tokens, or None for no limit.
+        min_score: keep a chooser only if its score is at least this, float32 [E], or None.
+        buffer_size: static upper bound of tokens per expert, or None for "every token".
+    """
+
+    capacity: Tensor | None = None
+    min_score: Tensor | None = None
+    buffer_size: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """Recorded choices to use instead of the router's own (its gates and losses stay live).
+
+    Args:
+        expert: chosen experts, int64 [T, top_k]; ``num_experts`` marks an unused place.
+    """
+
+    expert: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingContext:
+    """The one way in for everything that is not the hidden state. All fields are optional.
+
+    Args:
+        valid_mask: True = real token, bool, shape of the input without its last dimension.
+        token_ids: vocabulary ids, int64, same shape; needed by the `hash` router.
+        sequence_ids: document number of each token in a packed batch, int64, same shape.
+        global_token_offset: index of this call's first token in the global batch (rank-major).
+        placement: where experts live; needed by the locality loss and `local_bonus`.
+        rank: this rank in the placement.
+        data_group: ranks that share the balance statistics (aux mode `ranks`).
+        node_group: ranks of this node (locality loss).
+        replay: choices by MoE layer index, to use instead of the router's own.
+        collector: receives losses and statistics; closes when the model's forward returns.
+    """
+
+    valid_mask: Tensor | None = None
+    token_ids: Tensor | None = None
+    sequence_ids: Tensor | None = None
+    global_token_offset: int = 0
+    placement: ExpertPlacement | None = None
+    rank: int = 0
+    data_group: ProcessGroup | None = None
+    node_group: ProcessGroup | None = None
+    replay: dict[int, Replay] | None = None
+    collector: Collector | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterInput:
+    """What a router sees of the context, flattened to tokens.
+
+    Args:
+        valid_mask: bool [T].
+        token_ids: int64 [T] or None.
+        token_index: global index of each token, int64 [T].
+        step: optimizer steps done, int64 [] on the device.
+        layer_index: number of the MoE layer in the model.
+        bonus: added to the selection score of each expert, float [E], or None.
+        replay: recorded choices for this layer, or None.
+        training: True while the layer trains.
+    """
+
+    valid_mask: Tensor
+    token_ids: Tensor | None
+    token_index: Tensor
+    step: Tensor
+    layer_index: int
+    bonus: Tensor | None = None
+    replay: Replay | None = None
+    training: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEOutput:
+    """Result of the layer.
+
+    Args:
+        hidden_states: same shape and dtype as the input.
+        losses: already scaled scalars by name (aux, z, locality, ...); add their sum to the loss.
+        stats: detached counters on the device by name; see `etr.moe.stats`.
+    """
+
+    hidden_states: Tensor
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    stats: dict[str, Tensor] = field(default_factory=dict)
+
+
+def count_experts(expert: Tensor, num_experts: int, weight: Tensor | None = None) -> Tensor:
+    """Count pairs per expert without synchronising the device.
+
+    Args:
+        expert: int64 [P]; values equal to ``num_experts`` are not counted.
+        weight: bool or int64 [P] counted instead of 1.
+    Returns:
+        int64 [E].
+    """
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert.device)
+    ones = torch.ones_like(expert) if weight is None else weight.to(torch.int64)
+    return counts.scatter_add(0, expert, ones)[:num_experts]

@@ -1,0 +1,89 @@
+"""State outside the gradient: small global float32 buffers that every rank holds in full."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class GlobalState(nn.Module):
+    """A module whose registered state keeps its dtype and never holds uninitialised memory.
+
+    - ``.to(dtype)`` and ``.half()`` move the state but do not convert it: thresholds rounded to
+      bfloat16 would no longer keep the calibrated share.
+    - `reset_state` writes the initial values; a model's weight initialisation must call it after
+      a meta-device start, or for a checkpoint that lacks the state.
+    - Loading a state dict without the state keeps the initial values and warns.
+    - State changes in `after_step` alone, never in a forward.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._initial: dict[str, float] = {}
+
+    def register_state(
+        self, name: str, shape: tuple[int, ...], initial: float, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Add a persistent buffer of `shape` filled with `initial`."""
+        self._initial[name] = initial
+        self.register_buffer(name, torch.full(shape, initial, dtype=dtype))
+
+    @torch.no_grad()
+    def reset_state(self) -> None:
+        """Write the initial values in place."""
+        for name, initial in self._initial.items():
+            self.get_buffer(name).fill_(initial)
+        self.state_changed()
+
+    def state_changed(self) -> None:
+        """Called when buffers may have been written from outside.
+
+        Subclasses refresh what they mirror on the host; on the meta device there is nothing to
+        read yet.
+        """
+
+    def train(self, mode: bool = True) -> GlobalState:
+        # Loaders that assign buffers directly run no hook, but they do set the mode.
+        super().train(mode)
+        self.state_changed()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GlobalState:
+        before = {name: self.get_buffer(name) for name in self._initial}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self.get_buffer(name)
+            if new.dtype != old.dtype:
+                self._buffers[name] = (
+                    torch.empty_like(old, device=new.device)
+                    if old.is_meta or new.is_meta
+                    else old.to(new.device)
+                )
+        self.state_changed()
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        missing = [name for name in self._initial if prefix + name not in state_dict]
+        if missing:
+            warnings.warn(
+                f"checkpoint has no routing state {', '.join(missing)}: starting from the initial "
+                "values; calibrate before evaluating with thresholds",
+                stacklevel=2,
+            )
+            self.reset_state()
+            state_dict = {**state_dict, **{prefix + n: self.get_buffer(n) for n in missing}}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.state_changed()
+
+
+def reset_states(module: nn.Module) -> None:
+    """Reset every `GlobalState` inside `module` (itself included)."""
+    for child in module.modules():
+        if isinstance(child, GlobalState):
+            child.reset_state()

@@ -1,0 +1,67 @@
+"""Where experts live: expert -> rank -> node, as an explicit value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertPlacement:
+    """Placement of experts on ranks and of ranks on nodes.
+
+    Args:
+        rank_of_expert: rank that holds each expert (its replica 0), length E.
+        node_of_rank: node of each rank.
+    """
+
+    rank_of_expert: tuple[int, ...]
+    node_of_rank: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        ranks = range(len(self.node_of_rank))
+        if not self.rank_of_expert or not self.node_of_rank:
+            raise ValueError("a placement needs at least one expert and one rank")
+        for expert, rank in enumerate(self.rank_of_expert):
+            if rank not in ranks:
+                raise ValueError(
+                    f"rank_of_expert[{expert}]={rank} is not a rank: node_of_rank describes "
+                    f"{len(ranks)} ranks, 0 to {len(ranks) - 1}"
+                )
+
+    @classmethod
+    def contiguous(cls, num_experts: int, num_ranks: int, num_nodes: int) -> ExpertPlacement:
+        """Equal blocks of experts on consecutive ranks, equal blocks of ranks on nodes.
+
+        Raises:
+            ValueError: a count does not divide evenly.
+        """
+        if num_nodes < 1 or num_ranks % num_nodes:
+            raise ValueError(f"num_ranks={num_ranks} is not a multiple of num_nodes={num_nodes}")
+        if num_experts % num_ranks:
+            raise ValueError(
+                f"num_experts={num_experts} is not a multiple of num_ranks={num_ranks}"
+            )
+        return cls(
+            rank_of_expert=tuple(e * num_ranks // num_experts for e in range(num_experts)),
+            node_of_rank=tuple(r * num_nodes // num_ranks for r in range(num_ranks)),
+        )
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.rank_of_expert)
+
+    @property
+    def num_nodes(self) -> int:
+        return len(set(self.node_of_rank))
+
+    def node_of_expert(self, expert: int) -> int:
+        """Node that holds an expert."""
+        return self.node_of_rank[self.rank_of_expert[expert]]
+
+    def experts_on_node(self, node: int) -> tuple[int, ...]:
+        """Experts whose rank is on `node`."""
+        return tuple(e for e in range(self.num_experts) if self.node_of_expert(e) == node)
+
+    def ranks_on_node(self, node: int) -> int:
+        """Number of ranks on `node`."""
+        return sum(n == node for n in self.node_of_rank)

@@ -1,0 +1,150 @@
+"""Connecting MoE layers to an optimizer: progress, and what is learned once per step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from etr.moe.collector import Collector, moe_layers
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.optim import Optimizer
+
+
+def set_progress(model: nn.Module, progress: float) -> None:
+    """Tell the capacity schedules of `model` how far training is.
+
+    Args:
+        progress: fraction of optimizer steps done, in [0, 1].
+    Raises:
+        ValueError: progress outside [0, 1].
+    """
+    if not 0.0 <= progress <= 1.0:
+        raise ValueError(f"progress={progress} must lie in [0, 1]: the fraction of steps done")
+    for layer in moe_layers(model):
+        layer.capacity.set_progress(progress)
+
+
+@torch.no_grad()
+def after_step(model: nn.Module, group: ProcessGroup | None = None) -> list[dict[str, Tensor]]:
+    """Consume the counters of one optimizer step: call once after each `optimizer.step()`.
+
+    Thresholds, capacities and the load of the balance loss learn from them. `attach` calls this
+    by itself.
+
+    Args:
+        group: ranks over which the counters are summed.
+    Returns:
+        Counters of each MoE layer, summed over micro-batches and ranks; empty for a layer that
+        did not run in training since the last call.
+    """
+    found = []
+    for layer in moe_layers(model):
+        stats, layer.pending = layer.pending, {}
+        if stats and group is not None:
+            stats = {name: _reduced(value, group) for name, value in stats.items()}
+        if stats:
+            _learn(layer, stats)
+        found.append(stats)
+    return found
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer,
+    total_steps: int | None,
+    *,
+    group: ProcessGroup | None = None,
+) -> Attachment:
+    """Let every `optimizer.step()` advance the MoE layers of `model`.
+
+    Layers called without a context are collected from too, for as long as the model's own forward
+    runs. Add their `losses` to the loss yourself, or use `Collector.loss`.
+
+    Args:
+        model: holds MoE layers.
+        optimizer: its step is the step of the schedules; resumed training goes on from the step
+            stored in the layers.
+        total_steps: optimizer steps of the whole training, or None if a capacity schedule brings
+            its own `steps`.
+        group: ranks over which counters are summed.
+    Returns:
+        Attachment, whose `last_stats` holds the counters of the last step.
+    Raises:
+        ValueError: the model has no MoE layer, or total_steps < 1.
+    """
+    return Attachment(model, optimizer, total_steps, group)
+
+
+class Attachment:
+    """Hooks that `attach` installed; `detach` removes them.
+
+    Attributes:
+        last_stats: counters of the last step, one dictionary per MoE layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        total_steps: int | None,
+        group: ProcessGroup | None,
+    ) -> None:
+        layers = moe_layers(model)
+        if not layers:
+            raise ValueError(f"{type(model).__name__} holds no MoE layer to attach to")
+        if total_steps is not None and total_steps < 1:
+            raise ValueError(f"total_steps={total_steps} must be at least 1 optimizer step")
+        self.last_stats: list[dict[str, Tensor]] = []
+        self._model, self._group, self._total_steps = model, group, total_steps
+        self._layers = layers
+        self._collector: Collector | None = None
+        self._handles: list[Any] = [
+            model.register_forward_pre_hook(self._open),
+            model.register_forward_hook(self._close, always_call=True),
+            optimizer.register_step_post_hook(self._step),
+        ]
+        self._set_progress()
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        for layer in self._layers:
+            layer.collector = None
+
+    def _open(self, module: nn.Module, args: Any) -> None:
+        self._collector = Collector(module)
+        self._collector.__enter__()
+
+    def _close(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._collector is not None:
+            self._collector.close()
+
+    def _step(self, *_: Any) -> None:
+        self.last_stats = after_step(self._model, self._group)
+        self._set_progress()
+
+    def _set_progress(self) -> None:
+        if self._total_steps is not None:
+            done = int(self._layers[0].state.step)
+            set_progress(self._model, min(1.0, done / self._total_steps))
+
+
+def _learn(layer: Any, stats: dict[str, Tensor]) -> None:
+    kept = stats.get("num_target_tokens_per_expert", stats["num_tokens_per_expert"])
+    if "score_histogram" in stats:
+        layer.calibration.update(stats["score_histogram"], kept)
+    layer.capacity.after_step(stats, layer.calibration.affinity_p99)
+    layer.state.previous_load.copy_(stats["num_choices_per_expert"])
+    layer.state.step += 1
+
+
+def _reduced(value: Tensor, group: ProcessGroup) -> Tensor:
+    value = value.clone()
+    dist.all_reduce(value, group=group)
+    return value
