@@ -1,0 +1,74 @@
+"""A batch of token sequences, as training and evaluation take it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+IGNORED = -100
+"""Label of a place that counts for no loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """B rows of S tokens; each row is a stretch of one domain's documents, end to end."""
+
+    input_ids: Tensor
+    """Token ids, int64 [B, S]."""
+    labels: Tensor
+    """The token after each input token, already shifted; `IGNORED` on padding. int64 [B, S]."""
+    domain: Tensor
+    """Place of each row's domain in `TokenDataset.domains`, int64 [B]."""
+    sequence_ids: Tensor
+    """Number of each token's document within its row, from 0, int64 [B, S]."""
+    position: Tensor
+    """Tokens since the document's beginning or the row's, whichever is later, int64 [B, S]."""
+
+    @property
+    def valid_mask(self) -> Tensor:
+        """True where there is a real token, False on padding, bool [B, S]."""
+        return self.labels != IGNORED
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return Batch(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+def make_batch(
+    rows: Sequence[NDArray[np.integer]],
+    domain: NDArray[np.int64],
+    *,
+    sequence_length: int,
+    eos_token_id: int,
+    pad_token_id: int,
+) -> Batch:
+    """Batch rows of up to S + 1 consecutive tokens: S inputs and, one further, S labels.
+
+    Args:
+        rows: 2 to S + 1 tokens each; shorter rows are padded.
+        domain: the rows' domains, [B].
+        sequence_length: S, tokens.
+        eos_token_id: ends a document.
+        pad_token_id: input where a row has ended.
+    """
+    inputs = np.full((len(rows), sequence_length), pad_token_id, dtype=np.int64)
+    labels = np.full((len(rows), sequence_length), IGNORED, dtype=np.int64)
+    for i, row in enumerate(rows):
+        inputs[i, : len(row) - 1] = row[:-1]
+        labels[i, : len(row) - 1] = row[1:]
+    starts = np.zeros(inputs.shape, dtype=bool)
+    starts[:, 1:] = (inputs[:, :-1] == eos_token_id) & (labels[:, 1:] != IGNORED)
+    place = np.arange(sequence_length)
+    position = place - np.maximum.accumulate(np.where(starts, place, 0), axis=1)
+    return Batch(
+        input_ids=torch.from_numpy(inputs),
+        labels=torch.from_numpy(labels),
+        domain=torch.from_numpy(domain.astype(np.int64)),
+        sequence_ids=torch.from_numpy(np.cumsum(starts, axis=1)),
+        position=torch.from_numpy(position),
+    )
