@@ -108,7 +108,6 @@ def test_builtin_and_own_text_together(config: DataConfig, monkeypatch: pytest.M
         ("tokenizer", "bpe:many"),
         ("sequence_length", 0),
         ("batch_size", 0),
-        ("seed", -1),
         ("max_bytes_per_domain", 9_999),
         ("cache_dir", ""),
     ],

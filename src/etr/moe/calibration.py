@@ -18,8 +18,11 @@ from etr.moe.select import pair_scores
 from etr.moe.state import GlobalState
 
 NUM_BINS = 256
-DECAY = 0.99
-"""Share of the running histogram that survives one optimizer step (for experts with choosers)."""
+HISTOGRAM_DECAY = 0.99
+"""Part of the running histogram that survives one optimizer step (for experts with choosers)."""
+SHARE_DECAY = 0.9
+"""The same for the share to keep: a count is less noisy than a quantile, and a moving capacity
+schedule must not be followed a hundred steps late."""
 
 
 class ScoreScale:
@@ -90,7 +93,7 @@ class Calibration(GlobalState):
             self.is_calibrated = bool(self.num_updates > 0)
 
     @torch.no_grad()
-    def update(self, histogram: Tensor, kept: Tensor, decay: float = DECAY) -> None:
+    def update(self, histogram: Tensor, kept: Tensor, decay: float | None = None) -> None:
         """Take in one step and set the thresholds.
 
         An expert without choosers keeps what it had. Where nothing was dropped the threshold is
@@ -99,14 +102,18 @@ class Calibration(GlobalState):
         Args:
             histogram: `score_histogram` of the step, summed over micro-batches and ranks.
             kept: choosers that the policy kept, [E].
-            decay: weight of all earlier steps; 1 sums evenly.
+            decay: weight of all earlier steps; 1 sums evenly. None: `HISTOGRAM_DECAY` for the
+                scores and `SHARE_DECAY` for the share to keep.
         """
         chosen = histogram.sum(-1)
         seen = chosen > 0
-        for name, value in (("histogram", histogram), ("chosen", chosen), ("kept", kept)):
-            old = self.get_buffer(name)
-            mask = seen[:, None] if old.dim() == 2 else seen
-            old.copy_(torch.where(mask, decay * old + value, old))
+        slow = HISTOGRAM_DECAY if decay is None else decay
+        fast = SHARE_DECAY if decay is None else decay
+        self.histogram.copy_(
+            torch.where(seen[:, None], slow * self.histogram + histogram, self.histogram)
+        )
+        self.chosen.copy_(torch.where(seen, fast * self.chosen + chosen, self.chosen))
+        self.kept.copy_(torch.where(seen, fast * self.kept + kept, self.kept))
         self.threshold.copy_(self._quantiles())
         p99 = self.scale.score(
             _quantile(histogram.sum(0, keepdim=True), self.threshold.new_tensor([0.01]))
@@ -114,11 +121,6 @@ class Calibration(GlobalState):
         self.affinity_p99.copy_(torch.where(seen.any(), p99[0], self.affinity_p99))
         self.num_updates += 1
         self.is_calibrated = True
-
-    @torch.no_grad()
-    def restart(self) -> None:
-        """Forget the past, e.g. before calibrating afresh with frozen weights."""
-        self.reset_state()
 
     def kept_share(self) -> Tensor:
         """Share of choosers that training keeps, float32 [E]; 1 for an expert never chosen."""

@@ -447,6 +447,7 @@ class LocMoE(CapacityConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_factor("min_factor", self.min_factor)
+        _check_factor("max_factor", self.max_factor)
         if self.max_factor < self.min_factor:
             raise ValueError(
                 f"max_factor={self.max_factor} must be at least min_factor={self.min_factor}"

@@ -37,11 +37,14 @@ class Collector:
         self.earlier = [layer.pending.get("num_choices_per_expert") for layer in self.layers]
         self.is_open = True
         self._ambient = ambient
+        self._outer: list[Collector | None] = []
+        self._grad_enabled = torch.is_grad_enabled()
         self._entries: list[tuple[MoE, dict[str, Tensor], dict[str, Tensor]]] = []
         self._losses: list[dict[str, Tensor]] = []
 
     def __enter__(self) -> Collector:
         if self._ambient:
+            self._outer = [layer.collector for layer in self.layers]
             for layer in self.layers:
                 layer.collector = self
         return self
@@ -53,10 +56,29 @@ class Collector:
         trace: TracebackType | None,
     ) -> None:
         self.close(commit=kind is None)
+        for layer, outer in zip(self.layers, self._outer, strict=False):
+            # An enclosing collector goes on. Otherwise this closed one stays, for recomputation.
+            if outer is not None and outer.is_open:
+                layer.collector = outer
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        # A copied or saved layer is not collected from, and must not drag a graph along.
+        return type(None), ()
 
     def add(self, layer: MoE, output: MoEOutput) -> None:
-        """Take in one layer's output, unless closed."""
+        """Take in one layer's output, unless closed.
+
+        Raises:
+            ValueError: the layer ran without gradients inside a forward that has them, as
+                reentrant activation checkpointing does: its losses would silently be lost.
+        """
         if self.is_open:
+            if output.losses and self._grad_enabled and not torch.is_grad_enabled():
+                raise ValueError(
+                    f"MoE layer {layer.layer_index} runs under no_grad inside a training forward, "
+                    "so its losses would have no gradient; use activation checkpointing with "
+                    "use_reentrant=False, or put the layer in eval mode"
+                )
             self._losses.append(output.losses)
             self._entries.append((layer, output.losses, output.stats))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -215,9 +216,9 @@ def support_table() -> dict[tuple[str, str], str | None]:
 def config_to_dict(config: RouterConfig | CapacityConfig) -> dict[str, Any]:
     """A named config as plain values with its `name`."""
     values: dict[str, Any] = {"name": config.name}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        values[field.name] = config_to_dict(value) if isinstance(value, CapacityConfig) else value
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        values[entry.name] = config_to_dict(value) if isinstance(value, CapacityConfig) else value
     return values
 
 
@@ -230,13 +231,37 @@ def config_from_dict(table: dict[str, Any], kind: str, values: dict[str, Any]) -
         key: config_from_dict(CAPACITIES, key, value) if isinstance(value, dict) else value
         for key, value in values.items()
     }
-    known = {field.name for field in dataclasses.fields(table[name])}
+    known = {entry.name for entry in dataclasses.fields(table[name])}
     unknown = sorted(set(nested) - known)
     if unknown:
         raise ValueError(
             f"{kind} {name!r} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}"
         )
     return table[name](**nested)
+
+
+def parse_router(text: str) -> RouterConfig:
+    """Read ``name`` or ``name:option=value,option=value`` as a router's config."""
+    return _parse(ROUTERS, "router", text)
+
+
+def parse_capacity(text: str) -> CapacityConfig:
+    """Read ``name`` or ``name:option=value,option=value`` as a policy's config."""
+    return _parse(CAPACITIES, "capacity", text)
+
+
+def _parse(table: dict[str, Any], kind: str, text: str) -> Any:
+    name, _, options = text.partition(":")
+    values: dict[str, Any] = {"name": name}
+    for option in filter(None, options.split(",")):
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise ValueError(f"{kind} option {option!r} in {text!r} must read option=value")
+        try:
+            values[key] = json.loads(value)
+        except json.JSONDecodeError:
+            values[key] = value
+    return config_from_dict(table, kind, values)
 
 
 def _check_name(field: str, value: Any, allowed: Any) -> None:

@@ -116,7 +116,7 @@ class MoE(nn.Module):
             routing = self.router(x, inputs)
             state = self.calibration
             return routing, self.capacity.limit(routing, state.threshold, state.affinity_p99)
-        if self.eval_selection == "threshold" and self._has_thresholds():
+        if self.eval_selection == "threshold" and self.has_thresholds():
             return self.router(x, inputs), Limit(min_score=self.calibration.threshold)
         return self.router(x, inputs, tokens_choose=True), Limit()
 
@@ -187,6 +187,13 @@ class MoE(nn.Module):
             found.update(self.capacity.observe(routing))
         return found
 
+    @torch.no_grad()
+    def calibrate_from_pending(self, decay: float | None = None) -> None:
+        """Consume the pending counters for the thresholds alone: no step, no schedule moves."""
+        stats, self.pending = self.pending, {}
+        if "score_histogram" in stats:
+            self.calibration.update(stats["score_histogram"], target_kept(stats), decay)
+
     def train(self, mode: bool = True) -> MoE:
         super().train(mode)
         if not mode:
@@ -232,10 +239,11 @@ class MoE(nn.Module):
     ) -> Tensor:
         """Choices that the balance loss counts as load, [E]."""
         mode = self.config.losses.aux_mode
-        load = routing.num_choices_per_expert()
         if mode == "previous":
             past = self.state.previous_load
-            return torch.where(past.sum() > 0, past, load.to(past.dtype))
+            # Even before the first step: no gradient, whatever the ranks and micro-batches.
+            return torch.where(past.sum() > 0, past, 1.0)
+        load = routing.num_choices_per_expert()
         if mode == "micro":
             return load
         if mode == "running" and collector is not None:
@@ -250,14 +258,15 @@ class MoE(nn.Module):
             name = "bmm" if self.traits.padded and bounded else "grouped_mm"
         return EXPERT_BACKENDS[name]
 
-    def _has_thresholds(self) -> bool:
+    def has_thresholds(self) -> bool:
+        """Whether eval mode can select by calibrated thresholds."""
         return self.rank_by == "score" and self.traits.has_scores and self.calibration.is_calibrated
 
     def _warn_about_eval(self) -> None:
         for text in self.router.report():
             warnings.warn(text, stacklevel=3)
         dropless = self.config.capacity_config.name == "none"
-        if self.eval_selection != "threshold" or dropless or self._has_thresholds():
+        if self.eval_selection != "threshold" or dropless or self.has_thresholds():
             return
         if self.rank_by == "score" and self.traits.has_scores:
             reason = "its thresholds are not calibrated (train it, or run `etr calibrate`)"
@@ -291,6 +300,11 @@ class MoE(nn.Module):
                 f"hidden_states of MoE layer {self.layer_index} holds NaN or infinite values in "
                 f"{bad} of {hidden_states[..., 0].numel()} tokens"
             )
+
+
+def target_kept(stats: dict[str, Tensor]) -> Tensor:
+    """Choosers that the thresholds must keep: what the policy, or the one it imitates, kept."""
+    return stats.get("num_target_tokens_per_expert", stats["num_tokens_per_expert"])
 
 
 def set_eval_selection(model: nn.Module, selection: EvalSelection) -> None:

@@ -64,28 +64,29 @@ def queue_positions(expert: Tensor, score: Tensor | None, num_experts: int) -> T
 
 
 def mass_prefix(routing: Routing, rho: float) -> Tensor:
-    """Length of each expert's shortest queue prefix that holds a share `rho` of its gate mass.
+    """Length of each expert's shortest queue prefix that holds a share `rho` of its probability.
 
-    Choosers stand in order of score; what is summed is their gate (probability), since cosines
-    can be negative. A slack of 1e-6 of the mass absorbs rounding.
+    Choosers stand in order of score; what is summed is their probability, since cosines can be
+    negative. A slack of 1e-6 of the mass absorbs rounding.
 
     Returns:
         int64 [E], tokens.
     """
-    if routing.score is None:
-        raise ValueError("affinity mass needs selection scores, and this router has none")
+    if routing.score is None or routing.probs is None:
+        raise ValueError("affinity mass needs scores and probabilities, and this router has none")
     order = _expert_order(routing.expert, routing.score)
     expert = routing.expert[order]
-    # Float64, so that the running sum of many small gates does not depend on the device's order.
-    gate = torch.where(expert < routing.num_experts, routing.gate.detach()[order].double(), 0.0)
-    running = gate.cumsum(0)
-    mass = torch.zeros(routing.num_experts + 1, dtype=gate.dtype, device=gate.device)
-    mass = mass.scatter_add(0, expert, gate)
+    # Float64, so that the running sum of many small ones does not depend on the device's order.
+    prob = routing.probs.detach()[routing.token, routing.expert.clamp_max(routing.num_experts - 1)]
+    prob = torch.where(expert < routing.num_experts, prob[order].double(), 0.0)
+    running = prob.cumsum(0)
+    mass = torch.zeros(routing.num_experts + 1, dtype=prob.dtype, device=prob.device)
+    mass = mass.scatter_add(0, expert, prob)
     before_expert = mass.cumsum(0) - mass
     # A token still stands before the goal if what lies strictly before it is short of the goal.
-    before_token = running - gate - before_expert[expert]
+    before_token = running - prob - before_expert[expert]
     goal = (rho - 1e-6) * mass
-    return count_experts(expert, routing.num_experts, (gate > 0) & (before_token < goal[expert]))
+    return count_experts(expert, routing.num_experts, (prob > 0) & (before_token < goal[expert]))
 
 
 def select(

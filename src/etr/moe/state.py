@@ -55,6 +55,8 @@ class GlobalState(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GlobalState:
         before = {name: self.get_buffer(name) for name in self._initial}
         super()._apply(fn, recurse)
+        if any(old.is_meta and not self.get_buffer(name).is_meta for name, old in before.items()):
+            self.reset_state()  # `to_empty` leaves uninitialised memory
         for name, old in before.items():
             new = self.get_buffer(name)
             if new.dtype != old.dtype:
@@ -78,6 +80,12 @@ class GlobalState(nn.Module):
             )
             self.reset_state()
             state_dict = {**state_dict, **{prefix + n: self.get_buffer(n) for n in missing}}
+        # With assign=True a checkpoint cast to half precision would bring its dtype along.
+        dtypes = {prefix + name: self.get_buffer(name).dtype for name in self._initial}
+        state_dict = {
+            name: value.to(dtypes[name]) if name in dtypes else value
+            for name, value in state_dict.items()
+        }
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.state_changed()
 

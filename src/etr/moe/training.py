@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from etr.moe.collector import Collector, moe_layers
+from etr.moe.layer import MoE, target_kept
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -118,12 +119,14 @@ class Attachment:
             layer.collector = None
 
     def _open(self, module: nn.Module, args: Any) -> None:
+        if any(x.collector is not None and x.collector.is_open for x in self._layers):
+            return  # the caller collects
         self._collector = Collector(module)
         self._collector.__enter__()
 
     def _close(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._collector is not None:
-            self._collector.close()
+            self._collector.close(commit=output is not None)  # None: the forward raised
 
     def _step(self, *_: Any) -> None:
         self.last_stats = after_step(self._model, self._group)
@@ -135,10 +138,9 @@ class Attachment:
             set_progress(self._model, min(1.0, done / self._total_steps))
 
 
-def _learn(layer: Any, stats: dict[str, Tensor]) -> None:
-    kept = stats.get("num_target_tokens_per_expert", stats["num_tokens_per_expert"])
+def _learn(layer: MoE, stats: dict[str, Tensor]) -> None:
     if "score_histogram" in stats:
-        layer.calibration.update(stats["score_histogram"], kept)
+        layer.calibration.update(stats["score_histogram"], target_kept(stats))
     layer.capacity.after_step(stats, layer.calibration.affinity_p99)
     layer.state.previous_load.copy_(stats["num_choices_per_expert"])
     layer.state.step += 1

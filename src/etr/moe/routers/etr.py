@@ -120,6 +120,11 @@ class _EtrRouter(Router):
         if self.log_temperature is not None:
             self.log_temperature.fill_(math.log(self.temperature))
 
+    def train(self, mode: bool = True) -> _EtrRouter:
+        # Writes through `weight.data`, as sharded training does, leave no trace in the version.
+        self._directions = None
+        return super().train(mode)
+
     def affinity(self, x: Tensor) -> Tensor:
         """Cosine of tokens [T, H] and expert directions, [T, E]."""
         if self.weight is None:
@@ -131,7 +136,8 @@ class _EtrRouter(Router):
     def directions(self, dtype: torch.dtype) -> Tensor:
         """Orthonormal directions [E, H]; kept between forwards while the weight stays the same."""
         assert self.weight is not None
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        fresh = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if fresh or self.weight.is_inference():  # inference tensors have no version to compare
             return polar_factor(self.weight.to(dtype))
         key = (self.weight.data_ptr(), self.weight._version, self.weight.device, dtype)
         if self._directions is None or self._directions[0] != key:

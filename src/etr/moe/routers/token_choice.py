@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from etr.moe.routers.base import Router, RouterConfig, RouterTraits, one_best
 from etr.moe.routing import RouterInput, Scores
@@ -74,5 +75,6 @@ class LinearRouter(Router):
             gates = probs = logits.softmax(-1)
         else:
             gates = logits.sigmoid()
-            probs = gates / gates.sum(-1, keepdim=True)
+            # gates / gates.sum(), in a form that does not become 0 / 0 where all gates underflow
+            probs = logsigmoid(logits).softmax(-1)
         return Scores(scores=gates, logits=logits, gates=gates, probs=probs)

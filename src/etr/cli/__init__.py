@@ -1,0 +1,68 @@
+"""The command `etr`: one file a verb, each with ``run(arguments)``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+VERBS = {
+    "demo": "compare baseline, LocMoE and ETR on built-in text, with a report",
+    "train": "train a language model",
+    "compare": "train several routers on the same work and report",
+    "generate": "continue a text with a trained model",
+    "evaluate": "held-out bits per byte of a trained model, by domain",
+    "calibrate": "set a trained model's selection thresholds from text",
+    "routers": "list routers, capacity policies, and what goes with what",
+    "report": "draw the report of a finished comparison again",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a verb; errors a person can act on are printed without a traceback."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    verb, *rest = arguments
+    if verb == "--version":
+        from etr import __version__
+
+        print(f"etr {__version__}")
+        return 0
+    if verb not in VERBS:
+        print(f"etr: there is no verb {verb!r}\n\n{_help()}", file=sys.stderr)
+        return 2
+    try:
+        module = importlib.import_module(f"etr.cli.{verb}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("etr"):
+            raise
+        print(
+            f"etr: {verb!r} needs the package {error.name}: pip install 'etr-moe[train]'",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        return int(module.run(rest) or 0)
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        if type(error) not in _expected_errors():
+            raise
+        print(f"etr {verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"etr {verb}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    from etr.train import TrainingDiverged
+
+    return (ValueError, FileNotFoundError, TrainingDiverged)
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:{width}}  {what}" for verb, what in VERBS.items()]
+    return "\n".join(
+        ["usage: etr VERB [options]   (etr VERB --help lists the options)", "", *lines]
+    )

@@ -1,0 +1,15 @@
+"""Options from config dataclasses, by tyro."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import tyro
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T], verb: str, arguments: list[str]) -> T:
+    """Read a dataclass from the command line; nested fields are flat options."""
+    options = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
+    return tyro.cli(kind, prog=f"etr {verb}", args=arguments, config=options)

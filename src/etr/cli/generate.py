@@ -1,0 +1,81 @@
+"""`etr generate`: continue a text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import tyro
+
+from etr.cli._model import open_model
+from etr.cli._options import parse
+from etr.hf import EtrForCausalLM
+from etr.moe import set_eval_selection
+from etr.moe.config import EvalSelection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """What to continue and how."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Checkpoint, or a run's folder."""
+    prompt: str = ""
+    """Text to continue."""
+    max_new_tokens: int = 200
+    """Tokens to add."""
+    temperature: float = 0.8
+    """Of the sampling; 0 takes the likeliest token."""
+    top_p: float = 0.95
+    """Sample from the likeliest tokens that hold this much probability."""
+    seed: int = 0
+    """Of the sampling."""
+    selection: EvalSelection = "threshold"
+    """How experts select."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} must be >= 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
+
+
+def run(arguments: list[str]) -> int:
+    """Generate and print."""
+    config = parse(GenerateConfig, "generate", arguments)
+    model, tokenizer, _ = open_model(config.model)
+    print(continue_text(model, tokenizer, config))
+    return 0
+
+
+def continue_text(
+    model: EtrForCausalLM, tokenizer: PreTrainedTokenizerBase, config: GenerateConfig
+) -> str:
+    """Prompt and continuation as text."""
+    model.eval()
+    set_eval_selection(model, config.selection)
+    ids = tokenizer(config.prompt, add_special_tokens=False)["input_ids"]
+    if not ids:  # an empty prompt: documents begin after an end
+        ids = [tokenizer.eos_token_id]
+    prompt = torch.tensor([ids], device=model.device)
+    torch.manual_seed(config.seed)
+    sampling = (
+        {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+        if config.temperature > 0
+        else {"do_sample": False}
+    )
+    generate: Any = model.generate
+    out = generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=config.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
+    )
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))

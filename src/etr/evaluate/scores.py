@@ -1,0 +1,66 @@
+"""Distribution of selection scores: of the chosen experts, and of all others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from etr.data import Batch
+from etr.hf import EtrForCausalLM
+from etr.moe import moe_layers
+
+
+@torch.no_grad()
+def score_densities(
+    model: EtrForCausalLM, batches: Iterable[Batch], num_bins: int = 80
+) -> dict[str, Any] | None:
+    """Densities of the router's scores over held-out tokens, all layers together.
+
+    Args:
+        model: run in eval mode; restored.
+        batches: held-out text.
+        num_bins: equal bins between the smallest and the largest score.
+    Returns:
+        ``{"edges": [n + 1], "own": [n], "others": [n]}``, or None where the router has no scores.
+    """
+    layers = moe_layers(model)
+    if not all(layer.traits.has_scores for layer in layers):
+        return None
+    own: list[Tensor] = []
+    others: list[Tensor] = []
+
+    def record(router: torch.nn.Module, args: Any, routing: Any) -> None:
+        chosen = routing.routing_map()
+        if not routing.tokens_choose:  # the k best stand for the choice
+            best = routing.scores.topk(routing.top_k, dim=-1).indices
+            chosen = torch.zeros_like(chosen).scatter(1, best, True)
+        mask = routing.valid_mask
+        own.append(routing.scores[mask][chosen[mask]].float().cpu())
+        others.append(routing.scores[mask][~chosen[mask]].float().cpu())
+
+    handles = [layer.router.register_forward_hook(record) for layer in layers]
+    was_training = model.training
+    model.eval()
+    try:
+        device = next(model.parameters()).device
+        for batch in batches:
+            batch = batch.to(device)
+            model(input_ids=batch.input_ids, attention_mask=batch.valid_mask.long())
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    if not own:
+        return None
+    mine, rest = torch.cat(own), torch.cat(others)
+    low = float(min(mine.min(), rest.min() if len(rest) else mine.min()))
+    high = float(max(mine.max(), rest.max() if len(rest) else mine.max()))
+    edges = torch.linspace(low, max(high, low + 1e-6), num_bins + 1)
+    return {
+        "edges": edges.tolist(),
+        "own": torch.histogram(mine, edges, density=True).hist.tolist(),
+        "others": torch.histogram(rest, edges, density=True).hist.tolist() if len(rest) else [],
+    }

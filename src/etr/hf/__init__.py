@@ -1,0 +1,25 @@
+"""Transformers models whose MoE blocks are `etr.moe.MoE` layers.
+
+Importing this registers `EtrConfig` and `EtrForCausalLM` with transformers' Auto classes.
+"""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from etr.hf.config import EtrConfig
+from etr.hf.families import FAMILIES, Family, family_of
+from etr.hf.loading import load_pretrained
+from etr.hf.modeling import EtrCausalLMOutput, EtrForCausalLM, MoEBlock
+
+AutoConfig.register("etr", EtrConfig, exist_ok=True)
+AutoModelForCausalLM.register(EtrConfig, EtrForCausalLM, exist_ok=True)
+
+__all__ = [
+    "FAMILIES",
+    "EtrCausalLMOutput",
+    "EtrConfig",
+    "EtrForCausalLM",
+    "Family",
+    "MoEBlock",
+    "family_of",
+    "load_pretrained",
+]

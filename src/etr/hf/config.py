@@ -1,0 +1,180 @@
+"""EtrConfig: a transformers model's config, and what replaces its MoE blocks."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, MixtralConfig, PreTrainedConfig
+
+from etr.hf.families import Family, family_of
+from etr.moe import LossConfig, MoEConfig
+from etr.moe.capacity import CapacityConfig
+from etr.moe.config import EvalSelection
+from etr.moe.experts import Activation
+from etr.moe.routers import RouterConfig
+from etr.moe.select import Normalize, RankBy
+
+SIZES = ("hidden_size", "intermediate_size", "num_experts", "top_k")
+"""Fields of MoEConfig that are read from the base config, so that each is stored once."""
+
+
+class EtrConfig(PreTrainedConfig):
+    """Config of `EtrForCausalLM`. Use `EtrConfig.from_base`.
+
+    Every attribute that is not its own (vocab_size, num_hidden_layers, head_dim, use_cache, ...)
+    is read from and written to `base_config`, so that caches, generation and tools see one model.
+
+    Args:
+        base_config: config of the model whose MoE blocks are swapped, or its dictionary.
+        moe: options of the layers, as `MoEConfig.to_dict` gives them without the sizes.
+    Raises:
+        ValueError: the base's family is not known, or the options contradict the sizes or each
+            other.
+    """
+
+    model_type = "etr"
+    sub_configs = {"base_config": AutoConfig}  # noqa: RUF012
+    keys_to_ignore_at_inference = [  # noqa: RUF012
+        "past_key_values",
+        "lm_loss",
+        "router_losses",
+        "routing_stats",
+    ]
+
+    base_config: Any = None
+    moe: Any = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        base = _base_config(self.base_config)
+        self.base_config = None  # nothing is delegated before the config is whole
+        super().__post_init__(**kwargs)
+        self.base_config = base
+        if self._attn_implementation is not None:
+            base._attn_implementation = self._attn_implementation
+        # Through the layer's own config: checked, and complete with every default.
+        config = _moe_config(family_of(base), base, self.moe or {})
+        self.moe = {k: v for k, v in config.to_dict().items() if k not in SIZES}
+
+    @classmethod
+    def from_base(
+        cls,
+        hf_config: PreTrainedConfig,
+        router: str | RouterConfig = "etr",
+        capacity: str | CapacityConfig | None = None,
+        *,
+        top_k: int | None = None,
+        rank_by: RankBy | None = None,
+        normalize: Normalize | None = None,
+        losses: LossConfig | None = None,
+        activation: Activation | None = None,
+        num_shared_experts: int = 0,
+        backend: str = "auto",
+        dispatch: str = "permute",
+        eval_selection: EvalSelection = "threshold",
+        local_bonus: float = 0.0,
+        debug: bool = False,
+    ) -> EtrConfig:
+        """Config of a model like `hf_config` with its MoE blocks swapped.
+
+        Args:
+            hf_config: a Mixtral, Qwen3-MoE or OLMoE config; copied.
+            router: name in `etr.ROUTERS`, or a router's config.
+            capacity: name in `etr.CAPACITIES`, a policy's config, or None for the router's own.
+            top_k: experts a token may choose; None keeps the base's.
+            activation: inside the experts; None takes the base's.
+            rank_by, normalize, losses, num_shared_experts, backend, dispatch, eval_selection,
+                local_bonus, debug: see `MoEConfig`.
+        Raises:
+            ValueError: the base's family is not known, or the options contradict the sizes or
+                each other.
+        """
+        base = copy.deepcopy(hf_config)
+        family = family_of(base)
+        if top_k is not None:
+            setattr(base, family.top_k, top_k)
+        config = MoEConfig(
+            **family.sizes(base),
+            router=router,
+            capacity=capacity,
+            rank_by=rank_by,
+            normalize=normalize,
+            losses=losses or LossConfig(),
+            activation=activation or family.layer_activation(base),
+            num_shared_experts=num_shared_experts,
+            backend=backend,
+            dispatch=dispatch,
+            eval_selection=eval_selection,
+            local_bonus=local_bonus,
+            debug=debug,
+        )
+        moe = {k: v for k, v in config.to_dict().items() if k not in SIZES}
+        return cls(base_config=base, moe=moe)
+
+    @property
+    def family(self) -> Family:
+        """The row of the base model."""
+        return family_of(self.base_config)
+
+    @property
+    def moe_config(self) -> MoEConfig:
+        """Config of each MoE layer."""
+        return _moe_config(self.family, self.base_config, self.moe)
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """The base config: it describes the language model to caches and generation."""
+        return self.base_config
+
+    def __getattr__(self, name: str) -> Any:
+        base = self.__dict__.get("base_config")
+        if base is None or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        base = self.__dict__.get("base_config")
+        if base is None or name.startswith("_") or name in _OWN or not hasattr(base, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(base, name, value)
+
+
+_OWN = frozenset(
+    name
+    for name in (
+        "base_config",
+        "moe",
+        *dir(PreTrainedConfig),
+        "name_or_path",
+        "quantization_config",
+    )
+    if name not in ("rope_scaling",)
+) | {field.name for field in dataclasses.fields(PreTrainedConfig)}
+
+
+def _base_config(value: Any) -> PreTrainedConfig:
+    if value is None:
+        return MixtralConfig()
+    if isinstance(value, PreTrainedConfig):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"base_config={value!r} must be a transformers config or its dictionary")
+    values = dict(value)
+    model_type = values.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"base_config['model_type']={model_type!r} is unknown to transformers")
+    return CONFIG_MAPPING[model_type].from_dict(values)
+
+
+def _moe_config(family: Family, base: PreTrainedConfig, moe: dict[str, Any]) -> MoEConfig:
+    known = {field.name for field in dataclasses.fields(MoEConfig)} - set(SIZES)
+    unknown = sorted(set(moe) - known)
+    if unknown:
+        raise ValueError(
+            f"moe has unknown options {', '.join(unknown)}; known: {', '.join(sorted(known))} "
+            "(sizes belong to base_config)"
+        )
+    if "activation" not in moe:
+        moe = {**moe, "activation": family.layer_activation(base)}
+    return MoEConfig.from_dict({**moe, **family.sizes(base)})

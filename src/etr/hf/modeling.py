@@ -1,0 +1,301 @@
+"""EtrForCausalLM: a transformers MoE model with its blocks swapped for `etr.moe.MoE`."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import MODEL_MAPPING, Cache, GenerationMixin, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.utils import ModelOutput, can_return_tuple
+
+from etr.hf.config import EtrConfig
+from etr.hf.initialize import initialize
+from etr.moe import Collector, MoE, MoEConfig, RoutingContext
+from etr.moe.state import GlobalState
+
+
+@dataclass
+class EtrCausalLMOutput(ModelOutput):
+    """Result of `EtrForCausalLM`.
+
+    Args:
+        loss: cross-entropy in nats per token, plus the router losses while training; None
+            without labels.
+        logits: [B, S, vocab_size].
+        past_key_values: cache for further tokens.
+        hidden_states, attentions: of each layer, where asked for.
+        lm_loss: the cross-entropy alone, detached.
+        router_losses: mean over layers of each scaled loss, by name; empty in eval mode.
+        routing_stats: counters of each MoE layer, see `etr.moe.stats`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    lm_loss: Tensor | None = None
+    router_losses: dict[str, Tensor] | None = None
+    routing_stats: list[dict[str, Tensor]] | None = None
+
+
+class MoEBlock(MoE):
+    """The layer in the place of a family's MoE block: tensor in, tensor out."""
+
+    def __init__(self, config: MoEConfig, layer_index: int) -> None:
+        super().__init__(config, layer_index)
+        self.context: RoutingContext | None = None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """Run the layer with the context of the decoder layer's call, [B, S, H]."""
+        return super().forward(hidden_states, self.context).hidden_states
+
+
+class EtrForCausalLM(PreTrainedModel, GenerationMixin):
+    """Causal language model of a known family whose MoE blocks are `etr.moe.MoE` layers.
+
+    Args:
+        config: see `EtrConfig.from_base`.
+    """
+
+    config_class = EtrConfig
+    config: EtrConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: EtrConfig) -> None:
+        super().__init__(config)
+        # The family's own experts are thrown away, so they must cost neither an initialisation nor
+        # random numbers; `post_init` initialises everything once.
+        with no_init_weights(), torch.random.fork_rng(devices=[]):
+            self.model = base_model_class(MODEL_MAPPING[type(config.base_config)])(config)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """Load like any transformers model; warns where the checkpoint lacks routing state."""
+        loaded: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        _align(model)
+        missing = model.state_keys() & set(info["missing_keys"])
+        if missing:
+            warnings.warn(
+                f"checkpoint {str(path)!r} lacks {len(missing)} routing state tensors (such as "
+                f"{min(missing)}): starting from the initial values; calibrate before evaluating "
+                "with thresholds",
+                stacklevel=2,
+            )
+        return (model, info) if output_loading_info else model
+
+    def state_keys(self) -> set[str]:
+        """Names of the routing state (thresholds, counters, ...) in the state dict."""
+        return {
+            f"{prefix}.{name}"
+            for prefix, module in self.named_modules()
+            if isinstance(module, GlobalState)
+            for name, _ in module.named_buffers(recurse=False)
+        }
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        routing_context: RoutingContext | None = None,
+        **kwargs: Any,
+    ) -> EtrCausalLMOutput:
+        """Logits, and with labels the loss.
+
+        Args:
+            input_ids: int64 [B, S], or give inputs_embeds [B, S, H].
+            attention_mask: 1 = real token, [B, past + S]; what it hides is not routed either.
+            labels: int64 [B, S], shifted inside; -100 is ignored.
+            logits_to_keep: compute the last so many positions only, or those of an index; 0 = all.
+            routing_context: placement, groups, replay and so on; the mask, the token ids and the
+                collector are filled in.
+            kwargs: for the base model; `num_items_in_batch` divides the summed loss, as
+                transformers' Trainer wants it.
+        """
+        context = routing_context or RoutingContext()
+        for name in ("output_hidden_states", "output_attentions"):
+            if getattr(self.config, name):
+                kwargs.setdefault(name, True)
+        with Collector(self, ambient=False) as collector:
+            context = replace(
+                context,
+                valid_mask=_valid_mask(attention_mask, input_ids, inputs_embeds),
+                token_ids=input_ids,
+                collector=collector,
+            )
+            outputs = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                etr_context=context,
+                **kwargs,
+            )
+        hidden = outputs.last_hidden_state
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, keep])
+
+        loss = lm_loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+            lm_loss = loss.detach()
+            if self.training:
+                loss = loss + collector.loss() * _share_of_step(labels, **kwargs)
+        return EtrCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            lm_loss=lm_loss,
+            router_losses=collector.losses(),
+            routing_stats=collector.stats(),
+        )
+
+    def _set_gradient_checkpointing(  # type: ignore[override]
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        **kwargs: Any,
+    ) -> None:
+        # Every public way to switch checkpointing on ends here.
+        options = getattr(gradient_checkpointing_func, "keywords", {})
+        if options.get("use_reentrant"):
+            raise ValueError(
+                "use_reentrant=True loses the gradients of the router losses, which leave the "
+                "checkpointed layers by the side; use "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        function = functools.partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, function, **kwargs)
+
+
+class _BaseModel:
+    """Mixed into a family's base model: swaps the blocks and initialises them."""
+
+    def __init__(self, config: EtrConfig) -> None:
+        # The family's experts are gone, and with them the choice of how to run them.
+        config.base_config._experts_implementation = None
+        super().__init__(config.base_config)  # type: ignore[call-arg]
+        swap_blocks(self.layers, config)  # type: ignore[attr-defined]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if not initialize(module, self.config.initializer_range):  # type: ignore[attr-defined]
+            super()._init_weights(module)  # type: ignore[misc]
+
+
+class _DecoderLayer:
+    """Mixed into a family's decoder layer: hands the context to its MoE block.
+
+    The context is part of the call, so activation recomputation finds it again.
+    """
+
+    block_name: str
+
+    def forward(self, *args: Any, etr_context: RoutingContext | None = None, **kwargs: Any) -> Any:
+        block = getattr(self, self.block_name)
+        if not isinstance(block, MoEBlock):  # a dense layer
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        block.context = etr_context
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            block.context = None
+
+
+@functools.cache
+def base_model_class(family_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """`family_class` that takes an `EtrConfig` and has its MoE blocks swapped."""
+    # Being of this module also keeps transformers from renaming the weights on disk.
+    return type(f"Etr{family_class.__name__}", (_BaseModel, family_class), {"__module__": __name__})
+
+
+@functools.cache
+def decoder_layer_class(layer_class: Any, block_name: str) -> Any:
+    """`layer_class` that hands `etr_context` to its MoE block.
+
+    It keeps its name: device maps and FSDP know layers by it.
+    """
+    return type(
+        layer_class.__name__,
+        (_DecoderLayer, layer_class),
+        {"__module__": __name__, "block_name": block_name},
+    )
+
+
+def swap_blocks(layers: Sequence[nn.Module] | nn.ModuleList, config: EtrConfig) -> None:
+    """Replace the MoE blocks of decoder layers in place; dense layers keep theirs.
+
+    Raises:
+        ValueError: all layers are dense.
+    """
+    family, moe_config = config.family, config.moe_config
+    sparse = [layer for layer in layers if family.is_moe(layer)]
+    if not sparse:
+        raise ValueError(
+            f"base_config of model_type={family.model_type!r} makes every layer dense, so there "
+            "is no MoE block to swap"
+        )
+    for index, layer in enumerate(sparse):
+        setattr(layer, family.block, MoEBlock(moe_config, index))
+    for layer in layers:
+        layer_class: Any = type(layer)
+        layer.__class__ = decoder_layer_class(layer_class, family.block)
+
+
+def _align(model: nn.Module) -> None:
+    """Move CPU weights to memory as aligned as torch's own.
+
+    Loaded ones lie where the file has them, and matrix products of misaligned operands differ in
+    the last bit: training would not resume exactly.
+    """
+    for weight in model.parameters():
+        if weight.device.type == "cpu" and weight.data_ptr() % 64:
+            weight.data = weight.data.clone()
+
+
+def _valid_mask(
+    attention_mask: Tensor | None, input_ids: Tensor | None, inputs_embeds: Tensor | None
+) -> Tensor | None:
+    """True = real token, bool [B, S]; None where no 2-D mask tells."""
+    inputs = input_ids if input_ids is not None else inputs_embeds
+    if inputs is None or not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return None
+    return attention_mask[:, attention_mask.shape[1] - inputs.shape[1] :].bool()
+
+
+def _share_of_step(
+    labels: Tensor, num_items_in_batch: Tensor | int | None = None, **_: Any
+) -> Tensor | float:
+    """Weight of this micro-batch's router losses, so that over a step they make up a mean."""
+    if num_items_in_batch is None:
+        return 1.0
+    return (labels[..., 1:] != -100).sum() / num_items_in_batch

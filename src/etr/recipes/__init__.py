@@ -1,0 +1,5 @@
+"""Recipes: functions that return configs."""
+
+from etr.recipes.demo import demo, smoke
+
+__all__ = ["demo", "smoke"]

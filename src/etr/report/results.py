@@ -1,0 +1,273 @@
+"""Read what a comparison wrote: results.json and, beside each row, its metrics.jsonl.
+
+Numbers that are missing, null or not finite become None (in curves: NaN), so that everything
+after this file meets one kind of absence only.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from etr.report.metrics import Metrics, load_metrics, number
+
+FORMAT = 1
+SELECTIONS = ("threshold", "dropless")
+# The numeric fields of a row; every one may be null.
+VALUES = (
+    "steps",
+    "tokens",
+    "val_loss",
+    "val_loss_dropless",
+    "kept_fraction",
+    "kept_fraction_eval",
+    "drop_rate",
+    "num_tokens_per_expert_mean",
+    "max_violation",
+    "step_time_seconds_median",
+    "expert_flops_per_step",
+    "expert_flops_total",
+    "parameters",
+    "active_parameters",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """Densities of the router's scores: of chosen experts (`own`) and of all the others."""
+
+    edges: NDArray[np.float64]
+    """Bin edges, ascending, [n + 1]."""
+    own: NDArray[np.float64]
+    """Density of the chosen experts' scores, [n]."""
+    others: NDArray[np.float64]
+    """Density of the scores of the experts not chosen, [n]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One run: one variant with one seed."""
+
+    name: str
+    """The variant; appears once per seed."""
+    router: str
+    """Name of the router."""
+    capacity: str
+    """Capacity policy, in words."""
+    seed: int
+    """Seed of the run; rows of different variants are paired by it."""
+    selection: str
+    """How experts kept tokens for `val_loss`: `threshold` or `dropless`."""
+    causal: bool
+    """False where later tokens may change earlier ones; such rows compare only with each other."""
+    values: Mapping[str, float | None]
+    """The numbers named in `VALUES`; None where the run has none."""
+    val_loss_by_domain: Mapping[str, float | None]
+    """Held-out loss of each domain, nats per token."""
+    histogram: Histogram | None
+    """Score histogram, if the router has scores."""
+    metrics: Metrics | None
+    """Curves of the run, if its metrics file was readable."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """A whole comparison. The first row's name is the baseline."""
+
+    command: str
+    """The command that made it."""
+    config: Mapping[str, Any]
+    """The full configuration."""
+    environment: Mapping[str, Any]
+    """Versions, machine and date."""
+    rows: tuple[Row, ...]
+    """All runs, in the order of the file; never empty."""
+    notes: tuple[str, ...]
+    """What was missing or damaged in the metrics files, one sentence each."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Variant names in order of first appearance."""
+        return tuple(dict.fromkeys(row.name for row in self.rows))
+
+    def of(self, name: str) -> tuple[Row, ...]:
+        """The rows of one variant, one per seed."""
+        return tuple(row for row in self.rows if row.name == name)
+
+
+ResultsLike = Results | Mapping[str, Any] | Path | str
+
+
+def load_results(source: ResultsLike, *, metrics_root: Path | None = None) -> Results:
+    """Load and check a comparison's results.
+
+    Args:
+        source: path of results.json or of the folder that holds it; or its content as a mapping;
+            or a `Results`, returned as it is.
+        metrics_root: folder that the rows' `metrics` paths are relative to; by default the
+            folder of the file, or the current one when `source` is a mapping.
+    Returns:
+        The checked results. A metrics file that is absent or damaged costs its curves only,
+        and is named in `notes`.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is cut, foreign, of another format, or a field is malformed.
+    """
+    if isinstance(source, Results):
+        return source
+    if isinstance(source, Mapping):
+        return _parse(source, "results", metrics_root or Path())
+    path = Path(source)
+    path = path / "results.json" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"results: {path} does not exist; give the results.json that `etr compare` wrote"
+        )
+    return _parse(_read_json(path), str(path), metrics_root or path.parent)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file; expected results.json") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is not complete JSON (line {error.lineno}, column {error.colno}: {error.msg});"
+            " was it cut while being written?"
+        ) from error
+
+
+def _parse(content: Any, where: str, metrics_root: Path) -> Results:
+    if not isinstance(content, Mapping) or "format" not in content or "rows" not in content:
+        raise ValueError(
+            f"{where} has no `format` and `rows`; expected the results.json of `etr compare`"
+        )
+    if content["format"] != FORMAT or isinstance(content["format"], bool):
+        raise ValueError(
+            f"{where}: format {content['format']!r} is unknown; this version reads format {FORMAT}"
+        )
+    raw_rows = content["rows"]
+    if not isinstance(raw_rows, Sequence) or isinstance(raw_rows, str) or not raw_rows:
+        raise ValueError(f"{where}: rows must be a list with at least one run, got {raw_rows!r}")
+    notes: list[str] = []
+    rows = tuple(
+        _parse_row(raw, f"{where}: rows[{index}]", metrics_root, notes)
+        for index, raw in enumerate(raw_rows)
+    )
+    _check_variants(rows, where)
+    return Results(
+        command=str(content.get("command") or ""),
+        config=_mapping(content.get("config"), f"{where}: config"),
+        environment=_mapping(content.get("environment"), f"{where}: environment"),
+        rows=rows,
+        notes=tuple(notes),
+    )
+
+
+def _parse_row(raw: Any, where: str, metrics_root: Path, notes: list[str]) -> Row:
+    raw = _mapping(raw, where)
+    for field in ("name", "router", "capacity", "seed", "selection", "causal", "val_loss"):
+        if field not in raw:
+            raise ValueError(f"{where} has no {field!r}")
+    name, seed, selection = raw["name"], raw["seed"], raw["selection"]
+    if not isinstance(name, str) or not _label(name):
+        raise ValueError(f"{where}: name must be a text that is not empty, got {name!r}")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ValueError(f"{where}: seed must be an integer, got {seed!r}")
+    if selection not in SELECTIONS:
+        raise ValueError(f"{where}: selection must be one of {SELECTIONS}, got {selection!r}")
+    if not isinstance(raw["causal"], bool):
+        raise ValueError(f"{where}: causal must be true or false, got {raw['causal']!r}")
+    by_domain = _mapping(raw.get("val_loss_by_domain"), f"{where}: val_loss_by_domain")
+    return Row(
+        name=_label(name),
+        router=_label(raw["router"]),
+        capacity="none" if raw["capacity"] is None else _label(raw["capacity"]),
+        seed=seed,
+        selection=selection,
+        causal=raw["causal"],
+        values={field: number(raw.get(field), f"{where}: {field}") for field in VALUES},
+        val_loss_by_domain={
+            _label(domain): number(loss, f"{where}: val_loss_by_domain[{domain!r}]")
+            for domain, loss in by_domain.items()
+        },
+        histogram=_parse_histogram(raw.get("affinity_histogram"), where),
+        metrics=_find_metrics(raw.get("metrics"), f"{name}, seed {seed}", metrics_root, notes),
+    )
+
+
+def _label(value: Any) -> str:
+    """One line of what can be printed: control characters would break SVG and tables."""
+    text = "".join(c if c.isprintable() else " " for c in str(value))
+    return " ".join(text.split())
+
+
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} must be an object, got {type(value).__name__}")
+    return value
+
+
+def _parse_histogram(raw: Any, where: str) -> Histogram | None:
+    if raw is None:
+        return None
+    raw = _mapping(raw, f"{where}: affinity_histogram")
+    try:
+        edges, own, others = (
+            np.asarray(raw[key], dtype=np.float64) for key in ("edges", "own", "others")
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where}: affinity_histogram needs lists of numbers `edges`, `own` and `others`"
+        ) from error
+    bins = (edges.size - 1,)
+    if edges.ndim != 1 or bins[0] < 1 or own.shape != bins or others.shape != bins:
+        raise ValueError(
+            f"{where}: affinity_histogram needs n + 1 edges for n values, got"
+            f" {edges.size} edges, {own.size} own, {others.size} others"
+        )
+    if not (np.isfinite(edges).all() and (np.diff(edges) > 0).all()):
+        raise ValueError(f"{where}: affinity_histogram edges must be finite and ascending")
+    return Histogram(edges=edges, own=np.nan_to_num(own), others=np.nan_to_num(others))
+
+
+def _find_metrics(raw: Any, run: str, root: Path, notes: list[str]) -> Metrics | None:
+    """A report without one run's curves is better than none: say what is missing, go on."""
+    if not raw:
+        return None
+    try:
+        metrics = load_metrics(root / str(raw))
+    except FileNotFoundError:
+        notes.append(f"{run}: no curves, {raw} does not exist.")
+        return None
+    except ValueError as error:
+        notes.append(f"{run}: no curves, {error}.")
+        return None
+    notes.extend(f"{run}: {note}" for note in metrics.notes)
+    return metrics
+
+
+def _check_variants(rows: Sequence[Row], where: str) -> None:
+    first: dict[str, Row] = {}
+    seen: set[tuple[str, int]] = set()
+    for row in rows:
+        if (row.name, row.seed) in seen:
+            raise ValueError(
+                f"{where}: variant {row.name!r} has seed {row.seed} twice; give each run its own"
+                " name or seed"
+            )
+        seen.add((row.name, row.seed))
+        other = first.setdefault(row.name, row)
+        for field in ("router", "capacity", "selection", "causal"):
+            if getattr(row, field) != getattr(other, field):
+                raise ValueError(
+                    f"{where}: variant {row.name!r} has {field} {getattr(other, field)!r} and"
+                    f" {getattr(row, field)!r}; one name must mean one configuration"
+                )

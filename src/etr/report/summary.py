@@ -1,0 +1,215 @@
+"""Rows to figures of merit: mean and range over seeds, and paired differences to the baseline."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from etr.report.results import VALUES, Results, ResultsLike, Row, load_results
+from etr.report.statistics import mean, t_interval
+from etr.report.wording import listed
+
+Verdict = Literal["lower", "higher", "within noise"]
+
+# Served and trained kept shares further apart than this mean that the thresholds are off.
+KEPT_GAP_ALARM = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """One number of one variant over its seeds."""
+
+    mean: float
+    """Mean over the seeds that have the number."""
+    low: float
+    """Least over seeds."""
+    high: float
+    """Most over seeds."""
+    count: int
+    """Seeds that have the number."""
+    missing: int
+    """Seeds that lack it, for instance because the run diverged."""
+
+    @property
+    def half_range(self) -> float:
+        """Half of most minus least; 0 for one seed."""
+        return (self.high - self.low) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Variant minus baseline of one number, paired by seed."""
+
+    mean: float
+    """Mean of the differences."""
+    low: float
+    """Least over seeds."""
+    high: float
+    """Most over seeds."""
+    interval: tuple[float, float] | None
+    """95 % t-interval of the mean; None with one shared seed."""
+    count: int
+    """Seeds that both have."""
+    missing: int
+    """Seeds of either that cannot be paired; a claim would rest on the survivors."""
+    comparable: bool
+    """False where the two differ in `causal`."""
+    baseline: float
+    """Mean of the baseline over the paired seeds, for relative differences."""
+
+    @property
+    def verdict(self) -> Verdict:
+        """`within noise` unless the interval excludes 0 and no seed is missing."""
+        if self.interval is None or self.missing or not self.comparable:
+            return "within noise"
+        if self.interval[0] > 0:
+            return "higher"
+        return "lower" if self.interval[1] < 0 else "within noise"
+
+    @property
+    def reason(self) -> str:
+        """The verdict in words, with what stands in the way of one."""
+        if not self.comparable:
+            return "not comparable"
+        if self.missing:
+            return "within noise: seeds missing"
+        if self.interval is None:
+            return "within noise: one seed"
+        return self.verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantSummary:
+    """One variant over its seeds."""
+
+    name: str
+    """The variant."""
+    router: str
+    """Name of the router."""
+    capacity: str
+    """Capacity policy, in words."""
+    selection: str
+    """How experts kept tokens for `val_loss`: `threshold` or `dropless`."""
+    causal: bool
+    """False where later tokens may change earlier ones."""
+    seeds: tuple[int, ...]
+    """Seeds, ascending."""
+    estimates: Mapping[str, Estimate]
+    """By name of the number; absent where no seed has it."""
+    differences: Mapping[str, Difference]
+    """By name of the number; empty for the baseline, absent where nothing can be paired."""
+
+    @property
+    def kept_gap(self) -> float | None:
+        """Kept share when served minus kept share in training; None unless thresholds serve."""
+        served, trained = (
+            self.estimates.get(key) for key in ("kept_fraction_eval", "kept_fraction")
+        )
+        if self.selection != "threshold" or served is None or trained is None:
+            return None
+        return served.mean - trained.mean
+
+    @property
+    def kept_gap_alarms(self) -> bool:
+        """True where the gap is over two points, so that the threshold loss is not the method's."""
+        return self.kept_gap is not None and abs(self.kept_gap) > KEPT_GAP_ALARM
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """All variants, the baseline first."""
+
+    variants: tuple[VariantSummary, ...]
+    """In order of the results; never empty."""
+
+    @property
+    def baseline(self) -> VariantSummary:
+        """The variant that all others are compared with."""
+        return self.variants[0]
+
+    @property
+    def challengers(self) -> tuple[VariantSummary, ...]:
+        """All variants but the baseline."""
+        return self.variants[1:]
+
+    @property
+    def incomparable(self) -> tuple[str, ...]:
+        """Names of the variants that differ from the baseline in `causal`."""
+        return tuple(v.name for v in self.challengers if v.causal != self.baseline.causal)
+
+
+def summarize(results: ResultsLike) -> Summary:
+    """Aggregate the rows by variant over seeds.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_results`.
+    """
+    results = load_results(results)
+    baseline = results.of(results.names[0])
+    return Summary(
+        variants=tuple(_summarize_variant(results, name, baseline) for name in results.names)
+    )
+
+
+def _summarize_variant(results: Results, name: str, baseline: Sequence[Row]) -> VariantSummary:
+    rows = results.of(name)
+    first = rows[0]
+    estimates = {key: estimate(rows, key) for key in VALUES}
+    differences = (
+        {} if name == baseline[0].name else {key: difference(rows, baseline, key) for key in VALUES}
+    )
+    return VariantSummary(
+        name=name,
+        router=first.router,
+        capacity=first.capacity,
+        selection=first.selection,
+        causal=first.causal,
+        seeds=tuple(sorted(row.seed for row in rows)),
+        estimates={key: value for key, value in estimates.items() if value is not None},
+        differences={key: value for key, value in differences.items() if value is not None},
+    )
+
+
+def estimate(rows: Sequence[Row], key: str) -> Estimate | None:
+    """Mean and range of one number over a variant's rows; None where no row has it."""
+    values = [value for row in rows if (value := row.values[key]) is not None]
+    if not values:
+        return None
+    return Estimate(
+        mean=mean(values),
+        low=min(values),
+        high=max(values),
+        count=len(values),
+        missing=len(rows) - len(values),
+    )
+
+
+def difference(rows: Sequence[Row], baseline: Sequence[Row], key: str) -> Difference | None:
+    """Paired difference of one number by seed; None where no seed has both values."""
+    ours = {row.seed: row.values[key] for row in rows}
+    theirs = {row.seed: row.values[key] for row in baseline}
+    pairs = [
+        (our, their)
+        for seed in sorted(ours.keys() & theirs.keys())
+        if (our := ours[seed]) is not None and (their := theirs[seed]) is not None
+    ]
+    if not pairs:
+        return None
+    deltas = [our - their for our, their in pairs]
+    return Difference(
+        mean=mean(deltas),
+        low=min(deltas),
+        high=max(deltas),
+        interval=t_interval(deltas),
+        count=len(pairs),
+        missing=len(ours.keys() | theirs.keys()) - len(pairs),
+        comparable=rows[0].causal == baseline[0].causal,
+        baseline=mean([their for _, their in pairs]),
+    )
+
+
+def causality_note(results: Results) -> str:
+    """A sentence for captions, with a space before it; empty where all losses compare."""
+    names = summarize(results).incomparable
+    if not names:
+        return ""
+    return f" Not to be compared with {results.names[0]} (causality differs): {listed(names)}."

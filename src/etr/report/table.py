@@ -1,0 +1,79 @@
+"""The comparison as a table for the terminal and for Markdown."""
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from etr.report.columns import COLUMNS, Cell, Column, Tone
+from etr.report.results import ResultsLike
+from etr.report.summary import VariantSummary, summarize
+
+_STYLES: dict[Tone, str] = {
+    "plain": "",
+    "good": "green",
+    "bad": "red",
+    "quiet": "dim",
+    "alarm": "yellow",
+}
+
+
+def terminal_table(results: ResultsLike) -> Table:
+    """The comparison, one row per variant; readable from 100 columns on.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_results`.
+    """
+    summary = summarize(results)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    for column in COLUMNS:
+        # Numbers never break; the three names take the room that is left.
+        table.add_column(
+            Text(column.brief or column.header),
+            justify="right" if column.numeric else "left",
+            no_wrap=column.numeric,
+            overflow="fold",
+        )
+    for variant in summary.variants:
+        table.add_row(*(_styled(column.cell(variant), column.numeric) for column in COLUMNS))
+    return table
+
+
+def _styled(cell: Cell, numeric: bool) -> Text:
+    # Text, not markup: a name such as "[red]" is printed as it is.
+    main = cell.text.replace(" ±", "\n±") if numeric else cell.text
+    text = Text(main, style=_STYLES[cell.tone])
+    if cell.detail:
+        detail = cell.detail.replace(": ", ":\n").replace("not ", "not\n")
+        text.append(f"\n{detail}", style="dim" if cell.tone == "plain" else "")
+    return text
+
+
+def markdown_table(results: ResultsLike) -> str:
+    """The comparison as a GitHub-flavoured Markdown table, ending in a newline.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_results`.
+    """
+    return markdown_rows(COLUMNS, summarize(results).variants)
+
+
+def markdown_rows(columns: Sequence[Column], variants: Sequence[VariantSummary]) -> str:
+    """A Markdown table of some columns."""
+    headers = [f"{c.header} ({c.unit})" if c.unit else c.header for c in columns]
+    rules = ["---:" if column.numeric else ":---" for column in columns]
+    rows = [[_markdown_cell(column.cell(variant)) for column in columns] for variant in variants]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (headers, rules, *rows))
+
+
+def _markdown_cell(cell: Cell) -> str:
+    text = escape_markdown(cell.text)
+    return f"{text} ({escape_markdown(cell.detail)})" if cell.detail else text
+
+
+def escape_markdown(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    for mark in "\\`*_[]<>|#":
+        text = text.replace(mark, f"\\{mark}")
+    return " ".join(text.split(None)) if "\n" in text or "\r" in text else text

@@ -1,0 +1,190 @@
+"""What a training run needs to know. Field names are unique, so that they are flat options."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from etr.data import DataConfig
+from etr.moe import LossConfig
+from etr.moe.config import EvalSelection, parse_capacity, parse_router
+from etr.moe.experts import Activation
+from etr.moe.select import Normalize, RankBy
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingOptions:
+    """How the model routes. The defaults are Expert-Token Resonance as published."""
+
+    router: str = "etr"
+    """Router with options: NAME or NAME:option=value,...  e.g. etr:frame=orthonormal."""
+    capacity: str | None = None
+    """Capacity policy with options, e.g. factor:capacity_factor=0.6. None: the router's own."""
+    num_experts: int = 8
+    """Routed experts."""
+    top_k: int = 1
+    """Experts a token may choose."""
+    expert_size: int = 256
+    """Width inside each expert."""
+    num_shared_experts: int = 0
+    """Experts that every token passes, beside the routed ones."""
+    rank_by: RankBy | None = None
+    """Whom experts drop first: lowest score or latest position. None: the router's own."""
+    normalize: Normalize | None = None
+    """Normalise combine weights over chosen or kept experts. None: the default for top_k."""
+    activation: Activation = "swiglu"
+    """Expert activation."""
+    backend: str = "auto"
+    """Expert backend."""
+    eval_selection: EvalSelection = "threshold"
+    """Selection in evaluation."""
+    losses: LossConfig = field(default_factory=LossConfig)
+    """Weights of the router's losses."""
+
+    def __post_init__(self) -> None:
+        parse_router(self.router)
+        if self.capacity is not None:
+            parse_capacity(self.capacity)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes of the language model: a transformers decoder whose feed-forwards are MoE layers."""
+
+    hidden_size: int = 128
+    """Width of the residual stream."""
+    num_layers: int = 3
+    """Decoder layers."""
+    num_heads: int = 4
+    """Attention heads."""
+    num_key_value_heads: int = 4
+    """Key-value heads, a divisor of num_heads."""
+    tie_embeddings: bool = True
+    """Use the input embedding as the output projection."""
+    routing: RoutingOptions = field(default_factory=RoutingOptions)
+    """The MoE layers."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_layers", "num_heads", "num_key_value_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be a multiple of 2 * num_heads="
+                f"{2 * self.num_heads}: rotary embeddings need an even head width"
+            )
+        if self.num_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads} must divide "
+                f"num_heads={self.num_heads}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+    warmup_steps: int = 20
+    """Optimizer steps of linear warm-up."""
+    final_learning_rate_ratio: float = 0.1
+    """Learning rate at the end over its peak."""
+    weight_decay: float = 0.1
+    """Of matrices other than embeddings and routers."""
+    beta1: float = 0.9
+    """Decay of the gradient's mean."""
+    beta2: float = 0.95
+    """Decay of the gradient's square."""
+    max_grad_norm: float = 1.0
+    """Largest norm of the whole gradient; larger ones are scaled down."""
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate={self.learning_rate} must be > 0")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must be >= 0")
+        if not 0 <= self.final_learning_rate_ratio <= 1:
+            raise ValueError(
+                f"final_learning_rate_ratio={self.final_learning_rate_ratio} must be in [0, 1]"
+            )
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm={self.max_grad_norm} must be > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    out: str = "runs/train"
+    """Folder of the run: metrics, config, checkpoints."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Text and batches."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The language model."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The optimizer."""
+    steps: int = 400
+    """Optimizer steps."""
+    accumulation_steps: int = 1
+    """Micro-batches per optimizer step."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of the data."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast, with float32 weights and a float32 router."""
+    device: str = "auto"
+    """auto, cpu, cuda, npu, ..."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    eval_every: int = 100
+    """Optimizer steps between evaluations; the last step is always evaluated."""
+    eval_tokens_per_domain: int = 16384
+    """Held-out tokens of each domain per evaluation."""
+    checkpoint_every: int = 200
+    """Optimizer steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `out`."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulation_steps", "eval_every", "eval_tokens_per_domain"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be >= 0")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """Inverse of `to_dict`, also after a round trip through JSON."""
+        return _build(cls, values)
+
+
+_NESTED: dict[str, type] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "optimizer": OptimizerConfig,
+    "routing": RoutingOptions,
+    "losses": LossConfig,
+}
+
+
+def _build(cls: type, values: dict[str, Any]) -> Any:
+    known = {entry.name for entry in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}")
+    built = {}
+    for name, value in values.items():
+        if name in _NESTED and isinstance(value, dict):
+            value = _build(_NESTED[name], value)
+        built[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**built)

@@ -1,0 +1,64 @@
+"""From a ModelConfig to a language model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from etr.hf import EtrConfig, EtrForCausalLM
+from etr.moe.config import parse_capacity, parse_router
+from etr.train.config import ModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def build_model(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
+) -> EtrForCausalLM:
+    """A freshly initialised model.
+
+    Models that differ in their router alone start from the same attention, embedding and expert
+    weights, because routers draw theirs from a stream of their own.
+
+    Args:
+        config: sizes and routing.
+        tokenizer: gives the vocabulary and special ids.
+        max_length: longest sequence, tokens.
+        seed: of the initial weights.
+    """
+    from transformers import MixtralConfig
+
+    routing = config.routing
+    base = MixtralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=routing.expert_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        num_local_experts=routing.num_experts,
+        num_experts_per_tok=routing.top_k,
+        max_position_embeddings=max_length,
+        tie_word_embeddings=config.tie_embeddings,
+        sliding_window=None,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    capacity = None if routing.capacity is None else parse_capacity(routing.capacity)
+    etr_config = EtrConfig.from_base(
+        base,
+        router=parse_router(routing.router),
+        capacity=capacity,
+        rank_by=routing.rank_by,
+        normalize=routing.normalize,
+        losses=routing.losses,
+        activation=routing.activation,
+        num_shared_experts=routing.num_shared_experts,
+        backend=routing.backend,
+        eval_selection=routing.eval_selection,
+    )
+    torch.manual_seed(seed)
+    return EtrForCausalLM(etr_config)

@@ -1,0 +1,80 @@
+"""Named variants of one training run, written in a line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from etr.moe import LossConfig
+from etr.train.config import RoutingOptions, TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A router and its options under a name.
+
+    Args:
+        name: shown in tables and figures.
+        changes: fields of RoutingOptions or LossConfig that differ from the common config.
+        steps: optimizer steps, if not the common number.
+    """
+
+    name: str
+    changes: dict[str, Any]
+    steps: int | None = None
+
+    def apply(self, config: TrainConfig) -> TrainConfig:
+        """The common config with this variant's changes."""
+        losses = {f.name for f in dataclasses.fields(LossConfig)}
+        inner = {k: v for k, v in self.changes.items() if k in losses}
+        outer = {k: v for k, v in self.changes.items() if k not in losses}
+        routing = config.model.routing
+        routing = dataclasses.replace(
+            routing, losses=dataclasses.replace(routing.losses, **inner), **outer
+        )
+        return dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, routing=routing),
+            steps=self.steps or config.steps,
+        )
+
+
+def parse_variant(text: str) -> Variant:
+    """Read ``[NAME=]ROUTER[:options][/field=value]...``.
+
+    A field is one of RoutingOptions or LossConfig, or `steps`; ``capacity`` may carry its own
+    options. Examples: ``baseline``, ``etr``,
+    ``etr-0.6=etr:frame=orthonormal/capacity=factor:capacity_factor=0.6``.
+
+    Raises:
+        ValueError: an unknown field, or a part that does not read field=value.
+    """
+    head, *parts = text.split("/")
+    before_options = head.partition(":")[0]
+    name, equals, _ = before_options.partition("=")
+    router = head[len(name) + 1 :] if equals else head
+    allowed = {f.name for cls in (RoutingOptions, LossConfig) for f in dataclasses.fields(cls)}
+    allowed = (allowed | {"steps"}) - {"losses", "router"}
+    changes: dict[str, Any] = {"router": router}
+    for part in parts:
+        field, equals, value = part.partition("=")
+        if not equals or field not in allowed:
+            raise ValueError(
+                f"variant {text!r}: {part!r} must read field=value with a field of "
+                f"{', '.join(sorted(allowed))}"
+            )
+        changes[field] = value if field == "capacity" else _value(value)
+    steps = changes.pop("steps", None)
+    RoutingOptions(**{k: v for k, v in changes.items() if k in ("router", "capacity")})
+    return Variant(
+        name=name if equals or "=" in before_options else text, changes=changes, steps=steps
+    )
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

@@ -1,0 +1,199 @@
+"""The training loop: learning, resuming, stopping, diverging."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import etr
+from etr.hf import EtrForCausalLM
+from etr.train import TrainingDiverged, train
+from etr.train.checkpoint import list_checkpoints
+from etr.train.loop import Trainer
+from etr.train.metrics import read_metrics
+
+pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
+
+
+def losses_of(run: str) -> list[float]:
+    return [r["loss"] for r in read_metrics(Path(run) / "metrics.jsonl") if r["kind"] == "train"]
+
+
+@pytest.mark.parametrize("router", etr.ROUTERS)
+def test_every_router_learns(make_config, data, router):
+    config = make_config(router, steps=30, eval_every=30, checkpoint_every=30)
+    result = train(config, data=data)
+    losses = losses_of(config.out)
+    assert len(losses) == 30
+    assert sum(losses[-5:]) / 5 < losses[0] - 1.0
+    rows = read_metrics(Path(config.out) / "metrics.jsonl")
+    evals = {row["selection"]: row for row in rows if row["kind"] == "eval"}
+    assert evals["dropless"]["kept_fraction_eval"] == pytest.approx(1.0)
+    assert set(evals["dropless"]["val_loss_by_domain"]) == set(data.dataset.domains)
+    assert not result.stopped
+    assert not result.model.training
+
+
+def test_metrics_count_what_was_kept(make_config, data):
+    config = make_config("etr", {"capacity": "factor:capacity_factor=0.5"})
+    train(config, data=data)
+    rows = [r for r in read_metrics(Path(config.out) / "metrics.jsonl") if r["kind"] == "train"]
+    tokens = config.data.batch_size * config.data.sequence_length
+    for row in rows:
+        kept = sum(sum(layer["num_tokens_per_expert"]) for layer in row["layers"])
+        chosen = sum(sum(layer["num_choices_per_expert"]) for layer in row["layers"])
+        assert chosen == tokens * config.model.num_layers
+        assert row["kept_fraction"] == pytest.approx(kept / chosen)
+        assert row["drop_rate"] == pytest.approx(1 - kept / chosen)
+        assert row["tokens_without_expert"] == pytest.approx(row["drop_rate"])  # top_k is 1
+        assert row["capacity_factor"] == pytest.approx(0.5)
+        assert max(max(layer["num_tokens_per_expert"]) for layer in row["layers"]) <= tokens / 8
+    flops_per_token = 6 * 3 * 32 * 16
+    kept = sum(sum(sum(x["num_tokens_per_expert"]) for x in row["layers"]) for row in rows)
+    assert rows[-1]["expert_flops"] == pytest.approx(kept * flops_per_token)
+    assert rows[-1]["tokens"] == tokens * len(rows)
+
+
+@pytest.mark.parametrize("router", ["etr", "etr:frame=orthonormal", "baseline", "random"])
+def test_resume_continues_bit_for_bit(make_config, data, tmp_path, router):
+    whole = make_config(router, out=str(tmp_path / "whole"))
+    train(whole, data=data)
+    first = dataclasses.replace(whole, out=str(tmp_path / "parts"))
+    with Trainer(first, data) as trainer:
+        for _ in range(6):  # two steps past the checkpoint, as if killed there
+            trainer.advance()
+    train(dataclasses.replace(first, resume=True), data=data)
+    assert losses_of(first.out) == losses_of(whole.out)
+    one, other = (list_checkpoints(Path(c.out))[-1] for c in (whole, first))
+    a = EtrForCausalLM.from_pretrained(one).state_dict()
+    b = EtrForCausalLM.from_pretrained(other).state_dict()
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+def test_interrupt_saves_and_the_run_goes_on(make_config, data):
+    config = make_config(checkpoint_every=100)
+
+    def interrupt(row):
+        if row["step"] == 3 and row["kind"] == "train":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    result = train(config, data=data, on_step=interrupt)
+    assert result.stopped
+    assert result.steps == 3
+    assert [path.name for path in list_checkpoints(Path(config.out))] == ["step-00000003"]
+    result = train(dataclasses.replace(config, resume=True), data=data)
+    assert not result.stopped
+    assert len(losses_of(config.out)) == config.steps
+
+
+def test_accumulation_sums_counters_and_averages_gradients(make_config, data, tmp_path):
+    """Two micro-batches of two rows learn like one of four where no capacity cuts."""
+    routing = {"capacity": "none", "losses": etr.LossConfig(aux_alpha=0.0)}
+    one = make_config("etr", routing, out=str(tmp_path / "one"))
+    half = dataclasses.replace(one.data, batch_size=2)
+    two = dataclasses.replace(one, data=half, accumulation_steps=2, out=str(tmp_path / "two"))
+    train(one, data=data)
+    train(two, data=data)
+    rows = [read_metrics(Path(c.out) / "metrics.jsonl") for c in (one, two)]
+    for a, b in zip(*rows, strict=True):
+        if a["kind"] == "train":
+            assert a["tokens"] == b["tokens"]
+            assert a["loss"] == pytest.approx(b["loss"], abs=2e-4)
+            assert sum(a["layers"][0]["num_choices_per_expert"]) == sum(
+                b["layers"][0]["num_choices_per_expert"]
+            )
+
+
+def test_activation_checkpointing_changes_no_loss(make_config, data, tmp_path):
+    plain = make_config(out=str(tmp_path / "plain"))
+    saving = dataclasses.replace(plain, out=str(tmp_path / "saving"), gradient_checkpointing=True)
+    train(plain, data=data)
+    train(saving, data=data)
+    assert losses_of(saving.out) == losses_of(plain.out)
+
+
+def test_bf16_trains(make_config, data):
+    config = make_config(precision="bf16", steps=20, checkpoint_every=20)
+    result = train(config, data=data)
+    losses = losses_of(config.out)
+    assert losses[-1] < losses[0] - 1.0
+    assert all(p.dtype == torch.float32 for p in result.model.parameters())
+
+
+def test_divergence_names_step_layers_and_checkpoint(make_config, data):
+    config = make_config()
+    with Trainer(config, data) as trainer:
+        for _ in range(4):
+            trainer.advance()
+        with torch.no_grad():
+            next(iter(trainer.model.parameters())).fill_(float("nan"))
+        with pytest.raises(TrainingDiverged) as error:
+            trainer.advance()
+    text = str(error.value)
+    assert "nan at step 5" in text
+    assert "step-00000004" in text
+    assert "layer 1: weight norm" in text
+
+
+def test_last_checkpoints_are_kept(make_config, data):
+    config = make_config(steps=8, checkpoint_every=2, keep_checkpoints=2)
+    train(config, data=data)
+    names = [path.name for path in list_checkpoints(Path(config.out))]
+    assert names == ["step-00000006", "step-00000008"]
+    assert not list((Path(config.out) / "checkpoints").glob(".tmp*"))
+
+
+def test_bad_runs_are_refused(make_config, data, tmp_path):
+    config = make_config()
+    with pytest.raises(ValueError, match="has no checkpoint"):
+        train(dataclasses.replace(config, resume=True), data=data)
+    train(config, data=data)
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(config, data=data)
+    other = dataclasses.replace(
+        config, resume=True, optimizer=dataclasses.replace(config.optimizer, learning_rate=1.0)
+    )
+    with pytest.raises(ValueError, match=r"another config: optimizer.learning_rate is 0.01 there"):
+        train(other, data=data)
+    newest = list_checkpoints(Path(config.out))[-1]
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="is damaged"):
+        train(dataclasses.replace(config, resume=True), data=data)
+    (newest / "train_state.json").write_text('{"format": 99}')
+    with pytest.raises(ValueError, match="format 99"):
+        train(dataclasses.replace(config, resume=True), data=data)
+
+
+def test_config_round_trip(make_config):
+    config = make_config("etr:frame=learned", {"losses": etr.LossConfig(z_beta=0.1)})
+    again = type(config).from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    with pytest.raises(ValueError, match="no field nonsense"):
+        type(config).from_dict({"nonsense": 1})
+
+
+def test_kept_share_in_evaluation_is_that_of_training(make_config, data):
+    """The thresholds of a short run keep, on held-out text, what training keeps."""
+    config = make_config(
+        "etr",
+        {"capacity": "factor:capacity_factor=0.6"},
+        steps=120,
+        eval_every=120,
+        checkpoint_every=120,
+        eval_tokens_per_domain=2048,
+    )
+    train(config, data=data)
+    rows = read_metrics(Path(config.out) / "metrics.jsonl")
+    trained = [r["kept_fraction"] for r in rows if r["kind"] == "train"][-40:]
+    evaluated = next(r for r in rows if r["kind"] == "eval" and r["selection"] == "threshold")
+    assert evaluated["kept_fraction_eval"] == pytest.approx(sum(trained) / 40, abs=0.04)
+    assert evaluated["kept_fraction_eval"] < 0.7
