@@ -224,7 +224,18 @@ def test_documents_within_a_row(dataset: TokenDataset) -> None:
     assert seen >= 2  # the documents inside "big" begin inside rows
 
 
-@pytest.mark.parametrize("limit", [None, 1, 16, 17, 40, 10_000])
+@pytest.mark.parametrize("limit", [1, 8, 16, 17, 40])
+def test_held_out_rows_are_spread(dataset: TokenDataset, limit: int) -> None:
+    every = list(held_out_batches(dataset, S, 1))
+    few = list(held_out_batches(dataset, S, 1, limit))
+    for number in range(len(dataset.held_out)):
+        rows = [b.labels.tolist() for b in every if int(b.domain[0]) == number]
+        taken = [b.labels.tolist() for b in few if int(b.domain[0]) == number]
+        count = min(max(limit // S, 1), len(rows))
+        assert taken == [rows[i * len(rows) // count] for i in range(count)]
+
+
+@pytest.mark.parametrize("limit", [None, 10_000])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_held_out_counts_each_token_once(
     dataset: TokenDataset, limit: int | None, batch_size: int

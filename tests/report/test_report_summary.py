@@ -118,7 +118,7 @@ def test_one_seed_decides_nothing() -> None:
     found = _difference(content)
     assert found.interval is None
     assert found.verdict == "within noise"
-    assert found.reason == "within noise: one seed"
+    assert found.reason == "undecided: one seed"
     assert any("one seed" in caveat for caveat in read(content).caveats)
     assert headline(summarize(content)) is None
 
@@ -128,7 +128,7 @@ def test_survivors_of_divergence_win_nothing() -> None:
     summary = summarize(content)
     estimate = summary.challengers[0].estimates["val_loss"]
     assert (estimate.count, estimate.missing) == (2, 1)
-    assert _difference(content).reason == "within noise: seeds missing"
+    assert _difference(content).reason == "undecided: seeds missing"
     assert any("survivors" in caveat for caveat in read(content).caveats)
     assert read(content).gains == ()
 

@@ -112,4 +112,4 @@ def test_results_markdown_falls_back_to_the_recorded_command(tmp_path: Path) -> 
     content["command"] = "echo ```"
     text = results_markdown(content, "One", "")
     assert "````sh\necho ```\n````" in text
-    assert "Nothing beyond noise." in text
+    assert "Nothing that more than one seed shows beyond noise." in text

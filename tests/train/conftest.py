@@ -12,8 +12,8 @@ from etr.data import DataConfig, OpenedData, open_data
 from etr.train import ModelConfig, OptimizerConfig, RoutingOptions, TrainConfig
 
 WORDS = {
-    "alpha": "the cat sat on a mat and saw the dog run over red hills".split(),
-    "digits": "12 + 30 = 42 ; 7 * 8 = 56 ; 100 - 1 = 99 ;".split(),
+    "alpha": ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "red", "dogs", "run", "home"),
+    "digits": ("12", "+", "30", "=", "42", ";", "7", "*", "8", "=", "56", ";", "100", "-", "1"),
 }
 
 

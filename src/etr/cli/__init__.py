@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    _quiet_transformers()
     try:
         return int(module.run(rest) or 0)
     except (ValueError, FileNotFoundError, RuntimeError) as error:
@@ -52,6 +53,14 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"etr {verb}: interrupted", file=sys.stderr)
         return 130
+
+
+def _quiet_transformers() -> None:
+    """Leave the terminal to our own progress; saving a small model needs no bar."""
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:

@@ -44,7 +44,8 @@ def run_comparison(
     if results is None:
         print(f"stopped; the same command goes on where it stopped ({out})")
         return None
-    Console().print(terminal_table(results))
+    console = Console()
+    console.print(terminal_table(results, console.width))
     page = write_report(out / "results.json", out / "report.html")
     print(f"results: {out / 'results.json'}\nreport:  {page}")
     return results

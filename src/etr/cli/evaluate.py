@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -33,8 +34,6 @@ class EvaluateConfig:
 
 def run(arguments: list[str]) -> int:
     """Evaluate and print a table."""
-    import dataclasses
-
     config = parse(EvaluateConfig, "evaluate", arguments)
     model, _, folder = open_model(config.model)
     data = open_data(dataclasses.replace(config.data, tokenizer=str(folder)))
@@ -46,7 +45,8 @@ def run(arguments: list[str]) -> int:
     )
     result = evaluate(model, batches, data.dataset.domains, config.selection)
     bits = result.bits_per_byte(data.dataset.bytes_per_token)
-    table = Table(title=f"{folder}: {result.selection} selection, kept {result.kept_fraction:.3f}")
+    print(f"{folder}: {result.selection} selection, kept {result.kept_fraction:.3f}")
+    table = Table()
     for name in ("domain", "tokens", "nats/token", "bits/byte"):
         table.add_column(name, justify="left" if name == "domain" else "right")
     for name, loss in result.loss_by_domain.items():

@@ -70,8 +70,8 @@ def continue_text(
         if config.temperature > 0
         else {"do_sample": False}
     )
-    generate: Any = model.generate
-    out = generate(
+    module: Any = model  # transformers annotates `generate` for its own classes only
+    out = module.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=config.max_new_tokens,

@@ -27,7 +27,8 @@ def run(arguments: list[str]) -> int:
     """Print the table and write ``report.html``."""
     config = parse(ReportConfig, "report", arguments)
     folder = Path(config.run)
-    Console().print(terminal_table(load_results(folder / "results.json")))
+    console = Console()
+    console.print(terminal_table(load_results(folder / "results.json"), console.width))
     page = write_report(
         folder / "results.json",
         folder / "report.html",

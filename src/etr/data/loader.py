@@ -198,15 +198,17 @@ def held_out_batches(
 ) -> Iterator[Batch]:
     """Held-out tokens, domain after domain, always in the same order.
 
-    Every token up to the limit is a label exactly once (eos stands before a domain's first). The
-    last row of a domain is padded; a batch has rows of one domain, the domain's last batch
-    perhaps fewer. A domain with nothing held out gives no batch.
+    Without a limit every token is a label exactly once (eos stands before a domain's first);
+    with one, evenly spaced rows are taken, so that they come from many documents. The last row of
+    a domain is padded; a batch has rows of one domain, the domain's last batch perhaps fewer. A
+    domain with nothing held out gives no batch.
 
     Args:
         dataset: what to read.
         sequence_length: tokens per row, S.
         batch_size: most rows per batch.
-        max_tokens_per_domain: use the first so many tokens of each domain; all where None.
+        max_tokens_per_domain: most tokens of each domain, rounded down to whole rows but at least
+            one; all where None.
     Raises:
         ValueError: an argument is under 1.
     """
@@ -225,8 +227,8 @@ def _held_out_batches(
     dataset: TokenDataset, sequence_length: int, batch_size: int, limit: int
 ) -> Iterator[Batch]:
     for number, shard in enumerate(dataset.held_out):
-        stream = np.concatenate([[dataset.eos_token_id], shard.tokens[:limit]])
-        starts = range(0, len(stream) - 1, sequence_length)
+        stream = np.concatenate([[dataset.eos_token_id], shard.tokens])
+        starts = _spread(range(0, len(stream) - 1, sequence_length), limit // sequence_length)
         for first in range(0, len(starts), batch_size):
             rows = [
                 stream[start : start + sequence_length + 1]
@@ -239,6 +241,13 @@ def _held_out_batches(
                 eos_token_id=dataset.eos_token_id,
                 pad_token_id=dataset.pad_token_id,
             )
+
+
+def _spread(starts: range, count: int) -> list[int]:
+    """At most `count` (but at least one) of the starts, evenly spaced, so that few tokens still
+    come from many documents."""
+    count = min(max(count, 1), len(starts))
+    return [starts[i * len(starts) // count] for i in range(count)]
 
 
 def permutation(length: int, *key: int | str) -> NDArray[np.int64]:

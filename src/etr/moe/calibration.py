@@ -14,43 +14,16 @@ import torch
 from torch import Tensor
 
 from etr.moe.routing import Routing
+from etr.moe.score_scale import NUM_BINS, ScoreScale
 from etr.moe.select import pair_scores
 from etr.moe.state import GlobalState
 
-NUM_BINS = 256
-HISTOGRAM_DECAY = 0.99
-"""Part of the running histogram that survives one optimizer step (for experts with choosers)."""
+HISTOGRAM_DECAY = 0.95
+"""Part of the running histogram that survives one optimizer step (for experts with choosers).
+Slower, and scores of weights long gone shift the thresholds; faster, and few tokens are left."""
 SHARE_DECAY = 0.9
 """The same for the share to keep: a count is less noisy than a quantile, and a moving capacity
-schedule must not be followed a hundred steps late."""
-
-
-class ScoreScale:
-    """Bins for scores in [-1, 1]: finest at 0, evenly logarithmic away from it.
-
-    Args:
-        scale: one over the size of a typical score, e.g. sqrt(H) for cosines of H dimensions.
-    """
-
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
-        self.span = math.asinh(scale)
-
-    def coordinate(self, score: Tensor) -> Tensor:
-        """Map scores to [0, 1]."""
-        return (score * self.scale).asinh() / (2 * self.span) + 0.5
-
-    def score(self, coordinate: Tensor) -> Tensor:
-        """Inverse of `coordinate`."""
-        return ((coordinate - 0.5) * (2 * self.span)).sinh() / self.scale
-
-    def bin(self, score: Tensor) -> Tensor:
-        """Bin of each score, int64 in [0, NUM_BINS)."""
-        return (self.coordinate(score) * NUM_BINS).long().clamp(0, NUM_BINS - 1)
-
-    def edges(self) -> Tensor:
-        """The NUM_BINS + 1 bin edges as scores, float64."""
-        return self.score(torch.linspace(0, 1, NUM_BINS + 1, dtype=torch.float64))
+schedule must be followed at once."""
 
 
 @torch.no_grad()

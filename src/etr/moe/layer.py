@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from etr.moe import losses as loss_fns
-from etr.moe.calibration import Calibration, ScoreScale, score_histogram
+from etr.moe.calibration import Calibration, score_histogram
 from etr.moe.collector import Collector
 from etr.moe.config import EVAL_SELECTIONS, EvalSelection, MoEConfig
 from etr.moe.dispatch import DISPATCHERS
@@ -59,7 +59,7 @@ class MoE(nn.Module):
         size = (config.hidden_size, config.num_experts, config.top_k)
         self.router = config.router_config.build(*size)
         self.capacity = config.capacity_config.build(*size)
-        self.calibration = Calibration(config.num_experts, ScoreScale(self.router.score_scale))
+        self.calibration = Calibration(config.num_experts, self.router.score_scale)
         self.state = LayerState(config.num_experts)
         self.experts = ExpertWeights(
             config.num_experts, config.hidden_size, config.intermediate_size, config.activation

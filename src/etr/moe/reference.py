@@ -111,7 +111,7 @@ def weights(routing: Routing, kept: set[Pair], normalize: str) -> dict[Pair, Ten
     result = {}
     for t, e in kept:
         total = sum(gate for (token, _), gate in counted.items() if token == t)
-        result[t, e] = gates[t, e] / total if float(total.detach()) > 0 else gates[t, e] * 0
+        result[t, e] = gates[t, e] / total if total > 0 else gates[t, e] * 0
     return result
 
 

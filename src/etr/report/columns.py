@@ -99,6 +99,21 @@ def number_cell(
     return cell
 
 
+def step_time_cell(variant: VariantSummary) -> Cell:
+    """Median step time; below it the median ratio to the baseline within a round of steps.
+
+    Variants that train in turn give such ratios; otherwise the medians are compared, which a
+    drift of the machine's speed can mislead.
+    """
+    seconds = variant.estimates.get("step_time_seconds_median")
+    within_rounds = variant.differences.get("step_time_ratio_median")
+    medians = variant.differences.get("step_time_seconds_median")
+    return Cell(
+        text=significant(seconds.mean * 1e3 if seconds else None),
+        detail=relative_change(within_rounds or medians),
+    )
+
+
 def _parameters(variant: VariantSummary) -> Cell:
     total, active = (variant.estimates.get(k) for k in ("parameters", "active_parameters"))
     return Cell(
@@ -131,7 +146,7 @@ COLUMNS = (
         header="step time",
         unit="ms",
         brief="step\nms",
-        cell=number_cell("step_time_seconds_median", significant, scale=1e3, relative=True),
+        cell=step_time_cell,
     ),
     Column(
         header="experts",

@@ -5,7 +5,7 @@ from typing import Any
 
 from etr.report.columns import COLUMNS as TABLE
 from etr.report.columns import Cell, Column, difference_cell, footnotes, loss_cell, number_cell
-from etr.report.reading import Finding, read
+from etr.report.reading import NOTHING, Finding, read
 from etr.report.results import ResultsLike, load_results
 from etr.report.summary import Summary, summarize
 from etr.report.table import escape_markdown, markdown_rows
@@ -71,9 +71,9 @@ def results_markdown(results: ResultsLike, title: str, command: str) -> str:
         markdown_rows(COSTS, summary.variants),
         notes,
         "## What it gains",
-        _findings(reading.gains, "Nothing beyond noise."),
+        _findings(reading.gains, NOTHING),
         "## Where it loses",
-        _findings(reading.losses, "Nothing beyond noise."),
+        _findings(reading.losses, NOTHING),
         "## Undecided",
         _findings(reading.undecided, "Every comparable loss is decided."),
     ]

@@ -10,7 +10,7 @@ from etr.report.columns import COLUMNS, Column, footnotes
 from etr.report.figure import Drawing, Skipped, inline_svg, save_files, write_atomically
 from etr.report.figures import draw_figures
 from etr.report.page_style import STYLE_SHEET
-from etr.report.reading import Finding, Reading, headline, read
+from etr.report.reading import NOTHING, Finding, Reading, headline, read
 from etr.report.results import Results, ResultsLike, load_results
 from etr.report.style import variant_style
 from etr.report.summary import Summary, VariantSummary, summarize
@@ -135,8 +135,8 @@ def _reading(reading: Reading) -> str:
     return (
         '<section aria-labelledby="reading">\n<h2 id="reading">What the numbers say</h2>\n'
         '<div class="reading">\n'
-        + _findings("gains", "What it gains", reading.gains, "Nothing beyond noise.")
-        + _findings("losses", "Where it loses", reading.losses, "Nothing beyond noise.")
+        + _findings("gains", "What it gains", reading.gains, NOTHING)
+        + _findings("losses", "Where it loses", reading.losses, NOTHING)
         + _findings("open", "Undecided", reading.undecided, "Every comparable loss is decided.")
         + (
             f'<section class="card caveats"><h3>Read with care</h3><ul>{caveats}</ul></section>\n'

@@ -7,6 +7,9 @@ from etr.report.results import Results, ResultsLike, load_results
 from etr.report.summary import Difference, Summary, VariantSummary, summarize
 from etr.report.wording import between, counted, fixed, listed, signed
 
+NOTHING = "Nothing that more than one seed shows beyond noise."
+"""What stands where no difference is decided."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Quantity:
@@ -30,7 +33,7 @@ QUANTITIES = (
         key="val_loss_dropless", label="held-out loss with nothing dropped", unit=" nats/token"
     ),
     Quantity(key="expert_flops_per_step", label="expert compute per step", relative=True),
-    Quantity(key="step_time_seconds_median", label="step time", relative=True),
+    Quantity(key="step_time_ratio_median", label="step time", relative=True),
     Quantity(key="max_violation", label="load violation (MaxVio)", digits=2),
 )
 
@@ -109,7 +112,7 @@ def _clause(quantity: Quantity, difference: Difference) -> str:
     low, high = difference.interval or (difference.low, difference.high)
     text = f"{quantity.label} {signed(scale * difference.mean, digits)}{unit}"
     if difference.interval is None or difference.missing:
-        return f"{text} ({difference.reason.removeprefix('within noise: ')})"
+        return f"{text} ({difference.reason.removeprefix('undecided: ')})"
     if low == high:
         return f"{text} (the same in every seed)"
     return f"{text} (95 % interval {between(scale * low, scale * high, digits)})"

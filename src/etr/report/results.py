@@ -29,6 +29,7 @@ VALUES = (
     "num_tokens_per_expert_mean",
     "max_violation",
     "step_time_seconds_median",
+    "step_time_ratio_median",
     "expert_flops_per_step",
     "expert_flops_total",
     "parameters",

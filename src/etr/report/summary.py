@@ -71,9 +71,9 @@ class Difference:
         if not self.comparable:
             return "not comparable"
         if self.missing:
-            return "within noise: seeds missing"
+            return "undecided: seeds missing"
         if self.interval is None:
-            return "within noise: one seed"
+            return "undecided: one seed"
         return self.verdict
 
 

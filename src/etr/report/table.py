@@ -19,15 +19,24 @@ _STYLES: dict[Tone, str] = {
 }
 
 
-def terminal_table(results: ResultsLike) -> Table:
-    """The comparison, one row per variant; readable from 100 columns on.
+WIDE = 100
+"""Columns of a terminal that has room for every column of the table."""
 
+
+def terminal_table(results: ResultsLike, width: int = WIDE) -> Table:
+    """The comparison, one row per variant.
+
+    Args:
+        results: the comparison.
+        width: columns of the terminal; under 100, router and capacity are left out, which the
+            variant's name and the report tell.
     Raises:
         FileNotFoundError, ValueError: as `load_results`.
     """
     summary = summarize(results)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
-    for column in COLUMNS:
+    columns = [c for c in COLUMNS if width >= WIDE or c.header not in ("router", "capacity")]
+    for column in columns:
         # Numbers never break; the three names take the room that is left.
         table.add_column(
             Text(column.brief or column.header),
@@ -36,7 +45,7 @@ def terminal_table(results: ResultsLike) -> Table:
             overflow="fold",
         )
     for variant in summary.variants:
-        table.add_row(*(_styled(column.cell(variant), column.numeric) for column in COLUMNS))
+        table.add_row(*(_styled(column.cell(variant), column.numeric) for column in columns))
     return table
 
 

@@ -105,7 +105,12 @@ class Trainer:
         self.model = build_model(config.model, data.tokenizer, length, config.seed)
         torch.nn.Module.to(self.model, self.device).train()
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
+            # Renamed in later versions of transformers, which deprecate the old name.
+            model = self.model
+            enable = getattr(
+                model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
+            )
+            enable()
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.loader = TokenLoader(
             data.dataset,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from etr.moe.affinity import router_dtype
 from etr.moe.routing import RouterInput, Routing, Scores
+from etr.moe.score_scale import OddsScale, ScoreScale
 from etr.moe.select import RankBy, token_pairs, top_experts
 
 
@@ -84,8 +85,8 @@ class Router(nn.Module):
         top_k: experts a token may choose.
     """
 
-    score_scale: float = 1.0
-    """One over the size of a typical score; places the bins of the threshold calibration."""
+    score_scale: ScoreScale = OddsScale(0.5)
+    """Places the bins of the threshold calibration where the router's scores crowd."""
 
     def __init__(
         self, config: RouterConfig, hidden_size: int, num_experts: int, top_k: int

@@ -20,6 +20,7 @@ from etr.moe.affinity import (
 )
 from etr.moe.routers.base import Router, RouterConfig, RouterTraits
 from etr.moe.routing import RouterInput, Routing, Scores
+from etr.moe.score_scale import CosineScale
 from etr.moe.select import ExpertPool
 
 MAX_CONDITION = 1e3
@@ -97,7 +98,7 @@ class _EtrRouter(Router):
 
     def __init__(self, config: EtrRouter, hidden_size: int, num_experts: int, top_k: int) -> None:
         super().__init__(config, hidden_size, num_experts, top_k)
-        self.score_scale = math.sqrt(hidden_size)
+        self.score_scale = CosineScale(hidden_size)
         self.temperature = config.temperature or math.sqrt(hidden_size)
         self.weight: nn.Parameter | None = None
         self.log_temperature: nn.Parameter | None = None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from etr.moe.routers.base import Router, RouterConfig, RouterTraits
 from etr.moe.routing import RouterInput, Routing, Scores
+from etr.moe.score_scale import OddsScale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class _ExpertChoiceRouter(Router):
         self, config: ExpertChoice, hidden_size: int, num_experts: int, top_k: int
     ) -> None:
         super().__init__(config, hidden_size, num_experts, top_k)
-        self.score_scale = float(num_experts)
+        self.score_scale = OddsScale(1 / num_experts)
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.reset_parameters()
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from etr.moe.affinity import block_width, grap_affinity
 from etr.moe.routers.base import Router, RouterConfig, RouterTraits, one_best
 from etr.moe.routing import RouterInput, Scores
+from etr.moe.score_scale import CosineScale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class _LocMoERouter(Router):
         self, config: LocMoERouter, hidden_size: int, num_experts: int, top_k: int
     ) -> None:
         super().__init__(config, hidden_size, num_experts, top_k)
-        self.score_scale = math.sqrt(hidden_size)
+        self.score_scale = CosineScale(hidden_size)
         self.temperature = config.temperature or math.sqrt(hidden_size)
 
     def scores(self, x: Tensor, inputs: RouterInput) -> Scores:

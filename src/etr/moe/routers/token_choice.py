@@ -11,6 +11,7 @@ from torch.nn.functional import logsigmoid
 
 from etr.moe.routers.base import Router, RouterConfig, RouterTraits, one_best
 from etr.moe.routing import RouterInput, Scores
+from etr.moe.score_scale import OddsScale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ class LinearRouter(Router):
 
     def __init__(self, config: TokenChoice, hidden_size: int, num_experts: int, top_k: int) -> None:
         super().__init__(config, hidden_size, num_experts, top_k)
-        self.score_scale = float(num_experts) if config.gate == "softmax" else 1.0
+        self.score_scale = OddsScale(1 / num_experts if config.gate == "softmax" else 0.5)
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.reset_parameters()
 

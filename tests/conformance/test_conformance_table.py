@@ -1,0 +1,62 @@
+"""The table of supported cells says what construction does, both ways."""
+
+from __future__ import annotations
+
+import pytest
+from cells import E, H, I
+
+from etr.moe import CAPACITIES, EXPERT_BACKENDS, ROUTERS, MoE, MoEConfig, support_table
+
+SIZES = {"hidden_size": H, "intermediate_size": I, "num_experts": E}
+
+
+def test_the_table_has_every_cell() -> None:
+    assert set(support_table()) == {(r, c) for r in ROUTERS for c in CAPACITIES}
+
+
+@pytest.mark.parametrize("capacity", list(CAPACITIES))
+@pytest.mark.parametrize("router", list(ROUTERS))
+def test_the_table_matches_construction(router: str, capacity: str) -> None:
+    reason = support_table()[router, capacity]
+    if reason is None:
+        layer = MoE(MoEConfig(**SIZES, router=router, capacity=capacity))
+        assert layer.config.capacity_config.name == capacity
+        return
+    with pytest.raises(ValueError, match=router) as error:
+        MoEConfig(**SIZES, router=router, capacity=capacity)
+    assert str(error.value) == reason
+    assert capacity in reason
+    assert router in reason
+
+
+def test_known_cells() -> None:
+    """Decided cells, so that the rule behind the table cannot drift unseen."""
+    table = support_table()
+    refused = {
+        ("expert_choice", "none"),
+        ("baseline", "threshold"),
+        ("baseline", "affinity_mass"),
+        ("locmoe", "threshold"),
+        ("hash", "threshold"),
+        ("random", "affinity_mass"),
+        ("token_choice", "locmoe"),
+        ("hash", "locmoe"),
+    }
+    for cell in refused:
+        assert table[cell] is not None, cell
+    supported = {("etr", c) for c in CAPACITIES} | {("token_choice", "threshold")}
+    for cell in supported:
+        assert table[cell] is None, cell
+
+
+@pytest.mark.parametrize("router", list(ROUTERS))
+def test_every_router_goes_with_its_default_policy(router: str) -> None:
+    config = MoEConfig(**SIZES, router=router)
+    assert config.capacity_config.name == ROUTERS[router]().traits.default_capacity
+
+
+def test_tables_name_their_rows() -> None:
+    for table in (ROUTERS, CAPACITIES, EXPERT_BACKENDS):
+        for name, row in table.items():
+            assert row.name == name
+            assert row.summary

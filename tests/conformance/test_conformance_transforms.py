@@ -1,0 +1,124 @@
+"""Activation checkpointing and torch.compile change nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from cells import ALL, ROUTER_CELLS, Cell, T, context, ids, tokens
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from etr.moe import Collector, LossConfig, MoE
+
+
+class Block(nn.Module):
+    """A layer behind a linear map, optionally recomputed in the backward pass."""
+
+    def __init__(self, layer: MoE, recompute: bool, reentrant: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.proj = nn.Linear(layer.config.hidden_size, layer.config.hidden_size).double()
+        self.layer, self.recompute, self.reentrant = layer, recompute, reentrant
+
+    def forward(self, x: Tensor, **fields: Tensor) -> Tensor:
+        def run(x: Tensor) -> Tensor:
+            return self.layer(x, context(T, **fields)).hidden_states
+
+        x = self.proj(x)
+        return x + (checkpoint(run, x, use_reentrant=self.reentrant) if self.recompute else run(x))
+
+
+def run_two_micro_batches(block: Block, batches: list[Tensor], token_ids: Tensor) -> list[Tensor]:
+    block.zero_grad()
+    block.layer.pending = {}
+    found = []
+    for x in batches:
+        with Collector(block) as collector:
+            y = block(x, token_ids=token_ids)
+        loss = y.square().mean() + collector.loss()
+        loss.backward()
+        found += [y.detach(), loss.detach()]
+    grads = [p.grad.clone() for p in block.parameters() if p.grad is not None]
+    return found + grads + [block.layer.pending[name] for name in sorted(block.layer.pending)]
+
+
+@pytest.mark.parametrize("mode", ["ranks", "running", "previous"])
+@pytest.mark.parametrize("cell", ROUTER_CELLS, ids=ids)
+def test_checkpointing_changes_no_counter_value_or_gradient(cell: Cell, mode: str) -> None:
+    layer = cell.layer(losses=LossConfig(aux_mode=mode))
+    batches, token_ids = [tokens(), tokens()], torch.randint(0, 99, (T,))
+    want = run_two_micro_batches(Block(layer, recompute=False), batches, token_ids)
+    got = run_two_micro_batches(Block(layer, recompute=True), batches, token_ids)
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    """It runs the forward without gradients, so the losses would silently be lost."""
+    cell = next(c for c in ALL if c.router.name == "token_choice")
+    block = Block(cell.layer(), recompute=True, reentrant=True)
+    with pytest.raises(ValueError, match="use_reentrant=False"), Collector(block):
+        block(tokens())
+
+
+COMPILED = [
+    dataclasses.replace(cell, backend="bmm")
+    for cell in ROUTER_CELLS
+    if not (cell.router.name == "baseline" and "gate" in cell.id)
+]
+
+
+def assert_compiled_equals_eager(cell: Cell, backend: str, tolerance: float) -> None:
+    torch._dynamo.reset()
+    layer, ctx = cell.layer(torch.float32), context(valid_mask=torch.arange(T) < T - 2)
+
+    def run(x: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        output = layer(x, ctx)
+        return output.hidden_states, output.losses, output.stats
+
+    compiled = torch.compile(run, fullgraph=True, backend=backend)
+    results = []
+    for function in (run, compiled):
+        layer.zero_grad()
+        torch.manual_seed(5)
+        x = tokens(dtype=torch.float32).requires_grad_()
+        y, losses, stats = function(x)
+        (y.square().sum() + sum(losses.values())).backward()
+        assert x.grad is not None
+        grads = [p.grad for p in layer.parameters() if p.grad is not None]
+        results.append([y, x.grad, *grads, *losses.values(), *stats.values()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("cell", COMPILED, ids=ids)
+def test_the_padded_path_compiles_as_one_graph(cell: Cell) -> None:
+    assert_compiled_equals_eager(cell, "aot_eager", 1e-6)
+
+
+@pytest.mark.slow
+def test_inductor_equals_eager() -> None:
+    cell = next(c for c in COMPILED if c.router.name == "etr")
+    assert_compiled_equals_eager(cell, "inductor", 1e-5)
+
+
+def test_capacity_stages_recompile_and_nothing_else_does() -> None:
+    """Progress within a stage reuses the compiled graph."""
+    torch._dynamo.reset()
+    from etr.moe import set_progress
+
+    cell = next(c for c in COMPILED if c.capacity.name == "schedule")
+    layer, ctx = cell.layer(torch.float32, capacity="schedule"), context()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(lambda x: layer(x, ctx).hidden_states, fullgraph=True, backend=counter)
+    x = tokens(dtype=torch.float32)
+    for progress in (0.0, 0.01, 0.05, 0.09):
+        set_progress(layer, progress)
+        assert torch.equal(compiled(x), layer(x, ctx).hidden_states)
+    assert counter.frame_count == 1
+    set_progress(layer, 1.0)
+    assert torch.equal(compiled(x), layer(x, ctx).hidden_states)
+    assert counter.frame_count == 2

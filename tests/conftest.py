@@ -1,0 +1,50 @@
+"""What every test shares: one thread, a seed of its own, memory filled with NaN on request."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Generator, Iterator
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def seed_of(node_id: str) -> int:
+    """Seed of a test: another for every test and parameter, the same in every run."""
+    return zlib.crc32(node_id.encode())
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """Seeds torch's global generator from the test's node id."""
+    value = seed_of(request.node.nodeid)
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        report.sections.append(("seed", f"torch.manual_seed({seed_of(item.nodeid)})"))
+    return report
+
+
+@pytest.fixture
+def nan_filled_memory() -> Iterator[None]:
+    """Memory from `torch.empty` holds NaN (integers: their maximum), so that any leak shows."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

@@ -1,0 +1,216 @@
+"""Two ranks against one that holds all tokens: losses, their gradients, and counters.
+
+The ranks are spawned once; they compute every case and write it down, and the tests compare.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from etr.moe import (
+    Collector,
+    ExpertPlacement,
+    LossConfig,
+    MoE,
+    MoEConfig,
+    RoutingContext,
+    after_step,
+)
+from etr.moe.capacity import AffinityMass, Factor, LocMoE, Threshold
+
+pytestmark = pytest.mark.distributed
+
+H, E, T = 16, 4, 12
+WORLD = 2
+MASKS = {
+    "all valid": torch.ones(WORLD, T, dtype=torch.bool),
+    "unequal": torch.arange(T).expand(WORLD, T) < torch.tensor([[T], [5]]),
+    "a rank with none": torch.arange(T).expand(WORLD, T) < torch.tensor([[T], [0]]),
+    "none at all": torch.zeros(WORLD, T, dtype=torch.bool),
+}
+LOSSES = {
+    "ranks": LossConfig(aux_mode="ranks", locality_mu=0.0),
+    "previous": LossConfig(aux_mode="previous", locality_mu=0.0),
+    "z": LossConfig(aux_alpha=0.0, z_beta=0.1, locality_mu=0.0),
+    "locality": LossConfig(aux_alpha=0.0, locality_mu=0.5),
+    "all": LossConfig(aux_mode="ranks", z_beta=0.1, locality_mu=0.5),
+}
+POLICIES: dict[str, Any] = {
+    "factor": Factor(capacity_factor=0.5),
+    "affinity_mass": AffinityMass(mode="common"),
+    "threshold": Threshold(target=Factor(capacity_factor=0.5)),
+    "locmoe": LocMoE(min_factor=0.01, max_factor=9.0),
+}
+ROUTERS = {"locmoe": "locmoe"}
+# Both ranks form node 0; experts 2 and 3 live on another node's rank.
+PLACEMENT = ExpertPlacement(rank_of_expert=(0, 1, 2, 2), node_of_rank=(0, 0, 1))
+
+
+def tokens() -> Tensor:
+    """The global batch, rank-major, float64 [WORLD, T, H]; ranks differ in what they like."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(WORLD, T, H, dtype=torch.float64, generator=generator)
+    x[0, :, :4] += 1
+    x[1, :, 8:12] += 1
+    return x
+
+
+def layer_of(losses: LossConfig, capacity: Any = "none", router: str = "token_choice") -> MoE:
+    torch.manual_seed(3)
+    config = MoEConfig(
+        hidden_size=H,
+        intermediate_size=4,
+        num_experts=E,
+        router=router,
+        capacity=capacity,
+        losses=losses,
+    )
+    return MoE(config).double()
+
+
+def past_step(layer: MoE) -> None:
+    """Give mode `previous` a load to remember, the same everywhere."""
+    with Collector(layer):
+        layer(tokens()[0], RoutingContext(placement=PLACEMENT))
+    after_step(layer)
+
+
+def loss_case(name: str, x: Tensor, mask: Tensor, group: Any, past: bool) -> dict[str, Tensor]:
+    layer = layer_of(LOSSES[name])
+    if past:
+        past_step(layer)
+    context = RoutingContext(
+        valid_mask=mask, placement=PLACEMENT, rank=0, data_group=group, node_group=group
+    )
+    losses = layer(x, context).losses
+    loss = sum(losses.values(), start=torch.zeros(()))
+    weight = layer.router.get_parameter("weight")
+    return {"loss": loss.detach(), "grad": torch.autograd.grad(loss, weight)[0]}
+
+
+def state_case(name: str, chunks: list[Tensor], masks: list[Tensor], group: Any) -> dict[str, Any]:
+    """State after two optimizer steps of several forwards each."""
+    router = ROUTERS.get(name, "etr")
+    layer = layer_of(LossConfig(aux_alpha=0.0, locality_mu=0.0), POLICIES[name], router)
+    for _ in range(2):
+        for x, mask in zip(chunks, masks, strict=True):
+            with Collector(layer):
+                layer(x, RoutingContext(valid_mask=mask))
+        stats = after_step(layer, group)[0]
+    return {"state": layer.state_dict(), "stats": stats}
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=60),
+    )
+    group, x, found = dist.group.WORLD, tokens()[rank], {}
+    for past in (False, True):
+        for name in LOSSES:
+            for case, mask in MASKS.items():
+                found["loss", name, case, past] = loss_case(name, x, mask[rank], group, past)
+    for name in POLICIES:
+        for case, mask in MASKS.items():
+            found["state", name, case] = state_case(name, [x], [mask[rank]], group)
+    found["accumulate"] = accumulate(x.chunk(2), group)
+    torch.save(found, f"{folder}/rank{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def accumulate(chunks: Any, group: Any) -> Tensor:
+    """Gradient of mode `previous` summed over micro-batches of equal weight."""
+    layer = layer_of(LOSSES["previous"])
+    past_step(layer)
+    for x in chunks:
+        with Collector(layer) as collector:
+            layer(x, RoutingContext(data_group=group))
+        (collector.loss() / len(chunks)).backward()  # type: ignore[union-attr]
+    gradient = layer.router.get_parameter("weight").grad
+    assert gradient is not None
+    return gradient
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    """What each rank found."""
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=worker, args=(r, str(folder))) for r in range(WORLD)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+    stuck = [process for process in processes if process.is_alive()]
+    for process in stuck:
+        process.kill()
+    assert not stuck, "a rank hangs"
+    assert [process.exitcode for process in processes] == [0] * WORLD
+    return [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in range(WORLD)]
+
+
+@pytest.mark.parametrize("past", [False, True])
+@pytest.mark.parametrize("case", list(MASKS))
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_the_average_over_ranks_equals_one_rank_with_all_tokens(
+    ranks: list[dict[Any, Any]], name: str, case: str, past: bool
+) -> None:
+    """Value and gradient: what data parallelism computes is what one rank would."""
+    want = loss_case(name, tokens(), MASKS[case], None, past)
+    for part in ("loss", "grad"):
+        got = sum(found["loss", name, case, past][part] for found in ranks) / WORLD
+        torch.testing.assert_close(got, want[part].to(got), rtol=1e-9, atol=1e-12)
+    nothing = case == "none at all" or (name == "previous" and not past)
+    assert bool(want["grad"].abs().max() > 1e-12) != nothing
+
+
+def test_the_ranks_differ(ranks: list[dict[Any, Any]]) -> None:
+    """Each rank's own load would give another gradient, so the averages say something."""
+    for name in ("ranks", "z"):
+        first, second = (found["loss", name, "unequal", True]["grad"] for found in ranks)
+        assert not torch.allclose(first, second)
+    layer = layer_of(LossConfig(aux_mode="micro"))
+    grads = []
+    for x in tokens():
+        loss = layer(x).losses["aux"]
+        grads.append(torch.autograd.grad(loss, layer.router.get_parameter("weight"))[0])
+    want = loss_case("ranks", tokens(), MASKS["all valid"], None, True)["grad"]
+    assert not torch.allclose(sum(grads) / WORLD, want)
+
+
+def test_previous_is_invariant_to_ranks_and_accumulation(ranks: list[dict[Any, Any]]) -> None:
+    want = loss_case("previous", tokens(), MASKS["all valid"], None, True)["grad"]
+    got = sum(found["accumulate"] for found in ranks) / WORLD
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    one_rank = accumulate(tokens().flatten(0, 1).chunk(4), None)
+    torch.testing.assert_close(one_rank, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", list(MASKS))
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_after_step_learns_alike_on_every_rank_and_as_one_rank_would(
+    ranks: list[dict[Any, Any]], name: str, case: str
+) -> None:
+    """One rank sees the other's batch as a second micro-batch."""
+    want = state_case(name, list(tokens()), list(MASKS[case]), None)
+    for found in ranks:
+        got = found["state", name, case]
+        assert got["state"].keys() == want["state"].keys()
+        for part in ("state", "stats"):
+            for key, value in want[part].items():
+                torch.testing.assert_close(
+                    got[part][key], value, rtol=0, atol=0, equal_nan=True, msg=key
+                )
+    assert int(want["stats"]["num_valid_tokens"]) == int(MASKS[case].sum())

@@ -1,0 +1,97 @@
+"""Counters and places of experts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from etr.moe import ExpertPlacement, MoE, MoEConfig, RoutingContext
+from etr.moe.capacity import Factor
+from etr.moe.stats import add_stats, max_violation
+
+
+def test_counters_by_hand() -> None:
+    config = MoEConfig(
+        hidden_size=4, intermediate_size=4, num_experts=2, capacity=Factor(capacity_factor=0.7)
+    )
+    x = torch.tensor(
+        [[3.0, 1, 0, 0], [2, 2, 0, 0], [1, 1, 0, 1], [0, 0, 1, 1], [9, 9, 0, 0], [1, 0, 0, 0]]
+    )
+    mask = torch.tensor([True, True, True, True, False, True])
+    stats = MoE(config)(x, RoutingContext(valid_mask=mask)).stats
+    # Four tokens choose expert 0 and one expert 1; both keep ceil(0.7 * 5 / 2) = 2.
+    assert stats["num_forwards"].item() == 1
+    assert stats["num_valid_tokens"].item() == 5
+    assert stats["num_choices_per_expert"].tolist() == [4, 1]
+    assert stats["num_tokens_per_expert"].tolist() == [2, 1]
+    assert stats["num_tokens_without_expert"].item() == 2
+    assert stats["capacity_sum"].item() == 4
+    assert stats["score_histogram"].sum(-1).tolist() == [4, 1]
+
+
+def test_dropless_counters() -> None:
+    config = MoEConfig(hidden_size=4, intermediate_size=4, num_experts=2, capacity="none", top_k=2)
+    stats = MoE(config)(torch.randn(5, 4)).stats
+    assert stats["num_tokens_per_expert"].tolist() == [5, 5]
+    assert stats["capacity_sum"].item() == 10
+    assert stats["num_tokens_without_expert"].item() == 0
+
+
+def test_expert_choice_drops_nothing_but_leaves_tokens_alone() -> None:
+    config = MoEConfig(
+        hidden_size=4,
+        intermediate_size=4,
+        num_experts=2,
+        router="expert_choice",
+        capacity=Factor(capacity_factor=0.5),
+    )
+    stats = MoE(config)(torch.randn(8, 4)).stats
+    assert stats["num_choices_per_expert"].tolist() == [2, 2]
+    assert stats["num_tokens_per_expert"].tolist() == [2, 2]
+    assert 4 <= stats["num_tokens_without_expert"].item() <= 6
+
+
+def test_counters_are_detached_and_summable() -> None:
+    layer = MoE(MoEConfig(hidden_size=4, intermediate_size=4, num_experts=2))
+    first, second = layer(torch.randn(5, 4)).stats, layer(torch.randn(3, 4)).stats
+    total = add_stats(add_stats({}, first), second)
+    assert total.keys() == first.keys()
+    for name in total:
+        assert not total[name].requires_grad
+        assert torch.equal(total[name], first[name] + second[name])
+    assert add_stats({"a": torch.ones(1)}, {"b": torch.ones(1)}).keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("load", "want"), [([5, 5, 5, 5], 0.0), ([20, 0, 0, 0], 3.0), ([0, 0], 0.0), ([3, 1], 0.5)]
+)
+def test_max_violation(load: list[int], want: float) -> None:
+    assert max_violation(torch.tensor(load)).item() == pytest.approx(want)
+    rows = torch.tensor([load, load])
+    assert max_violation(rows).tolist() == pytest.approx([want, want])
+
+
+def test_placement() -> None:
+    placement = ExpertPlacement.contiguous(8, 4, 2)
+    assert placement.rank_of_expert == (0, 0, 1, 1, 2, 2, 3, 3)
+    assert placement.node_of_rank == (0, 0, 1, 1)
+    assert (placement.num_experts, placement.num_nodes) == (8, 2)
+    assert placement.experts_on_node(1) == (4, 5, 6, 7)
+    assert [placement.node_of_expert(e) for e in range(8)] == [0] * 4 + [1] * 4
+    assert placement.ranks_on_node(0) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((8, 3, 1), "num_experts=8"), ((8, 4, 3), "num_ranks=4"), ((8, 4, 0), "num_nodes=0")],
+)
+def test_placement_that_does_not_divide(arguments: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExpertPlacement.contiguous(*arguments)
+
+
+def test_placement_on_unknown_ranks() -> None:
+    with pytest.raises(ValueError, match=r"rank_of_expert\[1\]=2"):
+        ExpertPlacement(rank_of_expert=(0, 2), node_of_rank=(0, 0))
+    with pytest.raises(ValueError, match="at least one"):
+        ExpertPlacement(rank_of_expert=(), node_of_rank=(0,))

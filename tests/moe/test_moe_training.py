@@ -1,0 +1,185 @@
+"""attach, after_step and set_progress."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from etr.moe import Collector, MoE, MoEConfig, after_step, attach, set_progress
+from etr.moe.capacity import Schedule
+
+H = 16
+
+
+class Model(nn.Module):
+    def __init__(self, capacity: Schedule | None = None, router: str = "etr") -> None:
+        super().__init__()
+        self.proj = nn.Linear(H, H)
+        config = MoEConfig(
+            hidden_size=H,
+            intermediate_size=4,
+            num_experts=4,
+            router=router,
+            capacity=capacity or Schedule(),
+        )
+        self.moe = MoE(config)
+        self.fail = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.moe(self.proj(x)).hidden_states
+        if self.fail:
+            raise RuntimeError("halfway")
+        return y
+
+
+def train(model: Model, optimizer: torch.optim.Optimizer, num_steps: int = 1) -> None:
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        model(torch.randn(8, H)).square().mean().backward()
+        optimizer.step()
+
+
+def attached(total_steps: int | None = 10, **options: Schedule) -> tuple:
+    model = Model(**options)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return model, optimizer, attach(model, optimizer, total_steps)
+
+
+def test_each_optimizer_step_is_a_step_of_the_schedule() -> None:
+    model, optimizer, attachment = attached(10)
+    for done in range(1, 13):
+        train(model, optimizer)
+        assert int(model.moe.state.step) == done
+        assert float(model.moe.capacity.progress) == pytest.approx(min(1.0, done / 10))
+        assert int(attachment.last_stats[0]["num_valid_tokens"]) == 8
+    assert model.moe.capacity.stage == 15
+    assert model.moe.calibration.is_calibrated
+
+
+def test_micro_batches_of_one_step_count_as_one() -> None:
+    model, optimizer, attachment = attached(10)
+    for _ in range(3):
+        model(torch.randn(8, H)).sum().backward()
+    optimizer.step()
+    assert int(model.moe.state.step) == 1
+    assert int(attachment.last_stats[0]["num_valid_tokens"]) == 24
+    assert int(attachment.last_stats[0]["num_forwards"]) == 3
+
+
+def test_evaluation_between_steps_is_not_counted() -> None:
+    model, optimizer, attachment = attached(10)
+    train(model, optimizer)
+    model.eval()
+    with torch.no_grad():
+        model(torch.randn(100, H))
+    model.train()
+    train(model, optimizer)
+    assert int(attachment.last_stats[0]["num_valid_tokens"]) == 8
+
+
+def test_a_collector_of_ones_own_still_gets_the_losses() -> None:
+    model, optimizer, attachment = attached(10)
+    with Collector(model) as collector:
+        y = model(torch.randn(8, H))
+    loss = collector.loss()
+    assert isinstance(loss, Tensor)
+    assert loss.requires_grad
+    (y.sum() + loss).backward()
+    optimizer.step()
+    assert int(attachment.last_stats[0]["num_valid_tokens"]) == 8
+
+
+def test_detach() -> None:
+    model, optimizer, attachment = attached(10)
+    train(model, optimizer)
+    attachment.detach()
+    train(model, optimizer, 3)
+    assert int(model.moe.state.step) == 1
+    assert model.moe.pending == {}
+    assert model.moe.collector is None
+
+
+def test_a_forward_that_raises_counts_nothing() -> None:
+    model, optimizer, attachment = attached(10)
+    model.fail = True
+    with pytest.raises(RuntimeError, match="halfway"):
+        model(torch.randn(8, H))
+    assert model.moe.pending == {}
+    model.fail = False
+    train(model, optimizer)
+    assert int(attachment.last_stats[0]["num_valid_tokens"]) == 8
+
+
+def test_resumed_training_goes_on_from_the_stored_step() -> None:
+    model, optimizer, _ = attached(10)
+    train(model, optimizer, 4)
+    other = Model()
+    other.load_state_dict(model.state_dict())
+    again = torch.optim.SGD(other.parameters(), lr=0.1)
+    attach(other, again, 10)
+    assert float(other.moe.capacity.progress) == pytest.approx(0.4)
+    assert other.moe.capacity.stage == model.moe.capacity.stage > 0
+    train(other, again)
+    assert int(other.moe.state.step) == 5
+    assert float(other.moe.capacity.progress) == pytest.approx(0.5)
+
+
+def test_the_capacity_falls_as_training_goes_on() -> None:
+    model, optimizer, attachment = attached(20)
+    seen = []
+    for _ in range(20):
+        train(model, optimizer)
+        seen.append(int(attachment.last_stats[0]["capacity_sum"]) // 4)
+    assert seen[0] == math.ceil(1.1 * 8 / 4)
+    assert seen[-1] == math.ceil(0.6 * 8 / 4)
+    assert seen == sorted(seen, reverse=True)
+
+
+def test_a_schedule_without_progress_warns_exactly_once() -> None:
+    model, optimizer, _ = attached(None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model, optimizer, 230)
+    about = [w for w in caught if "without set_progress" in str(w.message)]
+    assert len(about) == 1
+    assert "etr.attach(model, optimizer, total_steps)" in str(about[0].message)
+
+
+@pytest.mark.parametrize("steps", [None, 5])
+def test_no_warning_where_progress_is_known(steps: int | None) -> None:
+    capacity = Schedule(steps=steps)
+    model, optimizer, _ = attached(300 if steps is None else None, capacity=capacity)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, 120)
+    assert float(model.moe.capacity.progress) > 0.39
+
+
+@pytest.mark.parametrize("progress", [-0.01, 1.01, math.nan, math.inf])
+def test_progress_out_of_range(progress: float) -> None:
+    with pytest.raises(ValueError, match=rf"progress={progress} must lie in \[0, 1\]"):
+        set_progress(Model(), progress)
+
+
+def test_attach_refuses_what_it_cannot_serve() -> None:
+    plain = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="Linear holds no MoE layer"):
+        attach(plain, torch.optim.SGD(plain.parameters()), 10)
+    model = Model()
+    with pytest.raises(ValueError, match="total_steps=0"):
+        attach(model, torch.optim.SGD(model.parameters()), 0)
+
+
+def test_after_step_stores_the_load() -> None:
+    model = Model()
+    with Collector(model):
+        model(torch.randn(50, H))
+    stats = after_step(model)[0]
+    assert torch.equal(model.moe.state.previous_load, stats["num_choices_per_expert"].float())
+    assert after_step(model) == [{}]
+    assert model.moe.state.previous_load.sum() == 50
+    assert int(model.moe.state.step) == 1
