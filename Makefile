@@ -36,8 +36,11 @@ check: $(VENV)/.installed  ## formatting, lint, types, import contracts
 bench: $(VENV)/.installed  ## speed of the layer against its floors, as ratios of one run
 	$(BIN)/python -m benchmarks
 
-results: $(VENV)/.installed  ## regenerate docs/results/demo.md (two seeds)
-	$(BIN)/etr demo --seeds 0 1 --markdown docs/results/demo.md
+results: $(VENV)/.installed  ## regenerate docs/results/demo.md and its picture (two seeds)
+	$(BIN)/etr demo --out runs/results --seeds 0 1 --markdown docs/results/demo.md
+	$(BIN)/etr report runs/results --figures
+	cp runs/results/figures/loss-by-steps.svg docs/images/demo-loss.svg
+	cp runs/results/results.json docs/results/demo.json
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -11,5 +11,5 @@ T = TypeVar("T")
 
 def parse(kind: type[T], verb: str, arguments: list[str]) -> T:
     """Read a dataclass from the command line; nested fields are flat options."""
-    options = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
-    return tyro.cli(kind, prog=f"etr {verb}", args=arguments, config=options)
+    name = f"etr {verb}"
+    return tyro.cli(kind, prog=name, args=arguments, config=(tyro.conf.OmitArgPrefixes,))

@@ -40,7 +40,10 @@ def run(arguments: list[str]) -> int:
         return 130
     if config.markdown:
         title = "Demo: baseline, LocMoE and ETR on built-in text"
-        write_text(Path(config.markdown), results_markdown(results, title, command))
+        write_text(
+            Path(config.markdown),
+            results_markdown(Path(config.out) / "results.json", title, command),
+        )
         print(f"written: {config.markdown}")
     folder = Path(config.out) / f"etr-seed{config.seeds[0]}"
     model, tokenizer, _ = open_model(str(folder))

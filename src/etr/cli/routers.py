@@ -38,7 +38,10 @@ def run(arguments: list[str]) -> int:
     for kind in found:
         console.print(f"[bold]{kind.name}[/]  {inspect.getdoc(kind)}\n", highlight=False)
         for field in dataclasses.fields(kind):
-            console.print(f"  {field.name} = {field.default!r}", highlight=False)
+            default = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            console.print(f"  {field.name} = {default!r}", highlight=False)
     return 0
 
 

@@ -15,7 +15,7 @@ def run(arguments: list[str]) -> int:
     if result.stopped:
         print(
             f"stopped after step {result.steps}; go on with: etr train --out {config.out} "
-            "--resume True and the same options"
+            "--resume and the same options"
         )
         return 130
     print(f"trained {result.steps} steps; metrics and checkpoints are in {result.run}")

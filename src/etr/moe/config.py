@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from etr.moe.capacity import CAPACITIES, CapacityConfig, refusal
+from etr.moe.capacity import CAPACITIES, CapacityConfig
 from etr.moe.dispatch import DISPATCHERS
 from etr.moe.experts import ACTIVATIONS, EXPERT_BACKENDS, Activation
 from etr.moe.losses import LossConfig
@@ -154,6 +154,9 @@ class MoEConfig:
     def from_dict(cls, values: dict[str, Any]) -> MoEConfig:
         """Inverse of `to_dict`; names alone are accepted for router and capacity."""
         values = dict(values)
+        unknown = sorted(set(values) - {entry.name for entry in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"MoEConfig has no field {', '.join(unknown)}")
         if isinstance(values.get("router"), dict):
             values["router"] = config_from_dict(ROUTERS, "router", values["router"])
         if isinstance(values.get("capacity"), dict):
@@ -188,8 +191,19 @@ def unsupported(
             f"{what} bounds the capacity by cosine affinities, and the scores of router "
             f"{router.name!r} are none"
         )
-    reason = refusal(capacity, resolve_rank_by(router, capacity, rank_by))
-    return reason and f"{reason}, which router {router.name!r} cannot or was told not to do"
+    if not capacity.needs_score_ranking:
+        return None
+    if resolve_rank_by(router, capacity, rank_by) != "score":
+        return (
+            f"capacity {capacity.name!r} keeps the best choosers, so it needs rank_by='score', "
+            f"which router {router.name!r} cannot or was told not to do"
+        )
+    if getattr(router, "expert_pool", "choosers") == "all":
+        return (
+            f"capacity {capacity.name!r} counts an expert's choosers, and expert_pool='all' ranks "
+            "them among all tokens; use expert_pool='choosers'"
+        )
+    return None
 
 
 def resolve_rank_by(

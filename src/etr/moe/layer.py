@@ -91,6 +91,9 @@ class MoE(nn.Module):
         context = context or RoutingContext()
         self._check(hidden_states, context)
         x = hidden_states.reshape(-1, self.config.hidden_size)
+        if context.valid_mask is not None:
+            # Whatever padding holds, even NaN, must not reach a sum in the backward pass.
+            x = x.masked_fill(~context.valid_mask.reshape(-1, 1), 0.0)
         collector = context.collector or self.collector
 
         routing, limit = self.route(x, context)
@@ -133,10 +136,11 @@ class MoE(nn.Module):
     def run_experts(self, x: Tensor, routing: Routing, selection: Selection) -> Tensor:
         """Dispatch, experts and combine, and the shared experts, [T, H].
 
-        Under autocast the experts run in its dtype; otherwise in that of `x`.
+        Under autocast the experts run in its dtype, except for float64 inputs; otherwise in that
+        of `x`.
         """
         device = x.device.type
-        if torch.is_autocast_enabled(device):
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         with torch.autocast(device_type=device, enabled=False):
             backend = self._backend(routing, selection)

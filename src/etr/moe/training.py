@@ -38,7 +38,8 @@ def after_step(model: nn.Module, group: ProcessGroup | None = None) -> list[dict
     by itself.
 
     Args:
-        group: ranks over which the counters are summed.
+        group: ranks over which the counters are summed; every layer must have run in training on
+            each of them, if only on no tokens.
     Returns:
         Counters of each MoE layer, summed over micro-batches and ranks; empty for a layer that
         did not run in training since the last call.

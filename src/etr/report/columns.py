@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from etr.report.summary import Difference, Estimate, Summary, VariantSummary, Verdict
-from etr.report.wording import ABSENT, NBSP, fixed, percent, short, signed, significant
+from etr.report.wording import ABSENT, NBSP, between, fixed, percent, short, signed, significant
 
 Tone = Literal["plain", "good", "bad", "quiet", "alarm"]
 LOSS_DIGITS = 4
@@ -60,6 +60,14 @@ def difference_cell(variant: VariantSummary, key: str = "val_loss") -> Cell:
     if found.interval is not None:
         text += f" ±{fixed(found.interval[1] - found.mean, LOSS_DIGITS)}"
     return Cell(text=text, detail=found.reason, tone=_TONES[found.verdict])
+
+
+def difference_range_cell(variant: VariantSummary, key: str = "val_loss") -> Cell:
+    """Least and most of a loss minus the baseline's over the paired seeds."""
+    found = variant.differences.get(key)
+    if found is None or not found.comparable:
+        return Cell(text=ABSENT)
+    return Cell(text=between(found.low, found.high, LOSS_DIGITS))
 
 
 def missing_seeds(value: Estimate) -> str:
@@ -169,6 +177,7 @@ def footnotes(summary: Summary) -> tuple[str, ...]:
         "kept: choices that an expert kept, in the last 100 training steps and when served; the"
         " gap between them is in percentage points.",
         "MaxVio: most loaded expert over mean load, minus 1, before dropping. Step time is the"
-        " median. Expert compute counts kept tokens only, forward and backward."
-        " Both show their change against the baseline.",
+        " median; its change is the median ratio to the baseline's step of the same round, where"
+        " the variants train in turn. Expert compute counts kept tokens only, forward and"
+        " backward.",
     )

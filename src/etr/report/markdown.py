@@ -4,7 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from etr.report.columns import COLUMNS as TABLE
-from etr.report.columns import Cell, Column, difference_cell, footnotes, loss_cell, number_cell
+from etr.report.columns import (
+    Cell,
+    Column,
+    difference_cell,
+    difference_range_cell,
+    footnotes,
+    loss_cell,
+    number_cell,
+)
 from etr.report.reading import NOTHING, Finding, read
 from etr.report.results import ResultsLike, load_results
 from etr.report.summary import Summary, summarize
@@ -20,6 +28,7 @@ LOSSES = (
     _VARIANT,
     Column(header="val loss, as served", unit="nats/token", cell=loss_cell),
     Column(header="Δ baseline", unit="nats/token", cell=difference_cell),
+    Column(header="Δ over seeds", unit="least to most", cell=difference_range_cell),
     Column(
         header="val loss, dropless",
         unit="nats/token",

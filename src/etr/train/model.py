@@ -43,6 +43,7 @@ def build_model(
         max_position_embeddings=max_length,
         tie_word_embeddings=config.tie_embeddings,
         sliding_window=None,
+        initializer_range=config.initializer_range or config.hidden_size**-0.5,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -110,10 +110,18 @@ class Router(nn.Module):
         with torch.autocast(device_type=x.device.type, enabled=False):
             scores = self.scores(router_dtype(x), inputs)
             if inputs.replay is not None:
-                return self.routing_of(scores, inputs.replay.expert, inputs)
+                return self.routing_of(scores, self._replayed(inputs.replay.expert, x), inputs)
             if tokens_choose:
                 return Router.choose(self, scores, inputs)
             return self.choose(scores, inputs)
+
+    def _replayed(self, expert: Tensor, x: Tensor) -> Tensor:
+        if expert.dim() != 2 or expert.shape[0] != x.shape[0] or expert.dtype != torch.int64:
+            raise ValueError(
+                f"replay.expert has shape {tuple(expert.shape)} and dtype {expert.dtype}; it must "
+                f"be int64 [{x.shape[0]}, k], one row per token"
+            )
+        return expert
 
     def scores(self, x: Tensor, inputs: RouterInput) -> Scores:
         """Score every (token, expert) pair.

@@ -1,0 +1,139 @@
+"""What every capacity policy is: a frozen config that builds a module with `limit`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, cast, overload
+
+import torch
+from torch import Tensor
+
+from etr.moe.lower_bound import erfc_bound
+from etr.moe.routing import Limit, Routing
+from etr.moe.state import GlobalState
+
+
+@overload
+def capacity_tokens(factor: float, num_tokens: int, top_k: int, num_experts: int) -> int: ...
+@overload
+def capacity_tokens(
+    factor: float | Tensor, num_tokens: Tensor, top_k: int, num_experts: int
+) -> Tensor: ...
+def capacity_tokens(
+    factor: float | Tensor, num_tokens: int | Tensor, top_k: int, num_experts: int
+) -> int | Tensor:
+    """Capacity of one expert: ``ceil(factor * T * k / E - 1e-6)`` tokens.
+
+    The slack keeps rounding from turning an exact integer into the next one.
+
+    Args:
+        factor: capacity factor, no unit; 1 gives every expert the mean load.
+        num_tokens: T; an int gives an int, an int64 tensor gives an int64 tensor.
+    """
+    if isinstance(num_tokens, Tensor):
+        return (factor * num_tokens.double() * top_k / num_experts - 1e-6).ceil().long()
+    return math.ceil(cast(float, factor) * num_tokens * top_k / num_experts - 1e-6)
+
+
+def check_factor(name: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name}={value} must be a finite number > 0; 1 is the mean load")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapacityConfig:
+    """Options that every policy has."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[str] = ""
+    needs_probs: ClassVar[bool] = False
+    needs_score_ranking: ClassVar[bool] = False
+    needs_cosine: ClassVar[bool] = False
+
+    min_capacity: int = 1
+    """Smallest capacity, tokens per expert."""
+    floor: Literal["none", "erfc"] = "none"
+    """Raise the capacity to the lower bound of arXiv 2406.00023, Remark 7, at the last step's
+    99th percentile of chosen affinities, but never above the mean load."""
+
+    def __post_init__(self) -> None:
+        if self.min_capacity < 0:
+            raise ValueError(f"min_capacity={self.min_capacity} must be >= 0 tokens")
+        if self.floor not in ("none", "erfc"):
+            raise ValueError(f"floor={self.floor!r} must be 'none' or 'erfc'")
+
+    def build(self, hidden_size: int, num_experts: int, top_k: int) -> CapacityPolicy:
+        """Make the policy's module."""
+        raise NotImplementedError
+
+
+class CapacityPolicy(GlobalState):
+    """Base of the policies: applies `min_capacity` and `floor` to what `_limit` returns.
+
+    Args:
+        config: the policy's options.
+        hidden_size, num_experts, top_k: sizes of the layer.
+    """
+
+    def __init__(
+        self, config: CapacityConfig, hidden_size: int, num_experts: int, top_k: int
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
+
+    def limit(self, routing: Routing, threshold: Tensor, affinity_p99: Tensor) -> Limit:
+        """What experts may keep of `routing`.
+
+        Args:
+            routing: the choices of T tokens.
+            threshold: calibrated scores, float32 [E].
+            affinity_p99: 99th percentile of chosen scores in the last step, float32 [].
+        """
+        limit = self._limit(routing, threshold)
+        if limit.capacity is None:
+            return limit
+        least = torch.full_like(limit.capacity, self.config.min_capacity)
+        least_buffer = self.config.min_capacity
+        if self.config.floor == "erfc":
+            mean_load = self._tokens(1.0, routing)
+            bound = erfc_bound(self.hidden_size, self.num_experts, affinity_p99).ceil()
+            bound = torch.minimum(bound, mean_load.double()).long()
+            least = torch.maximum(least, bound)
+            least_buffer = max(least_buffer, self._buffer(1.0, routing))
+        capacity = torch.maximum(limit.capacity, least)
+        buffer = limit.buffer_size
+        if buffer is not None:
+            buffer = min(max(buffer, least_buffer), routing.num_tokens)
+            capacity = capacity.clamp_max(buffer)
+        return Limit(capacity=capacity, min_score=limit.min_score, buffer_size=buffer)
+
+    def _limit(self, routing: Routing, threshold: Tensor) -> Limit:
+        raise NotImplementedError
+
+    def observe(self, routing: Routing) -> dict[str, Tensor]:
+        """Statistics that `after_step` needs, summable over micro-batches and ranks."""
+        return {}
+
+    def after_step(self, stats: dict[str, Tensor], affinity_p99: Tensor) -> None:
+        """Take in the summed statistics of one optimizer step."""
+
+    def set_progress(self, progress: float) -> None:
+        """Learn the fraction of optimizer steps done, in [0, 1]."""
+
+    def _tokens(self, factor: float | Tensor, routing: Routing) -> Tensor:
+        """Capacity from the valid tokens, int64 [] on the device."""
+        return capacity_tokens(factor, routing.num_valid_tokens(), self.top_k, self.num_experts)
+
+    def _buffer(self, factor: float, routing: Routing) -> int:
+        """Static buffer: capacity from the padded count, at most every token."""
+        size = capacity_tokens(factor, routing.num_tokens, self.top_k, self.num_experts)
+        return min(size, routing.num_tokens)
+
+    def _uniform(self, factor: float | Tensor, routing: Routing, buffer_factor: float) -> Limit:
+        return Limit(
+            capacity=self._tokens(factor, routing).expand(self.num_experts),
+            buffer_size=self._buffer(buffer_factor, routing),
+        )

@@ -1,0 +1,113 @@
+"""A capacity factor that moves from token choice to expert choice over training."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from etr.moe.capacity.base import CapacityConfig, CapacityPolicy, check_factor
+from etr.moe.routing import Limit, Routing
+
+WARN_AFTER_STEPS = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule(CapacityConfig):
+    """From token choice (large capacity) early to expert choice (small) late.
+
+    The capacity factor stays at `start_factor` until a fraction `start` of training, then moves
+    linearly to `end_factor` at `end`, in stages, since each new shape recompiles.
+    """
+
+    name = "schedule"
+    summary = "capacity factor moves in stages from token choice to expert choice"
+    paper = "2406.00023"
+
+    start_factor: float = 1.1
+    """Capacity factor at the beginning, no unit."""
+    end_factor: float = 0.6
+    """Capacity factor at the end, no unit."""
+    start: float = 0.1
+    """Fraction of optimizer steps at which the move begins."""
+    end: float = 0.7
+    """Fraction of optimizer steps at which the move ends."""
+    num_stages: int = 16
+    """Distinct capacity factors on the way."""
+    steps: int | None = None
+    """Optimizer steps of the whole training, where nothing calls `set_progress`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_factor("start_factor", self.start_factor)
+        check_factor("end_factor", self.end_factor)
+        if not 0 <= self.start <= self.end <= 1:
+            raise ValueError(
+                f"start={self.start}, end={self.end} must be fractions of training with "
+                "0 <= start <= end <= 1"
+            )
+        if self.num_stages < 2:
+            raise ValueError(f"num_stages={self.num_stages} must be at least 2")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be at least 1 optimizer step, or None")
+
+    def stage(self, progress: float) -> int:
+        """Stage at a fraction of training, in [0, num_stages)."""
+        if progress >= self.end:
+            return self.num_stages - 1
+        if progress <= self.start:
+            return 0
+        done = (progress - self.start) / (self.end - self.start)
+        return min(int(done * self.num_stages), self.num_stages - 1)
+
+    def factor(self, stage: int) -> float:
+        """Capacity factor of a stage."""
+        share = stage / (self.num_stages - 1)
+        return self.start_factor + (self.end_factor - self.start_factor) * share
+
+    def build(self, hidden_size: int, num_experts: int, top_k: int) -> CapacityPolicy:
+        return _SchedulePolicy(self, hidden_size, num_experts, top_k)
+
+
+class _SchedulePolicy(CapacityPolicy):
+    config: Schedule
+    progress: Tensor
+    step: Tensor
+
+    def __init__(self, config: Schedule, hidden_size: int, num_experts: int, top_k: int) -> None:
+        super().__init__(config, hidden_size, num_experts, top_k)
+        self.register_state("progress", (), 0.0)
+        self.register_state("step", (), 0, torch.int64)
+        self.stage = 0
+        self._steps_without_progress = 0
+
+    def state_changed(self) -> None:
+        # The stage lives on the host too: static shapes must not wait for the device.
+        if not self.progress.is_meta:
+            self.stage = self.config.stage(float(self.progress))
+
+    def set_progress(self, progress: float) -> None:
+        self.progress.fill_(progress)
+        # Through float32, so that a loaded checkpoint lands in the same stage.
+        self.stage = self.config.stage(torch.tensor(progress, dtype=torch.float32).item())
+        self._steps_without_progress = 0
+
+    def after_step(self, stats: dict[str, Tensor], affinity_p99: Tensor) -> None:
+        self.step += 1
+        if self.config.steps is not None:
+            self.set_progress(min(1.0, int(self.step) / self.config.steps))
+            return
+        self._steps_without_progress += 1
+        if self._steps_without_progress == WARN_AFTER_STEPS:
+            warnings.warn(
+                f"{WARN_AFTER_STEPS} optimizer steps passed without set_progress: the capacity "
+                "schedule stands still; call etr.attach(model, optimizer, total_steps) or give "
+                "Schedule(steps=...)",
+                stacklevel=2,
+            )
+
+    def _limit(self, routing: Routing, threshold: Tensor) -> Limit:
+        factor = self.config.factor(self.stage)
+        return self._uniform(factor, routing, factor)
