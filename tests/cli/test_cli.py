@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import etr
 from etr.cli import VERBS, main
+from etr.recipes import smoke
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
 
@@ -101,6 +103,23 @@ def test_compare_and_report(options, size, tmp_path, capsys):
     assert main(["report", str(out)]) == 0
     assert (out / "report.html").exists()
     assert "report:" in capsys.readouterr().out
+
+
+def test_demo_ends_with_table_report_and_sample(text, tmp_path, monkeypatch, capsys):
+    import etr.cli.demo
+
+    small = smoke(str(tmp_path / "demo"))
+    data = replace(small.run.data, data=(str(text),), cache_dir=str(tmp_path / "cache"))
+    small = replace(small, run=replace(small.run, data=data))
+    monkeypatch.setattr(etr.cli.demo, "demo", lambda out, seeds: replace(small, seeds=seeds))
+    page = tmp_path / "docs" / "demo.md"
+    arguments = ["--out", str(tmp_path / "demo"), "--markdown", str(page), "--prompt", "one"]
+    assert main(["demo", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "MaxVio" in out
+    assert str(tmp_path / "demo" / "report.html") in out
+    assert "ETR continues 'one':" in out
+    assert "no curves" not in page.read_text()
 
 
 def test_routers_lists_every_row(capsys):

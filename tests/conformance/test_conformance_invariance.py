@@ -84,10 +84,16 @@ def test_nan_in_padding_reaches_no_real_token(cell: Cell, backend: str, value: f
     cell, x, mask = dataclasses.replace(cell, backend=backend), tokens(), torch.arange(T) < T - 3
     layer, ctx = cell.layer(), context(valid_mask=mask)
     want = layer(x, ctx)
-    got = layer(torch.where(mask[:, None], x, value), ctx)
+    bad = torch.where(mask[:, None], x, value).requires_grad_()
+    got = layer(bad, ctx)
     assert torch.equal(got.hidden_states, want.hidden_states)
     for name, loss in want.losses.items():
         assert torch.equal(got.losses[name], loss)
+    (got.hidden_states.square().sum() + sum(got.losses.values())).backward()
+    assert bad.grad is not None
+    assert not bad.grad[~mask].any()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
 
 
 @pytest.mark.parametrize("padding_first", [True, False])

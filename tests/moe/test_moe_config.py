@@ -22,6 +22,7 @@ from etr.moe import (
     support_table,
 )
 from etr.moe.capacity import AffinityMass, Factor, LocMoE, Schedule, Threshold
+from etr.moe.routing import Replay
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 4}
 NAN = float("nan")
@@ -38,6 +39,14 @@ NAN = float("nan")
         ({"num_experts": 0}, "num_experts=0 must be at least 1"),
         ({"top_k": 0}, "top_k=0 must be at least 1"),
         ({"top_k": 5}, r"top_k=5 exceeds num_experts=4"),
+        (
+            {"router": EtrRouter(expert_pool="all"), "capacity": "threshold"},
+            "counts an expert's choosers, and expert_pool='all'",
+        ),
+        (
+            {"router": EtrRouter(expert_pool="all"), "capacity": "affinity_mass"},
+            "counts an expert's choosers, and expert_pool='all'",
+        ),
         ({"top_k": 2, "router": "baseline"}, r"top_k=2: router 'baseline'.*top_k=1"),
         ({"top_k": 2, "router": "locmoe"}, r"top_k=2: router 'locmoe'.*top_k=1"),
         ({"num_shared_experts": -1}, "num_shared_experts=-1"),
@@ -94,6 +103,9 @@ def test_mistakes_in_a_layer(options: dict[str, Any], message: str) -> None:
         (AffinityMass, {"rho": 1.1}, r"rho=1\.1"),
         (AffinityMass, {"rho": NAN}, "rho=nan"),
         (AffinityMass, {"mode": "mean"}, "mode='mean' must be 'ragged' or 'common'"),
+        (Threshold, {"floor": "erfc"}, "floor='erfc' does not go with thresholds"),
+        (Threshold, {"target": Factor(floor="erfc")}, "floor='erfc' does not go with thresholds"),
+        (Threshold, {"min_capacity": 4}, "min_capacity=4 does not go with thresholds"),
         (LocMoE, {"min_factor": 0.0}, r"min_factor=0\.0"),
         (LocMoE, {"max_factor": 0.5}, r"max_factor=0\.5 must be at least min_factor=1\.0"),
         (LocMoE, {"max_factor": NAN}, "max_factor=nan"),
@@ -180,6 +192,7 @@ def test_round_trip_covers_the_tables() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"colour": "red"}, "MoEConfig has no field colour"),
         ({"router": {"name": "nobody"}}, r"router='nobody' is unknown"),
         ({"router": {"frame": "fixed"}}, r"router=None is unknown"),
         ({"router": {"name": "etr", "colour": 1}}, r"'etr' has no option colour; it has .*frame"),
@@ -211,6 +224,15 @@ def layer(**options: Any) -> MoE:
 def test_mistakes_in_an_input(x: torch.Tensor, context: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         layer()(x, RoutingContext(**context))
+
+
+@pytest.mark.parametrize(
+    "expert", [torch.zeros(3, dtype=torch.int64), torch.zeros(2, 1).long(), torch.zeros(3, 1)]
+)
+def test_mistakes_in_replayed_choices(expert: torch.Tensor) -> None:
+    context = RoutingContext(replay={0: Replay(expert=expert)})
+    with pytest.raises(ValueError, match=r"replay.expert has shape .*int64 \[3, k\]"):
+        layer()(torch.randn(3, 16), context)
 
 
 @pytest.mark.parametrize("value", [NAN, float("inf")])
