@@ -11,7 +11,7 @@ from etr.cli.compare import run_comparison
 from etr.cli.generate import GenerateConfig, continue_text
 from etr.recipes import demo
 from etr.report import results_markdown
-from etr.train.loop import write_text
+from etr.train.files import write_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,9 @@ from etr.evaluate import score_densities
 from etr.moe import moe_layers
 from etr.train.checkpoint import list_checkpoints
 from etr.train.config import TrainConfig
-from etr.train.loop import Row, Trainer, TrainResult, held_out, stop_on_interrupt, write_json
+from etr.train.files import write_json
+from etr.train.interrupt import stop_on_interrupt
+from etr.train.loop import Row, Trainer, TrainResult, held_out
 from etr.train.metrics import count_parameters, read_metrics
 from etr.train.variants import Variant, parse_variant
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +22,8 @@ from etr.moe import attach, moe_layers
 from etr.moe.config import EvalSelection
 from etr.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 from etr.train.config import TrainConfig
+from etr.train.files import write_json
+from etr.train.interrupt import stop_on_interrupt
 from etr.train.metrics import (
     MetricsFile,
     ScalarSink,
@@ -317,19 +316,6 @@ def held_out(config: TrainConfig, data: OpenedData) -> Iterator[Batch]:
     )
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write JSON under a temporary name, then rename."""
-    write_text(path, json.dumps(values, indent=1) + "\n")
-
-
 def _fingerprint(config: TrainConfig) -> dict[str, Any]:
     """Options that change what is learned, flat, so that a difference can be named."""
     values = config.to_dict()
@@ -358,24 +344,3 @@ def _device(name: str) -> torch.device:
         if found is not None:
             return found
     return torch.device("cpu")
-
-
-@contextlib.contextmanager
-def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a wish; the second one interrupts as usual."""
-    asked = False
-
-    def handler(number: int, frame: Any) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    try:
-        before = signal.signal(signal.SIGINT, handler)
-    except ValueError:  # not the main thread: leave signals alone
-        yield lambda: False
-        return
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)
