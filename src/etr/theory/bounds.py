@@ -52,7 +52,7 @@ def token_choice_paper(
     p = rates("true_positive", true_positive)
     main = c * p.sum(-1) / s
     valid = (c >= TOKEN_LEAST_CAPACITY) & (c <= 5 * s / p.shape[-1])
-    valid = np.broadcast_to(valid, main.shape)
+    valid = np.broadcast_to(np.asarray(valid), main.shape)
     lower = np.where(valid, TOKEN_LOWER * main, 0.0)
     return Bounds(lower, np.minimum(TOKEN_UPPER * main, 1.0), valid)
 
@@ -94,7 +94,7 @@ def expert_choice_paper(
     few, many = c <= (s - 1) * q / 2, c >= 2 * s * q
     upper = np.where(few, np.exp(-(s - 1) * q / 8), 1.0)
     lower = np.where(many, -np.expm1(-3 * c / 16), 0.0)
-    return Bounds(lower.mean(-1), upper.mean(-1), (few | many).all(-1))
+    return Bounds(lower.mean(-1), upper.mean(-1), np.asarray((few | many).all(-1)))
 
 
 def expert_choice_tight(

@@ -43,7 +43,9 @@ def capacity_lower_bound(
         ValueError: an argument is out of range.
     """
     with np.errstate(over="ignore"):
-        return np.asarray(np.exp(log_capacity_lower_bound(hidden_size, num_experts, affinity, form)))
+        return np.asarray(
+            np.exp(log_capacity_lower_bound(hidden_size, num_experts, affinity, form))
+        )
 
 
 def log_capacity_lower_bound(
@@ -82,7 +84,8 @@ def log_cap_probability(hidden_size: ArrayLike, affinity: ArrayLike) -> Array:
     small = plain < _SMALL
     with np.errstate(divide="ignore"):
         found = np.asarray(np.log(plain))
-        log_x = np.log1p(-(np.where(small, d, 0.5) ** 2))
+        some = np.where(small, d, 0.5)
+        log_x = np.log1p(-some) + np.log1p(some)
         # t = x exp(-u/a) turns the integral of t^(a-1) (1-t)^(-1/2) into one of exp(-u) times a
         # function that is nearly flat where x^a is this small.
         inner = -np.expm1(log_x[..., None] - _NODES / a[..., None])

@@ -12,6 +12,8 @@ from scipy.special import ndtri
 from etr.theory._ranges import Array
 from etr.theory.geometric import CHOICES, Choice
 
+Outcome = Choice | Literal["found"]
+
 _CHUNK_NUMBERS = 1 << 21  # normal numbers drawn at once, 16 MiB
 
 
@@ -79,9 +81,7 @@ class Estimate:
         return low, 1.0 if self.successes == n else float(middle + half)
 
 
-def simulate(
-    model: GeometricModel, samples: int, seed: int
-) -> dict[Choice | Literal["found"], Estimate]:
+def simulate(model: GeometricModel, samples: int, seed: int) -> dict[Outcome, Estimate]:
     """Draw samples and route each in the three ways, on the same tokens.
 
     Args:
@@ -99,7 +99,7 @@ def simulate(
     square = generator.standard_normal((model.hidden_size, model.num_experts))
     directions = np.linalg.qr(square)[0]  # [H, E]
     chunk = max(1, _CHUNK_NUMBERS // (model.num_tokens * model.hidden_size))
-    totals = dict.fromkeys((*CHOICES, "found"), 0)
+    totals: dict[Outcome, int] = dict.fromkeys((*CHOICES, "found"), 0)
     for start in range(0, samples, chunk):
         drawn = _route(model, directions, min(chunk, samples - start), generator)
         for name, success in drawn.items():
@@ -109,7 +109,7 @@ def simulate(
 
 def _route(
     model: GeometricModel, directions: Array, samples: int, generator: np.random.Generator
-) -> dict[str, NDArray[np.bool_]]:
+) -> dict[Outcome, NDArray[np.bool_]]:
     """Draw [samples, s, H] tokens; whether each way keeps the telling one, bool [samples]."""
     n = np.arange(samples)
     expert = generator.integers(model.num_experts, size=samples)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from etr.data import DataConfig
-from etr.moe import LossConfig
+from etr.moe import LossConfig, MoEConfig
 from etr.moe.config import EvalSelection, parse_capacity, parse_router
 from etr.moe.experts import Activation
 from etr.moe.select import Normalize, RankBy
@@ -84,6 +84,26 @@ class ModelConfig:
                 f"num_key_value_heads={self.num_key_value_heads} must divide "
                 f"num_heads={self.num_heads}"
             )
+        self.moe_config()  # what does not go together is refused before any data is read
+
+    def moe_config(self) -> MoEConfig:
+        """Config of each MoE layer."""
+        routing = self.routing
+        return MoEConfig(
+            hidden_size=self.hidden_size,
+            intermediate_size=routing.expert_size,
+            num_experts=routing.num_experts,
+            top_k=routing.top_k,
+            router=parse_router(routing.router),
+            capacity=None if routing.capacity is None else parse_capacity(routing.capacity),
+            rank_by=routing.rank_by,
+            normalize=routing.normalize,
+            losses=routing.losses,
+            activation=routing.activation,
+            num_shared_experts=routing.num_shared_experts,
+            backend=routing.backend,
+            eval_selection=routing.eval_selection,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from etr.hf import EtrConfig, EtrForCausalLM
-from etr.moe.config import parse_capacity, parse_router
+from etr.hf.config import SIZES
 from etr.train.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -30,16 +30,16 @@ def build_model(
     """
     from transformers import MixtralConfig
 
-    routing = config.routing
+    moe = config.moe_config()
     base = MixtralConfig(
         vocab_size=len(tokenizer),
-        hidden_size=config.hidden_size,
-        intermediate_size=routing.expert_size,
+        hidden_size=moe.hidden_size,
+        intermediate_size=moe.intermediate_size,
         num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads,
         num_key_value_heads=config.num_key_value_heads,
-        num_local_experts=routing.num_experts,
-        num_experts_per_tok=routing.top_k,
+        num_local_experts=moe.num_experts,
+        num_experts_per_tok=moe.top_k,
         max_position_embeddings=max_length,
         tie_word_embeddings=config.tie_embeddings,
         sliding_window=None,
@@ -48,18 +48,7 @@ def build_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    capacity = None if routing.capacity is None else parse_capacity(routing.capacity)
-    etr_config = EtrConfig.from_base(
-        base,
-        router=parse_router(routing.router),
-        capacity=capacity,
-        rank_by=routing.rank_by,
-        normalize=routing.normalize,
-        losses=routing.losses,
-        activation=routing.activation,
-        num_shared_experts=routing.num_shared_experts,
-        backend=routing.backend,
-        eval_selection=routing.eval_selection,
-    )
+    options = {name: value for name, value in moe.to_dict().items() if name not in SIZES}
+    etr_config = EtrConfig(base_config=base, moe=options)
     torch.manual_seed(seed)
     return EtrForCausalLM(etr_config)
