@@ -13,6 +13,7 @@ VERBS = {
     "evaluate": "held-out bits per byte of a trained model, by domain",
     "calibrate": "set a trained model's selection thresholds from text",
     "routers": "list routers, capacity policies, and what goes with what",
+    "theory": "success rates, capacities and crossover of the routing theorems",
     "report": "draw the report of a finished comparison again",
 }
 

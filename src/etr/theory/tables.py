@@ -1,0 +1,277 @@
+"""Rows that `etr theory` prints: the theory at given sizes, and what it does not say there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from etr.theory._ranges import Array, between, counts
+from etr.theory.bounds import (
+    TOKEN_LEAST_CAPACITY,
+    TOKEN_UPPER,
+    Bounds,
+    expert_choice_paper,
+    expert_choice_tight,
+    token_choice_paper,
+    token_choice_tight,
+)
+from etr.theory.geometric import (
+    CHOICES,
+    Choice,
+    crossover,
+    false_positive,
+    geometric_success,
+    true_positive,
+)
+from etr.theory.lower_bound import capacity_lower_bound
+from etr.theory.monte_carlo import GeometricModel, simulate
+from etr.theory.success import expert_choice_success, required_capacity
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuccessRow:
+    """Success of one choice at one capacity."""
+
+    factor: float
+    """Capacity factor."""
+    capacity: int
+    """Tokens."""
+    choice: Choice
+    """Who chooses."""
+    exact: float
+    """Success rate."""
+    paper: Bounds | None
+    """The paper's interval, where it has one for this model."""
+    tight: Bounds | None
+    """The tighter interval."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapacityRow:
+    """What a wanted success rate costs."""
+
+    wanted: float
+    """Success rate."""
+    capacity: dict[Choice, int | None]
+    """Tokens by choice; None if no capacity reaches it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundRow:
+    """The lower bound of capacity at one affinity, in tokens."""
+
+    affinity: float
+    """Cosine."""
+    exact: float
+    """By the incomplete beta function."""
+    erfc: float
+    """By erfc."""
+    exponential: float
+    """By the exponential."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossoverRow:
+    """From which signal expert choice is ahead of token choice, at one capacity."""
+
+    factor: float
+    """Capacity factor."""
+    capacity: int
+    """Tokens."""
+    fixed: float
+    """With a fixed score: signal in standard deviations."""
+    success: float
+    """Success rate of both at that signal; NaN if there is none."""
+    noisy: float
+    """With a noisy score."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckRow:
+    """An exact rate against samples."""
+
+    noisy: bool
+    """Whether the telling token's score has noise."""
+    signal: float
+    """Standard deviations of the noise."""
+    choice: Choice
+    """Who chooses."""
+    exact: float
+    """Success rate by the exact form."""
+    sampled: float
+    """Share of samples that succeeded."""
+    low: float
+    """Wilson's interval around it."""
+    high: float
+    """Wilson's interval around it."""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the interval holds the exact rate."""
+        return self.low <= self.exact <= self.high
+
+
+def capacity_of(factor: ArrayLike, num_tokens: int, num_experts: int) -> NDArray[np.int64]:
+    """``ceil(factor s / E - 1e-6)``, at least 1, tokens.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    f = between("capacity_factor", factor, 0.0, 1e9)
+    s, e = counts("num_tokens", num_tokens), counts("num_experts", num_experts)
+    return np.maximum(np.ceil(f * s / e - 1e-6), 1).astype(np.int64)
+
+
+def success_rows(
+    factors: Sequence[float], num_tokens: int, num_experts: int, signal: float, noisy: bool = False
+) -> list[SuccessRow]:
+    """Exact rates and bounds; expert choice has no bounds with a noisy score."""
+    p = np.full(num_experts, true_positive(signal, num_experts, noisy))
+    q = np.full(num_experts, false_positive(signal, noisy))
+    rows = []
+    for factor in factors:
+        c = int(capacity_of(factor, num_tokens, num_experts))
+        paper: dict[Choice, Bounds] = {"token": token_choice_paper(c, num_tokens, p)}
+        tight: dict[Choice, Bounds] = {"token": token_choice_tight(c, num_tokens, p)}
+        if not noisy:
+            paper["expert"] = expert_choice_paper(c, num_tokens, q)
+            tight["expert"] = expert_choice_tight(c, num_tokens, q)
+        for choice in CHOICES:
+            exact = geometric_success(choice, c, num_tokens, num_experts, signal, noisy)
+            rows.append(
+                SuccessRow(
+                    factor=factor,
+                    capacity=c,
+                    choice=choice,
+                    exact=float(exact),
+                    paper=paper.get(choice),
+                    tight=tight.get(choice),
+                )
+            )
+    return rows
+
+
+def capacity_rows(
+    wanted: Sequence[float], num_tokens: int, num_experts: int, signal: float, noisy: bool = False
+) -> list[CapacityRow]:
+    """The least capacity of each choice for each wanted rate."""
+    between("wanted", wanted, 0.0, 1.0)
+
+    def needed(choice: Choice, rate: float) -> int | None:
+        def success(c: Array) -> Array:
+            return geometric_success(choice, c, num_tokens, num_experts, signal, noisy)
+
+        reachable = float(success(np.asarray(float(num_tokens))))
+        return None if rate > reachable else int(required_capacity(rate, num_tokens, success))
+
+    return [
+        CapacityRow(wanted=rate, capacity={choice: needed(choice, rate) for choice in CHOICES})
+        for rate in wanted
+    ]
+
+
+def bound_rows(affinities: Sequence[float], hidden_size: int, num_experts: int) -> list[BoundRow]:
+    """The three forms of the lower bound."""
+    return [
+        BoundRow(
+            affinity=d,
+            exact=float(capacity_lower_bound(hidden_size, num_experts, d)),
+            erfc=float(capacity_lower_bound(hidden_size, num_experts, d, "erfc")),
+            exponential=float(capacity_lower_bound(hidden_size, num_experts, d, "exponential")),
+        )
+        for d in affinities
+    ]
+
+
+def crossover_rows(
+    factors: Sequence[float], num_tokens: int, num_experts: int
+) -> list[CrossoverRow]:
+    """The crossover by capacity, for a fixed and for a noisy score."""
+    c = capacity_of(factors, num_tokens, num_experts)
+    fixed = crossover(c, num_tokens, num_experts)
+    noisy = crossover(c, num_tokens, num_experts, noisy=True)
+    rate = geometric_success("token", c, num_tokens, num_experts, np.nan_to_num(fixed))
+    rate = np.where(np.isnan(fixed), np.nan, rate)
+    return [
+        CrossoverRow(factor=f, capacity=int(n), fixed=float(x), success=float(r), noisy=float(z))
+        for f, n, x, r, z in zip(factors, c, fixed, rate, noisy, strict=True)
+    ]
+
+
+def check_rows(
+    factor: float,
+    num_tokens: int,
+    num_experts: int,
+    signals: Sequence[float],
+    samples: int,
+    seed: int,
+    confidence: float = 0.999,
+) -> list[CheckRow]:
+    """Samples against the exact forms; `confidence` is that all intervals hold at once."""
+    c = int(capacity_of(factor, num_tokens, num_experts))
+    cases = [(noisy, signal) for noisy in (False, True) for signal in signals]
+    each = 1 - (1 - confidence) / max(1, len(cases) * len(CHOICES))  # Bonferroni
+    rows = []
+    for number, (noisy, signal) in enumerate(cases):
+        model = GeometricModel(
+            num_tokens=num_tokens,
+            num_experts=num_experts,
+            hidden_size=max(16, num_experts),
+            capacity=c,
+            signal=signal,
+            noisy=noisy,
+        )
+        estimates = simulate(model, samples, seed + number)
+        for choice in CHOICES:
+            exact = geometric_success(choice, c, num_tokens, num_experts, signal, noisy)
+            low, high = estimates[choice].interval(each)
+            rows.append(
+                CheckRow(
+                    noisy=noisy,
+                    signal=signal,
+                    choice=choice,
+                    exact=float(exact),
+                    sampled=estimates[choice].rate,
+                    low=low,
+                    high=high,
+                )
+            )
+    return rows
+
+
+def findings(
+    num_tokens: int, num_experts: int, signal: float, hidden_size: int = 128
+) -> list[tuple[str, str]]:
+    """Where the paper's statements are vacuous or rest on an assumption: (statement, here)."""
+    s, mean_load = num_tokens, num_tokens / num_experts
+    p, q = float(true_positive(signal, num_experts)), float(false_positive(signal))
+    most = 5 * mean_load
+    lower = f"C from {TOKEN_LEAST_CAPACITY} to {most:g}" if most >= TOKEN_LEAST_CAPACITY else "no C"
+    c = np.arange(1, s + 1)
+    noisy = geometric_success("expert", c, s, num_experts, signal, True)
+    marginal = expert_choice_success(c, s, [float(false_positive(signal, True))])
+    gap = np.abs(noisy - marginal)
+    d = np.linspace(0, 1, 10_001)
+    bound = capacity_lower_bound(hidden_size, num_experts, d)
+    band = d[(bound >= 1) & (bound <= mean_load)]
+    inside = f"affinity {band[0]:.3f} to {band[-1]:.3f}" if band.size else "no affinity"
+    fixed = float(crossover(capacity_of(1.0, s, num_experts), s, num_experts))
+    return [
+        (
+            "token choice, upper constant 10: says nothing from",
+            f"factor {1 / (TOKEN_UPPER * p):.3g}",
+        ),
+        ("token choice, lower constant 1/5: stated only for", lower),
+        ("expert choice: silent between", f"C = {(s - 1) * q / 2:.3g} and {2 * s * q:.3g}"),
+        ("expert choice: true transition at", f"C = {s * q:.3g}"),
+        (
+            "expert choice, noisy score, the mean q in place of the score: wrong by up to",
+            f"{gap.max():.3f} (C = {int(c[gap.argmax()])})",
+        ),
+        (f"lower bound, H {hidden_size}: between 1 and the mean load {mean_load:g} for", inside),
+        ("crossover at factor 1, fixed score", f"signal {fixed:.3f}"),
+        ("crossover, noisy score", "none: expert choice is never behind"),
+    ]
