@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 import etr
 from etr.cli import VERBS, main
+from etr.cli.routers import field_notes
 from etr.recipes import smoke
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
@@ -132,7 +133,12 @@ def test_routers_lists_every_row(capsys):
 @pytest.mark.parametrize("name", [*etr.ROUTERS, *etr.CAPACITIES])
 def test_routers_shows_options(name, capsys):
     assert main(["routers", name]) == 0
-    assert name in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    assert name in out
+    for kind in (etr.ROUTERS.get(name), etr.CAPACITIES.get(name)):
+        for field in () if kind is None else fields(kind):
+            assert f"{field.name} = " in out
+            assert field_notes(kind)[field.name]
 
 
 @pytest.mark.parametrize("verb", VERBS)
