@@ -51,10 +51,6 @@ NAN = float("nan")
         ({"top_k": 2, "router": "locmoe"}, r"top_k=2: router 'locmoe'.*top_k=1"),
         ({"num_shared_experts": -1}, "num_shared_experts=-1"),
         ({"normalize": "chosen"}, r"normalize='chosen' with top_k=1"),
-        (
-            {"router": EtrRouter(expert_pool="all"), "local_bonus": 0.1},
-            r"local_bonus=0\.1 does not go with expert_pool='all'",
-        ),
         ({"normalize": "kept"}, r"normalize='kept' with top_k=1"),
         ({"normalize": "all", "top_k": 2}, r"normalize='all' is unknown.*chosen"),
         ({"router": "switch"}, r"router='switch' is unknown.*token_choice"),

@@ -103,11 +103,6 @@ class MoEConfig:
             raise ValueError(
                 f"local_bonus={self.local_bonus}: router {router.name!r} has no scores to add to"
             )
-        if self.local_bonus and getattr(router, "expert_pool", "choosers") == "all":
-            raise ValueError(
-                f"local_bonus={self.local_bonus} does not go with expert_pool='all', which ranks "
-                "by plain affinity; use expert_pool='choosers'"
-            )
 
     @property
     def router_config(self) -> RouterConfig:
