@@ -40,7 +40,6 @@ class Collector:
         self._outer: list[Collector | None] = []
         self._grad_enabled = torch.is_grad_enabled()
         self._entries: list[tuple[MoE, dict[str, Tensor], dict[str, Tensor]]] = []
-        self._losses: list[dict[str, Tensor]] = []
 
     def __enter__(self) -> Collector:
         if self._ambient:
@@ -79,7 +78,6 @@ class Collector:
                     "so its losses would have no gradient; use activation checkpointing with "
                     "use_reentrant=False, or put the layer in eval mode"
                 )
-            self._losses.append(output.losses)
             self._entries.append((layer, output.losses, output.stats))
 
     def earlier_choices(self, layer: MoE) -> Tensor | None:
@@ -101,10 +99,10 @@ class Collector:
 
     def losses(self) -> dict[str, Tensor]:
         """Mean over layers of each loss, by name."""
-        names = {name for losses in self._losses for name in losses}
-        count = max(len(self._losses), 1)
+        found = [losses for _, losses, _ in self._entries]
+        names = {name for losses in found for name in losses}
         return {
-            name: torch.stack([x[name] for x in self._losses if name in x]).sum() / count
+            name: torch.stack([x[name] for x in found if name in x]).sum() / len(found)
             for name in sorted(names)
         }
 

@@ -227,7 +227,6 @@ class MoE(nn.Module):
             layer_index=self.layer_index,
             bonus=self._bonus(x, context),
             replay=replay or None,
-            training=self.training,
         )
 
     def _bonus(self, x: Tensor, context: RoutingContext) -> Tensor | None:

@@ -192,7 +192,6 @@ class RouterInput:
         layer_index: number of the MoE layer in the model.
         bonus: added to the selection score of each expert, float [E], or None.
         replay: recorded choices for this layer, or None.
-        training: True while the layer trains.
     """
 
     valid_mask: Tensor
@@ -202,7 +201,6 @@ class RouterInput:
     layer_index: int
     bonus: Tensor | None = None
     replay: Replay | None = None
-    training: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
