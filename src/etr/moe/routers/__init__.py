@@ -1,7 +1,7 @@
 """Routers: one file each, one line each in `ROUTERS`."""
 
 from etr.moe.routers.base import Router, RouterConfig, RouterTraits
-from etr.moe.routers.etr import EtrRouter
+from etr.moe.routers.etr import EtrPaper, EtrRouter
 from etr.moe.routers.expert_choice import ExpertChoice
 from etr.moe.routers.hash import Hash
 from etr.moe.routers.locmoe import LocMoERouter
@@ -10,6 +10,7 @@ from etr.moe.routers.token_choice import Baseline, TokenChoice
 
 ROUTERS: dict[str, type[RouterConfig]] = {
     "etr": EtrRouter,
+    "etr_paper": EtrPaper,
     "token_choice": TokenChoice,
     "baseline": Baseline,
     "locmoe": LocMoERouter,
@@ -22,6 +23,7 @@ ROUTERS: dict[str, type[RouterConfig]] = {
 __all__ = [
     "ROUTERS",
     "Baseline",
+    "EtrPaper",
     "EtrRouter",
     "ExpertChoice",
     "Hash",

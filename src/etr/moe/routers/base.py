@@ -87,6 +87,8 @@ class Router(nn.Module):
 
     score_scale: ScoreScale = OddsScale(0.5)
     """Places the bins of the threshold calibration where the router's scores crowd."""
+    takes_any_dtype: bool = False
+    """`scores` converts the tokens itself, so that no full copy of them is made."""
 
     def __init__(
         self, config: RouterConfig, hidden_size: int, num_experts: int, top_k: int
@@ -108,7 +110,7 @@ class Router(nn.Module):
         """
         # Autocast would run the scores in half precision and flip choices.
         with torch.autocast(device_type=x.device.type, enabled=False):
-            scores = self.scores(router_dtype(x), inputs)
+            scores = self.scores(x if self.takes_any_dtype else router_dtype(x), inputs)
             if inputs.replay is not None:
                 return self.routing_of(scores, self._replayed(inputs.replay.expert, x), inputs)
             if tokens_choose:
@@ -127,10 +129,10 @@ class Router(nn.Module):
         """Score every (token, expert) pair.
 
         Args:
-            x: tokens in the router's dtype, [T, H].
+            x: tokens [T, H], in the router's dtype unless `takes_any_dtype`.
             inputs: everything that is not the hidden state.
         Returns:
-            Scores, whose `scores` lie in [-1, 1].
+            Scores in the router's dtype, whose `scores` lie in [-1, 1].
         """
         raise NotImplementedError
 

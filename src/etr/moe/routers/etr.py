@@ -17,10 +17,11 @@ from etr.moe.affinity import (
     learned_block_affinity,
     orthonormal_start,
     polar_factor,
+    router_dtype,
 )
 from etr.moe.routers.base import Router, RouterConfig, RouterTraits
 from etr.moe.routing import RouterInput, Routing, Scores
-from etr.moe.score_scale import CosineScale
+from etr.moe.score_scale import CosineScale, OddsScale, ScoreScale
 from etr.moe.select import ExpertPool
 
 MAX_CONDITION = 1e3
@@ -50,12 +51,16 @@ class EtrRouter(RouterConfig):
     isotropic token has logits of standard deviation 1."""
     learn_temperature: bool = False
     """Train the temperature (its logarithm), starting from `temperature`."""
+    score: Literal["cosine", "prob"] = "cosine"
+    """What experts rank their choosers by: the affinity, or its softmax over experts, which is high
+    where a token resonates with one expert alone."""
 
     def __post_init__(self) -> None:
         for field, allowed in (
             ("frame", ("fixed", "learned", "orthonormal")),
             ("choice", ("both", "token", "expert")),
             ("expert_pool", ("choosers", "all")),
+            ("score", ("cosine", "prob")),
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(
@@ -75,7 +80,7 @@ class EtrRouter(RouterConfig):
             causal=self.choice != "expert",
             fixed_load=self.choice == "expert",
             tokens_choose=self.choice != "expert",
-            has_cosine=True,
+            has_cosine=self.score == "cosine",
             rank_by=("position",) if self.choice == "token" else ("score",),
             default_capacity="schedule",
         )
@@ -95,10 +100,13 @@ class EtrRouter(RouterConfig):
 
 class _EtrRouter(Router):
     config: EtrRouter
+    takes_any_dtype = True
 
     def __init__(self, config: EtrRouter, hidden_size: int, num_experts: int, top_k: int) -> None:
         super().__init__(config, hidden_size, num_experts, top_k)
-        self.score_scale = CosineScale(hidden_size)
+        self.score_scale: ScoreScale = CosineScale(hidden_size)
+        if config.score == "prob":
+            self.score_scale = OddsScale(1 / num_experts)
         self.temperature = config.temperature or math.sqrt(hidden_size)
         self.weight: nn.Parameter | None = None
         self.log_temperature: nn.Parameter | None = None
@@ -131,7 +139,8 @@ class _EtrRouter(Router):
         if self.weight is None:
             return grap_affinity(x, self.num_experts)
         if self.config.frame == "learned":
-            return learned_block_affinity(x, self.weight.to(x.dtype), self.num_experts)
+            return learned_block_affinity(x, self.weight, self.num_experts)
+        x = router_dtype(x)
         return cosine_affinity(x, self.directions(x.dtype), unit=True)
 
     def directions(self, dtype: torch.dtype) -> Tensor:
@@ -149,10 +158,11 @@ class _EtrRouter(Router):
         affinity = self.affinity(x)
         scale: Tensor | float = self.temperature
         if self.log_temperature is not None:
-            scale = self.log_temperature.to(x.dtype).exp()
+            scale = self.log_temperature.to(affinity.dtype).exp()
         logits = affinity * scale
         probs = logits.softmax(-1)
-        return Scores(scores=affinity, logits=logits, gates=probs, probs=probs)
+        score = affinity if self.config.score == "cosine" else probs
+        return Scores(scores=score, logits=logits, gates=probs, probs=probs)
 
     def choose(self, scores: Scores, inputs: RouterInput) -> Routing:
         if self.config.choice == "expert":
@@ -170,3 +180,18 @@ class _EtrRouter(Router):
             "directions are no longer orthonormal to float32 precision; lower the learning rate "
             "or start again from its polar factor"
         ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EtrPaper(EtrRouter):
+    """Expert-Token Resonance as published; `etr` differs where measurements say so.
+
+    arXiv 2406.00023: fixed block vectors, top-1 unless asked for more, experts rank choosers by
+    cosine, and the capacity moves from token choice to expert choice by a schedule.
+    """
+
+    name = "etr_paper"
+    summary = "preset: ETR as published (fixed GrAP frame, cosine ranking, capacity schedule)"
+
+    frame: Literal["fixed", "learned", "orthonormal"] = "fixed"
+    """Expert directions, see `etr`."""

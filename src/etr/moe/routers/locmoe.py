@@ -47,6 +47,7 @@ class LocMoERouter(RouterConfig):
 
 class _LocMoERouter(Router):
     config: LocMoERouter
+    takes_any_dtype = True
 
     def __init__(
         self, config: LocMoERouter, hidden_size: int, num_experts: int, top_k: int
