@@ -117,9 +117,7 @@ class MoEConfig:
         """The policy's config, from its name or the router's default if need be."""
         if isinstance(self.capacity, CapacityConfig):
             return self.capacity
-        name = self.capacity or self.router_config.traits.default_capacity
-        _check_name("capacity", name, CAPACITIES)
-        return CAPACITIES[name]()
+        return parse_capacity(self.capacity or self.router_config.traits.default_capacity)
 
     @property
     def resolved_rank_by(self) -> RankBy:

@@ -27,7 +27,7 @@ class RouterTraits:
         has_probs: gives a distribution over experts, so a balance loss is defined.
         has_cosine: scores are cosines, so the capacity lower bound applies.
         rank_by: orders in which experts may fill up; the first is the default.
-        default_capacity: policy used when none is named.
+        default_capacity: policy used when none is named, perhaps with options.
         position_free: the choice does not depend on where the token stands in the batch.
         needs_token_ids: the context must hold token ids.
         padded: the preset pads its buffers, so backend "auto" picks a padded one.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +31,20 @@ MAX_CONDITION = 1e3
 class EtrRouter(RouterConfig):
     """Tokens choose experts by cosine affinity; experts keep the choosers that resonate most.
 
-    arXiv 2406.00023, eqs. 2-6.
+    arXiv 2406.00023, eqs. 2-6, with the defaults that lost least in measurements
+    (docs/results/quality.md): dense orthonormal directions, a sharper and learned temperature,
+    choosers ranked by gate, and a capacity that rises over training. `EtrPaper` is the published
+    one.
     """
 
     name = "etr"
     paper = "2406.00023"
-    summary = "cosine affinity to orthogonal expert directions (GrAP); both sides choose"
+    summary = "cosine affinity to orthonormal expert directions; both sides choose"
+    temperature_factor: ClassVar[float] = 2.0
+    """Default temperature over sqrt(hidden_size)."""
+    preset_capacity: ClassVar[str] = "schedule:start_factor=0.4,end_factor=1.1"
 
-    frame: Literal["fixed", "learned", "orthonormal"] = "fixed"
+    frame: Literal["fixed", "learned", "orthonormal"] = "orthonormal"
     """Expert directions. fixed: block vectors without parameters (the paper's eq. 3). learned: one
     number per dimension on the same blocks. orthonormal: dense learned orthonormal directions."""
     choice: Literal["both", "token", "expert"] = "both"
@@ -47,11 +53,15 @@ class EtrRouter(RouterConfig):
     expert_pool: ExpertPool = "choosers"
     """With choice=both, experts rank their choosers, or all tokens (keeps fewer)."""
     temperature: float | None = None
-    """Scale of the affinity before the softmax, no unit. None: sqrt(hidden_size), at which an
-    isotropic token has logits of standard deviation 1."""
-    learn_temperature: bool = False
+    """Scale of the affinity before the softmax, no unit; at sqrt(hidden_size) an isotropic token
+    has logits of standard deviation 1. None: twice that, and once that in etr_paper."""
+    learn_temperature: bool = True
     """Train the temperature (its logarithm), starting from `temperature`."""
-    score: Literal["cosine", "prob"] = "cosine"
+    gate: Literal["softmax", "sigmoid"] = "softmax"
+    """Affinity to combine weight: softmax over experts, or a sigmoid for each, with a learned
+    offset. Under a sigmoid a token that resonates with no expert weighs little, so that dropping it
+    costs little."""
+    score: Literal["cosine", "prob"] = "prob"
     """What experts rank their choosers by: the affinity, or its softmax over experts, which is high
     where a token resonates with one expert alone."""
 
@@ -60,6 +70,7 @@ class EtrRouter(RouterConfig):
             ("frame", ("fixed", "learned", "orthonormal")),
             ("choice", ("both", "token", "expert")),
             ("expert_pool", ("choosers", "all")),
+            ("gate", ("softmax", "sigmoid")),
             ("score", ("cosine", "prob")),
         ):
             if getattr(self, field) not in allowed:
@@ -82,7 +93,7 @@ class EtrRouter(RouterConfig):
             tokens_choose=self.choice != "expert",
             has_cosine=self.score == "cosine",
             rank_by=("position",) if self.choice == "token" else ("score",),
-            default_capacity="schedule",
+            default_capacity=self.preset_capacity,
         )
 
     def check(self, hidden_size: int, num_experts: int, top_k: int) -> None:
@@ -107,15 +118,18 @@ class _EtrRouter(Router):
         self.score_scale: ScoreScale = CosineScale(hidden_size)
         if config.score == "prob":
             self.score_scale = OddsScale(1 / num_experts)
-        self.temperature = config.temperature or math.sqrt(hidden_size)
+        self.temperature = config.temperature or config.temperature_factor * math.sqrt(hidden_size)
         self.weight: nn.Parameter | None = None
         self.log_temperature: nn.Parameter | None = None
+        self.offset: nn.Parameter | None = None
         if config.frame == "learned":
             self.weight = nn.Parameter(torch.empty(hidden_size))
         elif config.frame == "orthonormal":
             self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         if config.learn_temperature:
             self.log_temperature = nn.Parameter(torch.empty(()))
+        if config.gate == "sigmoid":
+            self.offset = nn.Parameter(torch.empty(()))
         self._directions: tuple[tuple[object, ...], Tensor] | None = None
         self.reset_parameters()
 
@@ -128,6 +142,8 @@ class _EtrRouter(Router):
                 self.weight.copy_(orthonormal_start(self.num_experts, self.hidden_size))
         if self.log_temperature is not None:
             self.log_temperature.fill_(math.log(self.temperature))
+        if self.offset is not None:
+            self.offset.fill_(0.0)
 
     def train(self, mode: bool = True) -> _EtrRouter:
         # Writes through `weight.data`, as sharded training does, leave no trace in the version.
@@ -161,8 +177,11 @@ class _EtrRouter(Router):
             scale = self.log_temperature.to(affinity.dtype).exp()
         logits = affinity * scale
         probs = logits.softmax(-1)
+        gates = probs
+        if self.offset is not None:
+            gates = (logits + self.offset.to(x.dtype)).sigmoid()
         score = affinity if self.config.score == "cosine" else probs
-        return Scores(scores=score, logits=logits, gates=probs, probs=probs)
+        return Scores(scores=score, logits=logits, gates=gates, probs=probs)
 
     def choose(self, scores: Scores, inputs: RouterInput) -> Routing:
         if self.config.choice == "expert":
@@ -192,6 +211,12 @@ class EtrPaper(EtrRouter):
 
     name = "etr_paper"
     summary = "preset: ETR as published (fixed GrAP frame, cosine ranking, capacity schedule)"
+    temperature_factor: ClassVar[float] = 1.0
+    preset_capacity: ClassVar[str] = "schedule"
 
     frame: Literal["fixed", "learned", "orthonormal"] = "fixed"
     """Expert directions, see `etr`."""
+    learn_temperature: bool = False
+    """Train the temperature (its logarithm), starting from `temperature`."""
+    score: Literal["cosine", "prob"] = "cosine"
+    """What experts rank their choosers by, see `etr`."""

@@ -1,0 +1,94 @@
+"""`etr study`: the quality study, from runs to page."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from etr.cli._options import parse
+from etr.recipes.study import FULL, SMOKE
+from etr.study.run import Run, execute
+from etr.study.study import StudyRunner
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyCommand:
+    """Run what is missing, then write the page."""
+
+    out: str = "runs/study"
+    """Folder of results, page, figures and weights."""
+    smoke: bool = False
+    """The whole path on a few steps, for tests and not for conclusions."""
+    blocks: tuple[str, ...] = ()
+    """Blocks to run; all where none is named. A matched block needs those before it."""
+    workers: int = 2
+    """Runs side by side, one thread each."""
+    replay: str | None = None
+    """Result file of a run: train it again from its stored config and compare the losses."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ValueError(f"workers={self.workers} must be at least 1")
+
+
+def run(arguments: list[str]) -> int:
+    """Replay one run, or run the study."""
+    command = parse(StudyCommand, "study", arguments)
+    if command.replay is not None:
+        return _replay(Path(command.replay), Path(command.out))
+    study = SMOKE if command.smoke else FULL
+    runner = StudyRunner(study=study, out=Path(command.out), workers=command.workers)
+    console = Console(file=sys.stdout)
+    columns = (
+        TextColumn("{task.description:>28}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def show(block: str, done: int, total: int) -> None:
+            if block not in tasks:
+                tasks[block] = progress.add_task(block, total=total)
+                if not console.is_terminal:
+                    print(f"{block}: {total} steps", flush=True)
+            progress.update(tasks[block], completed=done)
+
+        try:
+            page = runner.run(command.blocks, show)
+        except KeyboardInterrupt:
+            print(f"stopped; the same command goes on where it stopped ({command.out})")
+            return 130
+    print(f"page: {page}")
+    return 0
+
+
+def _replay(path: Path, out: Path) -> int:
+    if not path.exists():
+        raise FileNotFoundError(f"replay={str(path)!r} does not exist")
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    run = Run(**stored["run"])
+    config = dataclasses.asdict(run.config())
+    if json.loads(json.dumps(config)) != stored["config"]:
+        print("the run's config differs now from the stored one; replaying the stored one's name")
+    result = execute(run, out / "replay")
+    before, now = stored["final"]["served_loss"], result["final"]["served_loss"]
+    print(f"{run.row}, seed {run.seed}: held-out loss {now:.6f}, stored {before:.6f}")
+    return 0

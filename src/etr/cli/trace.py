@@ -1,0 +1,173 @@
+"""`etr trace`: which token went to which expert, as a Parquet file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
+
+from etr.cli._model import open_model
+from etr.cli._options import parse
+from etr.data import DataConfig, load_tokenizer, open_data
+from etr.hf import FAMILIES
+from etr.moe.config import EvalSelection
+from etr.moe.stats import max_violation
+from etr.trace import (
+    Trace,
+    read_trace,
+    segment_cache_best_hit_rate,
+    segment_routing_best_performance,
+)
+from etr.trace.record import record_trace
+from etr.trace.sampling import SampledRows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceConfig:
+    """What to trace, and on what."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Checkpoint, a run's folder, or a folder with a transformers MoE model."""
+    out: str | None = None
+    """File to write; by default trace.parquet in the model's folder as given."""
+    max_tokens: int | None = 32_768
+    """Most tokens, in rows spread evenly over the held-out text; None for all of it."""
+    selection: EvalSelection = "threshold"
+    """How experts select; layers of this library only."""
+    segment: int = 16
+    """Window of the routing consistency (SRP, SCH) that is printed, tokens."""
+    device: str | None = None
+    """Where to run, e.g. cuda; by default an accelerator if there is one."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Text; its held-out documents are used. The tokenizer is the model's own."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "segment"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1, tokens")
+
+
+def run(arguments: list[str]) -> int:
+    """Trace, write the file, and print a summary."""
+    config = parse(TraceConfig, "trace", arguments)
+    model, tokenizer, folder = open_any_model(config.model)
+    model.to(torch.device(config.device) if config.device else _default_device())
+    data = open_data(dataclasses.replace(config.data, tokenizer=str(folder)))
+    if data.dataset.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has {data.dataset.vocab_size} tokens, the model "
+            f"vocab_size={model.config.vocab_size}: they do not belong together"
+        )
+    batches = SampledRows(
+        dataset=data.dataset,
+        sequence_length=config.data.sequence_length,
+        batch_size=config.data.batch_size,
+        max_tokens=config.max_tokens,
+    )
+    out = Path(config.model) / "trace.parquet" if config.out is None else Path(config.out)
+    record_trace(
+        model,
+        track(batches, "tracing", total=len(batches)),
+        out,
+        domains=data.dataset.domains,
+        tokenizer=tokenizer,
+        selection=config.selection,
+        source=str(folder),
+    )
+    trace = read_trace(out)
+    Console().print(summary(trace, config.segment))
+    info = trace.info
+    print(f"{trace.num_tokens:,} tokens, {info.router} router, {info.selection} selection: {out}")
+    return 0
+
+
+def summary(trace: Trace, segment: int) -> Table:
+    """Load and consistency of each layer.
+
+    Args:
+        trace: what to sum up.
+        segment: window of the consistency, tokens.
+    """
+    experts, cache = trace.info.num_experts, min(2 * trace.info.top_k, trace.info.num_experts)
+    table = Table()
+    for name in ("layer", "kept", "MaxVio", f"SRP({segment})", f"SCH({segment}, {cache})"):
+        table.add_column(name, justify="right")
+    for index in range(trace.info.num_layers):
+        layer = trace.layer(index)
+        choices = layer.counts(experts)
+        kept = layer.counts(experts, kept=True).sum() / max(choices.sum(), 1)
+        window = (layer.experts, layer.sequence, experts, segment)
+        table.add_row(
+            str(index),
+            f"{kept:.1%}",
+            f"{float(max_violation(torch.from_numpy(choices))):.2f}",
+            f"{segment_routing_best_performance(*window):.3f}",
+            f"{segment_cache_best_hit_rate(*window, cache):.3f}",
+        )
+    return table
+
+
+def open_any_model(path: str) -> tuple[Any, PreTrainedTokenizerBase, Path]:
+    """A model of this library or a transformers MoE model, its tokenizer, and their folder.
+
+    Raises:
+        FileNotFoundError: no such folder, or no weights or tokenizer in it.
+        ValueError: a model of no known family, damaged weights, or weights of another config.
+    """
+    folder = Path(path)
+    if _model_type(folder) not in FAMILIES:
+        return open_model(path)
+    if not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(f"folder={path!r} holds a config.json but no *.safetensors")
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto",
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported below
+            output_loading_info=True,
+        )
+    except SafetensorError as error:
+        raise ValueError(f"weights in {path!r} are damaged: {error}") from error
+    model, info = loaded
+    # What a file lacks would silently be random, and so would be its routing.
+    wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if wrong:
+        raise ValueError(
+            f"weights in {path!r} do not belong to its config.json: {len(wrong)} are missing or of "
+            f"another shape (such as {wrong[0]})"
+        )
+    return model.eval(), load_tokenizer(folder), folder
+
+
+def _model_type(folder: Path) -> str | None:
+    """As the folder's config.json says; None where it says none or is not there."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None  # `open_model` says what is wrong
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    found = values.get("model_type") if isinstance(values, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _default_device() -> torch.device:
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")

@@ -1,0 +1,72 @@
+"""All results of a study in one value."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from etr.study.grid import Match
+from etr.study.summary import Result, Row, rows_of
+
+TIMES = "times.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collection:
+    """Rows by block, blocks' tasks, and step times by task.
+
+    Args:
+        blocks: name of a block to its task, kind of match and rows.
+        times: name of a task to what `step_times` returned.
+    """
+
+    blocks: dict[str, tuple[str, Match, tuple[Row, ...]]]
+    times: dict[str, dict[str, Any]]
+
+    def rows(self, block: str) -> tuple[Row, ...]:
+        """Rows of a block; empty where it was not run."""
+        return self.blocks[block][2] if block in self.blocks else ()
+
+    def row(self, task: str, name: str) -> Row | None:
+        """A row at equal steps: the one with most seeds, from whichever block has it."""
+        found = [
+            row
+            for of, match, rows in self.blocks.values()
+            for row in rows
+            if of == task and match == "steps" and row.name == name
+        ]
+        merged: dict[int, dict[int, Result]] = {}
+        for row in found:
+            by_seed = merged.setdefault(row.steps, {})
+            by_seed.update({result["run"]["seed"]: result for result in row.results})
+        if not merged:
+            return None
+        # A long run of the same row is another comparison.
+        results = max(merged.values(), key=len)
+        return Row(name=name, results=tuple(results[seed] for seed in sorted(results)))
+
+    def seconds(self, task: str, name: str) -> float | None:
+        """Mean step time of a row over the reference's, as measured interleaved."""
+        row = self.times.get(task, {}).get("rows", {}).get(name)
+        return None if row is None else float(row["mean_ratio"])
+
+
+def collect(folder: Path, blocks: Sequence[tuple[str, str, Match, Sequence[Result]]]) -> Collection:
+    """Put results of blocks and the times beside them together.
+
+    Args:
+        folder: of the results; ``TASK/times.json`` is read where it exists.
+        blocks: name, task, match, results of each block.
+    """
+    times = {}
+    for _, task, _, _ in blocks:
+        path = folder / task / TIMES
+        if path.exists():
+            times[task] = json.loads(path.read_text(encoding="utf-8"))
+    return Collection(
+        blocks={name: (task, match, tuple(rows_of(found))) for name, task, match, found in blocks},
+        times=times,
+    )

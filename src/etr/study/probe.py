@@ -1,0 +1,122 @@
+"""Held-out loss token by token, and what the experts kept of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from etr.evaluate.held_out import effective_selection
+from etr.moe import MoE, Routing, Selection, moe_layers, set_eval_selection
+from etr.moe.config import EvalSelection
+from etr.study.tasks import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerView:
+    """What one MoE layer did with a batch.
+
+    Args:
+        x: its input, [T, H].
+        routing, selection: over the same T tokens.
+    """
+
+    x: Tensor
+    routing: Routing
+    selection: Selection
+
+
+@contextmanager
+def recorded(model: nn.Module) -> Iterator[dict[int, LayerView]]:
+    """Record the last forward of every MoE layer of `model`, by the layer's place."""
+    views: dict[int, LayerView] = {}
+    originals = []
+    for place, layer in enumerate(moe_layers(model)):
+        originals.append((layer, layer.run_experts))
+        layer.run_experts = _recorder(layer, place, views)  # type: ignore[method-assign]
+    try:
+        yield views
+    finally:
+        for layer, _ in originals:
+            del layer.run_experts
+
+
+def _recorder(layer: MoE, place: int, views: dict[int, LayerView]) -> Any:
+    run = layer.run_experts
+
+    def record(x: Tensor, routing: Routing, selection: Selection) -> Tensor:
+        views[place] = LayerView(x=x.detach(), routing=routing, selection=selection)
+        return run(x, routing, selection)
+
+    return record
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Held-out loss in one selection.
+
+    Args:
+        loss: mean over tokens.
+        loss_by_domain: the same by domain.
+        kept_per_token: kept pairs per token and layer: the expert compute of one token.
+        dropped_share: share of tokens that some layer gave no expert.
+        dropped_loss, kept_loss: mean loss of those tokens, and of the others; None where there
+            are none.
+        selection: threshold or dropless, as it really was.
+    """
+
+    loss: float
+    loss_by_domain: dict[str, float]
+    kept_per_token: float
+    dropped_share: float
+    dropped_loss: float | None
+    kept_loss: float | None
+    selection: EvalSelection
+
+
+@torch.no_grad()
+def evaluate(
+    task: Task, model: nn.Module, batches: Iterable[Any], selection: EvalSelection
+) -> HeldOut:
+    """Mean loss over held-out batches; the model's mode and selection are restored."""
+    layers, was_training = moe_layers(model), model.training
+    before = [layer.eval_selection for layer in layers]
+    set_eval_selection(model, selection)
+    model.eval()
+    losses, domains, dropped = [], [], []
+    kept = tokens = 0
+    try:
+        with recorded(model) as views:
+            for batch in batches:
+                found = task.forward(model, batch)
+                none = torch.zeros_like(found.valid)
+                for view in views.values():
+                    per_token = view.selection.selection_map(view.routing).sum(1)
+                    none |= per_token == 0
+                    kept += int(per_token[found.valid].sum())
+                tokens += int(found.valid.sum()) * len(layers)
+                losses.append(found.token_losses[found.valid].double())
+                domains.append(found.domain[found.valid])
+                dropped.append(none[found.valid])
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            layer.eval_selection = old
+        model.train(was_training)
+    loss, domain, mask = torch.cat(losses), torch.cat(domains), torch.cat(dropped)
+    return HeldOut(
+        loss=float(loss.mean()),
+        loss_by_domain={
+            name: float(loss[domain == d].mean())
+            for d, name in enumerate(task.domains)
+            if bool((domain == d).any())
+        },
+        kept_per_token=kept / tokens,
+        dropped_share=float(mask.double().mean()),
+        dropped_loss=float(loss[mask].mean()) if bool(mask.any()) else None,
+        kept_loss=float(loss[~mask].mean()) if bool((~mask).any()) else None,
+        selection=effective_selection(model, selection),
+    )

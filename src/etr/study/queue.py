@@ -1,0 +1,102 @@
+"""Runs side by side in processes of one thread each; what is done already is not done again."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from etr.study.run import FORMAT, Run, execute
+
+REPORT_EVERY = 10
+"""Steps between two notes of progress."""
+
+
+def load(run: Run, folder: Path) -> dict[str, Any] | None:
+    """The result of a run, or None where it is not there yet.
+
+    Raises:
+        ValueError: the file is of another run or format.
+    """
+    path = run.path(folder)
+    if not path.exists():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if result.get("format") != FORMAT or Run(**result["run"]) != run:
+        raise ValueError(
+            f"{path} holds another run ({result.get('run')}); move it away or rename the row"
+        )
+    return result
+
+
+def run_all(
+    runs: Sequence[Run],
+    folder: Path,
+    *,
+    weights: Path | None = None,
+    workers: int = 2,
+    on_progress: Callable[[dict[Run, int]], None] = lambda steps: None,
+) -> list[dict[str, Any]]:
+    """Execute what is missing, and return all results in the order asked for.
+
+    Every result is on disk as soon as its run ends, so a study that is stopped, even killed, goes
+    on where it was; only runs in flight begin again.
+
+    Args:
+        runs: all different.
+        folder: of the results.
+        weights: folder for trained weights, or None.
+        workers: processes.
+        on_progress: called about twice a second with the steps done of each run in flight.
+    """
+    missing = [run for run in runs if load(run, folder) is None]
+    if missing:
+        context = multiprocessing.get_context("spawn")
+        with context.Manager() as manager:
+            steps = manager.dict()
+            pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread)
+            futures = {
+                pool.submit(_work, run, folder, weights, steps, number): run
+                for number, run in enumerate(missing)
+            }
+            try:
+                _follow(futures, missing, steps, on_progress)
+            except BaseException:
+                for process in list((pool._processes or {}).values()):
+                    process.terminate()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+            pool.shutdown()
+    results = [load(run, folder) for run in runs]
+    return [result for result in results if result is not None]
+
+
+def _follow(
+    futures: dict[Future[None], Run],
+    missing: Sequence[Run],
+    steps: Any,
+    on_progress: Callable[[dict[Run, int]], None],
+) -> None:
+    waiting = set(futures)
+    while waiting:
+        done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+        on_progress({missing[number]: count for number, count in dict(steps).items()})
+        for future in done:
+            future.result()
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _work(run: Run, folder: Path, weights: Path | None, steps: Any, number: int) -> None:
+    def note(step: int) -> None:
+        if step % REPORT_EVERY == 0 or step == run.steps:
+            steps[number] = step
+
+    execute(run, folder, weights=weights, on_step=note)

@@ -1,0 +1,187 @@
+"""One row of a study with one seed: train, evaluate, write one small JSON file."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from etr.moe import attach
+from etr.moe.config import EvalSelection
+from etr.study.probe import evaluate
+from etr.study.tasks import TASKS, open_task
+from etr.train import TrainConfig, parse_variant
+from etr.train.compare import environment
+from etr.train.files import write_json
+from etr.train.metrics import expert_flops, routing_metrics
+from etr.train.optimizer import build_optimizer, learning_rate
+
+FORMAT = 1
+EVALUATIONS = 5
+"""Evaluations along a run of 100 steps or more, the last at its end; shorter runs have one."""
+SELECTIONS: tuple[EvalSelection, ...] = ("threshold", "dropless")
+LAST_SHARE = 0.1
+"""Share of the steps at the end over which kept shares are averaged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What makes one run; equal runs give equal losses.
+
+    Args:
+        task: name in TASKS.
+        variant: router and options, as `etr.train.parse_variant` reads them.
+        steps: optimizer steps.
+        seed: of weights, batches, and (in `teacher`) of the problem.
+    """
+
+    task: str
+    variant: str
+    steps: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"task={self.task!r} is unknown; choose one of {', '.join(TASKS)}")
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be at least 1")
+        self.config()
+
+    @property
+    def row(self) -> str:
+        """Name of the row: the variant's name."""
+        return parse_variant(self.variant).name
+
+    def config(self) -> TrainConfig:
+        """The full config of the run."""
+        shared = dataclasses.replace(TASKS[self.task].config(self.steps), seed=self.seed)
+        return parse_variant(self.variant).apply(shared)
+
+    def path(self, folder: Path) -> Path:
+        """Where its result is written."""
+        return folder / self.task / f"{self.row}-{self.steps}-seed{self.seed}.json"
+
+
+def execute(
+    run: Run,
+    folder: Path,
+    *,
+    weights: Path | None = None,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> dict[str, Any]:
+    """Train a run and write its result; nothing is left behind if it is stopped.
+
+    Times are processor seconds of this process, which other work on the machine hardly touches.
+
+    Args:
+        run: what to train.
+        folder: of the results.
+        weights: folder for the trained weights, or None to drop them.
+        on_step: called with the number of steps done.
+    """
+    config = run.config()
+    task = open_task(run.task, TASKS[run.task].config(1))
+    model = task.build(config).train()
+    optimizer = build_optimizer(model, config.optimizer)
+    attachment = attach(model, optimizer, config.steps)
+    batches = task.training_batches(config)
+    seconds, flops, curve, rows = [], 0.0, [], []
+    evaluations = EVALUATIONS if config.steps >= 100 else 1
+    due = {round(config.steps * (i + 1) / evaluations) for i in range(evaluations)}
+    for step in range(config.steps):
+        began = time.process_time()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config.optimizer, step, config.steps)
+        optimizer.zero_grad(set_to_none=True)
+        found = task.forward(model, next(batches))
+        loss = found.token_losses.mean()
+        torch.stack([loss, *found.router_losses.values()]).sum().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
+        optimizer.step()
+        seconds.append(time.process_time() - began)
+        stats = attachment.last_stats
+        flops += expert_flops(model, stats)
+        rows.append(routing_metrics(stats, config.model.routing.top_k))
+        on_step(step + 1)
+        if step + 1 in due:
+            point = {"step": step + 1, "expert_flops": flops, "cpu_seconds": sum(seconds)}
+            curve.append({**point, "train_loss": float(loss.detach()), **_evaluate(run, model)})
+    attachment.detach()
+    last = rows[-max(1, round(LAST_SHARE * config.steps)) :]
+    result = {
+        "format": FORMAT,
+        "run": dataclasses.asdict(run),
+        "config": config.to_dict(),
+        "environment": environment(),
+        "unit": task.unit,
+        "steps": config.steps,
+        "tokens_per_step": config.data.sequence_length * config.data.batch_size,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "expert_flops": flops,
+        "cpu_seconds": sum(seconds),
+        "step_seconds_median": statistics.median(seconds),
+        "kept_per_token": _mean(rows, "kept_fraction") * config.model.routing.top_k,
+        "kept_per_token_last": _mean(last, "kept_fraction") * config.model.routing.top_k,
+        "max_violation_last": _mean(last, "max_violation"),
+        "tokens_without_expert_last": _mean(last, "tokens_without_expert"),
+        "curve": curve,
+        "final": curve[-1],
+    }
+    if weights is not None:
+        _save(model, weights / run.path(Path()).with_suffix(".safetensors"))
+    write_json(run.path(folder), result)
+    return result
+
+
+def _evaluate(run: Run, model: torch.nn.Module) -> dict[str, Any]:
+    """Dropless and threshold, both always; a row without thresholds has dropless alone."""
+    config = run.config()
+    task = open_task(run.task, TASKS[run.task].config(1))
+    found: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="MoE layer evaluates dropless")
+        for selection in SELECTIONS:
+            result = evaluate(task, model, task.held_out_batches(config), selection)
+            found[result.selection] = dataclasses.asdict(result)
+    served = found.get("threshold", found["dropless"])
+    return {"served": served["selection"], "served_loss": served["loss"], **found}
+
+
+def _mean(rows: list[dict[str, Any]], name: str) -> float:
+    return statistics.fmean(row[name] for row in rows)
+
+
+def _save(model: torch.nn.Module, path: Path) -> None:
+    from safetensors.torch import save_model
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    save_model(model, str(temporary))
+    temporary.replace(path)
+
+
+def load_model(run: Run, weights: Path) -> torch.nn.Module:
+    """The trained model of a run whose weights were kept.
+
+    Raises:
+        FileNotFoundError: they were not.
+    """
+    from safetensors.torch import load_model as load
+
+    path = weights / run.path(Path()).with_suffix(".safetensors")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: the run's weights were not kept")
+    task = open_task(run.task, TASKS[run.task].config(1))
+    model = task.build(run.config())
+    load(model, str(path))
+    return model.eval()
+
+
+__all__ = ["Run", "execute", "load_model"]

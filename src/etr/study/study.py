@@ -1,0 +1,191 @@
+"""A whole study: blocks one after another, times in between, and the page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from etr.study import figures, markdown
+from etr.study.collection import TIMES, collect
+from etr.study.grid import Block, Match, flops_ratio, runs_of
+from etr.study.measure import measure
+from etr.study.queue import load, run_all
+from etr.study.run import Run, load_model
+from etr.study.timing import step_times
+from etr.train import parse_variant
+from etr.train.files import write_json, write_text
+
+Show = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Blocks in the order in which they run; a matched block needs the blocks before it.
+
+    Args:
+        blocks: what is run.
+        reference: row that others are compared with, and that matched rows are matched to.
+        notes: file of remarks that end the page, beside the results, or None.
+        timing_rounds: rounds of the interleaved timing.
+    """
+
+    blocks: tuple[Block, ...]
+    reference: str
+    timing_rounds: int = 48
+
+    def block(self, name: str) -> Block:
+        """The block of a name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for block in self.blocks:
+            if block.name == name:
+                return block
+        known = ", ".join(block.name for block in self.blocks)
+        raise ValueError(f"block {name!r} is unknown; choose from {known}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRunner:
+    """Runs a study into a folder: ``quality/`` (results), ``weights/``, ``images/``, the page.
+
+    Args:
+        study: what to run.
+        out: the folder.
+        workers: runs side by side.
+    """
+
+    study: Study
+    out: Path
+    workers: int = 2
+
+    @property
+    def results(self) -> Path:
+        """Folder of the raw results."""
+        return self.out / "quality"
+
+    @property
+    def weights(self) -> Path:
+        """Folder of trained weights, for timing and diagnostics."""
+        return self.out / "weights"
+
+    def run(self, names: Sequence[str], show: Show) -> Path:
+        """Run the named blocks (all where none is named), and write the page.
+
+        Args:
+            show: called with a block's name, its steps done and its steps in all.
+        """
+        wanted = [self.study.block(name) for name in names] or list(self.study.blocks)
+        for block in wanted:
+            runs = self.runs(block)
+            self._run_block(block, runs, show)
+            self._measure(runs)
+        return self.write_page()
+
+    def runs(self, block: Block) -> list[Run]:
+        """The runs of a block; a matched one is worked out from the blocks before it."""
+        return runs_of(block, lambda variant, match: self._cost(block, variant, match))
+
+    def write_page(self) -> Path:
+        """Write the page and its figures from what results there are."""
+        found = []
+        for block in self.study.blocks:
+            try:
+                runs = self.runs(block)
+            except ValueError:
+                continue  # what it is matched to has not been run
+            results = [result for run in runs if (result := load(run, self.results)) is not None]
+            found.append((block.name, block.task, block.match, results))
+        study = collect(self.results, found)
+        images = figures.draw(study, self.study.reference, self.out / "images")
+        notes = self.out / "quality-notes.md"
+        text = markdown.page(
+            study,
+            self.study.reference,
+            {title: f"images/{path.name}" for title, path in images.items()},
+            notes.read_text(encoding="utf-8") if notes.exists() else "",
+        )
+        path = self.out / "quality.md"
+        write_text(path, text)
+        return path
+
+    def _run_block(self, block: Block, runs: list[Run], show: Show) -> None:
+        total = sum(run.steps for run in runs)
+        ready = sum(run.steps for run in runs if load(run, self.results) is not None)
+
+        def progress(steps: dict[Run, int]) -> None:
+            show(block.name, ready + sum(steps.values()), total)
+
+        progress({})
+        run_all(
+            runs,
+            self.results,
+            weights=self.weights,
+            workers=self.workers,
+            on_progress=progress,
+        )
+        show(block.name, total, total)
+
+    def _measure(self, runs: Sequence[Run]) -> None:
+        """Add the diagnostics that need the trained weights to results that lack them."""
+        for run in runs:
+            result = load(run, self.results)
+            if result is not None and "measures" not in result:
+                result["measures"] = measure(run, load_model(run, self.weights))
+                write_json(run.path(self.results), result)
+
+    def _cost(self, block: Block, variant: str, match: Match) -> float:
+        reference = self._equal_steps(block, self.study.reference)
+        row = self._equal_steps(block, parse_variant(variant).name)
+        if match == "expert_flops":
+            return flops_ratio(self._load_all(row), self._load_all(reference))
+        return self._time_ratio(block, row[0], reference[0])
+
+    def _equal_steps(self, block: Block, name: str) -> list[Run]:
+        """Runs of a row in an earlier block of equal steps on the same task."""
+        for earlier in self.study.blocks:
+            if earlier.task == block.task and earlier.match == "steps":
+                runs = [run for run in runs_of(earlier, lambda *_: 1.0) if run.row == name]
+                if runs:
+                    return runs
+        raise ValueError(f"block {block.name!r}: no block runs {name!r} at equal steps before it")
+
+    def _load_all(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
+        found = [load(run, self.results) for run in runs]
+        if None in found:
+            raise ValueError(
+                f"row {runs[0].row!r} on {runs[0].task!r} has runs missing; run its block first"
+            )
+        return [result for result in found if result is not None]
+
+    def _time_ratio(self, block: Block, row: Run, reference: Run) -> float:
+        """Step time over the reference's, from the task's timing file; measured if not there."""
+        path = self.results / block.task / TIMES
+        known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else {}
+        if row.row not in known:
+            self.time(block.task)
+            known = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return float(known[row.row]["mean_ratio"])
+
+    def time(self, task: str) -> None:
+        """Measure the step times of every timed row of a task, interleaved, and keep them."""
+        runs = []
+        for block in self.study.blocks:
+            if block.task == task and block.match == "seconds":
+                names = [self.study.reference, *block.rows, *TIMED_TOO]
+                for name in dict.fromkeys(names):
+                    try:
+                        runs.append(self._equal_steps(block, name)[0])
+                    except ValueError:
+                        continue  # the row is not run on this task
+        self._load_all(runs)
+        times = step_times(runs, self.weights, rounds=self.study.timing_rounds)
+        write_json(self.results / task / TIMES, times)
+
+
+TIMED_TOO = ("baseline", "locmoe", "etr_paper")
+"""Rows that the papers' claims about time speak of."""

@@ -1,0 +1,132 @@
+"""Rows of results as means over seeds, and their paired differences from a reference."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from etr.report.statistics import mean, t_interval
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Loss of a row less that of its reference, paired by seed.
+
+    Args:
+        mean: over the seeds that both have.
+        interval: Student's 95 %, None for one seed.
+        seeds: how many.
+    """
+
+    mean: float
+    interval: tuple[float, float] | None
+    seeds: int
+
+    @property
+    def verdict(self) -> str:
+        """lower, higher, or that it cannot be said."""
+        if self.interval is None:
+            return "one seed"
+        low, high = self.interval
+        return "lower" if high < 0 else "higher" if low > 0 else "cannot be told apart"
+
+    def __str__(self) -> str:
+        if self.interval is None:
+            return f"{self.mean:+.4f} (one seed)"
+        return f"{self.mean:+.4f} ({self.interval[0]:+.4f} to {self.interval[1]:+.4f})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of a block over its seeds."""
+
+    name: str
+    results: tuple[Result, ...]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return int(self.results[0]["steps"])
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds, in order."""
+        return [result["run"]["seed"] for result in self.results]
+
+    def losses(self, mode: str = "served") -> dict[int, float]:
+        """Held-out loss by seed: `served`, `threshold` or `dropless`; seeds without it left out."""
+        found = {}
+        for result in self.results:
+            final = result["final"]
+            if mode == "served":
+                found[result["run"]["seed"]] = float(final["served_loss"])
+            elif mode in final:
+                found[result["run"]["seed"]] = float(final[mode]["loss"])
+        return found
+
+    def mean_loss(self, mode: str = "served") -> float | None:
+        """Mean over seeds."""
+        values = list(self.losses(mode).values())
+        return mean(values) if values else None
+
+    def average(self, key: str) -> float:
+        """Mean over seeds of a number at the top of a result."""
+        return statistics.fmean(float(result[key]) for result in self.results)
+
+    def final(self, mode: str, key: str) -> float | None:
+        """Mean over seeds of a number of the last evaluation in a mode."""
+        values = [
+            float(result["final"][mode][key])
+            for result in self.results
+            if mode in result["final"] and result["final"][mode][key] is not None
+        ]
+        return statistics.fmean(values) if values else None
+
+    def measured(self, key: str) -> float | None:
+        """Mean over seeds and layers of a diagnostic; None where it was not measured."""
+        values = [
+            float(layer[key])
+            for result in self.results
+            for layer in result.get("measures", {}).get("layers", [])
+            if layer.get(key) is not None
+        ]
+        return statistics.fmean(values) if values else None
+
+
+def rows_of(results: Sequence[Result]) -> list[Row]:
+    """Group results by row and steps, in the order in which rows first appear."""
+    groups: dict[tuple[str, int], list[Result]] = {}
+    for result in results:
+        name = result["run"]["variant"].partition("/")[0].partition(":")[0].partition("=")[0]
+        groups.setdefault((name, result["steps"]), []).append(result)
+    return [
+        Row(name=name, results=tuple(sorted(group, key=lambda r: r["run"]["seed"])))
+        for (name, _), group in groups.items()
+    ]
+
+
+def difference(row: Row, reference: Row, mode: str = "served") -> Difference | None:
+    """Paired difference of losses; None where no seed is shared.
+
+    Args:
+        mode: of `row`; the reference is always taken as it is served.
+    """
+    own, other = row.losses(mode), reference.losses()
+    pairs = [own[seed] - other[seed] for seed in own if seed in other]
+    if not pairs:
+        return None
+    return Difference(mean=mean(pairs), interval=t_interval(pairs), seeds=len(pairs))
+
+
+def resolution(rows: Sequence[Row], reference: Row) -> float | None:
+    """Median half-width of the intervals: the smallest difference that could have been seen."""
+    widths = []
+    for row in rows:
+        found = difference(row, reference)
+        if row.name != reference.name and found is not None and found.interval is not None:
+            widths.append((found.interval[1] - found.interval[0]) / 2)
+    return statistics.median(widths) if widths else None

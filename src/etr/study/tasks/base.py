@@ -1,0 +1,59 @@
+"""What a study trains on: a model, batches, and a loss for every token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from etr.train import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """One batch through the model.
+
+    Args:
+        token_losses: loss of each token, float [T]; 0 where not valid.
+        valid: True for tokens that count, bool [T].
+        domain: place of each token's domain in the task's list, int64 [T].
+        router_losses: scaled losses of the MoE layers, by name.
+        stats: counters of each MoE layer.
+    """
+
+    token_losses: Tensor
+    valid: Tensor
+    domain: Tensor
+    router_losses: dict[str, Tensor]
+    stats: list[dict[str, Tensor]]
+
+
+class Task(Protocol):
+    """A learning problem whose model has one or more MoE layers.
+
+    Everything random depends on the config's seed alone, so that two routers with the same seed
+    see the same batches and start from the same weights outside the router.
+    """
+
+    unit: str
+    """Of the loss."""
+    domains: tuple[str, ...]
+    """Names of the kinds of tokens."""
+
+    def build(self, config: TrainConfig) -> nn.Module:
+        """A freshly initialised model."""
+        ...
+
+    def training_batches(self, config: TrainConfig) -> Iterator[Any]:
+        """An endless stream of batches."""
+        ...
+
+    def held_out_batches(self, config: TrainConfig) -> Iterable[Any]:
+        """Batches that are never trained on, the same at every call."""
+        ...
+
+    def forward(self, model: nn.Module, batch: Any) -> Forward:
+        """Run a batch and take each token's loss."""
+        ...

@@ -1,0 +1,145 @@
+"""From a model and text to a trace file."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from etr.data import Batch
+from etr.hf import family_of
+from etr.moe import moe_layers, set_eval_selection
+from etr.moe.config import EvalSelection
+from etr.trace.recorder import RoutingRecorder, routers_of
+from etr.trace.schema import TokenRows, TraceInfo
+from etr.trace.writer import TraceWriter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def describe(model: nn.Module, source: str = "") -> TraceInfo:
+    """What a trace of `model`, as it stands, would be of.
+
+    Raises:
+        ValueError: the model has no MoE layer that can be recorded.
+    """
+    layers = moe_layers(model)
+    if not layers:
+        config: Any = getattr(model, "config", None)
+        num_layers = len(routers_of(model))
+        sizes = family_of(config).sizes(config)
+        return TraceInfo(
+            num_experts=sizes["num_experts"],
+            num_layers=num_layers,
+            top_k=sizes["top_k"],
+            router=config.model_type,
+            selection="dropless",
+            affinity="logit",
+            source=source,
+        )
+    selection = layers[0].eval_selection
+    if selection == "threshold" and not all(layer.has_thresholds() for layer in layers):
+        selection = "dropless"
+    return TraceInfo(
+        num_experts=max(layer.config.num_experts for layer in layers),
+        num_layers=len(layers),
+        top_k=max(layer.config.top_k for layer in layers),
+        router=layers[0].config.router_config.name,
+        selection=selection,
+        affinity="score" if layers[0].traits.has_scores else "none",
+        source=source,
+    )
+
+
+@torch.no_grad()
+def record_trace(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    path: str | Path,
+    *,
+    domains: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    selection: EvalSelection = "threshold",
+    source: str = "",
+) -> TraceInfo:
+    """Run a model over batches in eval mode and write its routing; mode and selection are restored.
+
+    Args:
+        model: called with `input_ids` and `attention_mask`, on its own device.
+        batches: text; padding is left out.
+        path: the file to write, see `etr.trace.schema`.
+        domains: names by the batches' domain numbers.
+        tokenizer: turns token ids into text; None leaves the column empty.
+        selection: how experts select: threshold (dropless where there are none), dropless, batch.
+            Layers of this library only.
+        source: where the model came from, for the file's metadata.
+    Returns:
+        What the trace is of.
+    Raises:
+        ValueError: the model has no MoE layer that can be recorded, or there is no token.
+    """
+    recorder = RoutingRecorder(model)
+    was_training = model.training
+    before = [layer.eval_selection for layer in moe_layers(model)]
+    set_eval_selection(model, selection)
+    model.eval()
+    # Logits of every place would take more memory than all routing together.
+    few = "logits_to_keep" in inspect.signature(model.forward).parameters
+    options = {"logits_to_keep": 1} if few else {}
+    info = describe(model, source)
+    rows = _TokenRows(domains, tokenizer)
+    device = next(model.parameters()).device
+    try:
+        with TraceWriter(path, info) as writer, recorder:
+            for batch in batches:
+                mask = batch.valid_mask
+                ids, attention = batch.input_ids.to(device), mask.long().to(device)
+                model(input_ids=ids, attention_mask=attention, **options)
+                writer.write(rows.of(batch), recorder.take(mask.to(device)))
+            if not writer.num_tokens:
+                raise ValueError("no tokens to trace: the data has no held-out documents")
+    finally:
+        for layer, old in zip(moe_layers(model), before, strict=True):
+            layer.eval_selection = old
+        model.train(was_training)
+    return info
+
+
+class _TokenRows:
+    """Numbers the rows of text, and names their domains and tokens."""
+
+    def __init__(self, domains: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self._domains = domains
+        self._text: Callable[[int], str] | None = None
+        if tokenizer is not None:
+            self._text = cache(partial(token_text, tokenizer))
+        self._num_sequences = 0
+
+    def of(self, batch: Batch) -> TokenRows:
+        """The real tokens of a batch."""
+        mask = batch.valid_mask
+        row, _ = mask.nonzero(as_tuple=True)
+        token_id = batch.input_ids[mask].numpy()
+        found = TokenRows(
+            sequence=(row + self._num_sequences).numpy(),
+            position=(mask.cumsum(1) - 1)[mask].numpy(),
+            token_id=token_id,
+            text=None if self._text is None else [self._text(i) for i in token_id.tolist()],
+            domain=[self._domains[d] for d in batch.domain[row].tolist()],
+        )
+        self._num_sequences += len(batch.input_ids)
+        return found
+
+
+def token_text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
+    """A token as text; a piece that is no whole character as the tokenizer writes it."""
+    text = str(tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
+    if text and "\N{REPLACEMENT CHARACTER}" not in text:
+        return text
+    return str(tokenizer.convert_ids_to_tokens(token_id))

@@ -1,0 +1,82 @@
+"""Writing a trace while a model runs, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from etr.trace.schema import SCHEMA, LayerRouting, TokenRows, TraceInfo, trace_table
+
+ROWS_PER_GROUP = 1 << 16
+"""Rows held in memory before they are written."""
+
+
+class TraceWriter:
+    """Writes a trace; the file appears under its name when the block ends without an error.
+
+        with TraceWriter(path, info) as writer:
+            writer.write(tokens, layers)
+
+    Args:
+        path: the file; its folder is made, an old file is replaced at the end.
+        info: what the trace is of.
+        rows_per_group: rows (tokens times layers) held in memory before they are written.
+    """
+
+    def __init__(
+        self, path: str | Path, info: TraceInfo, rows_per_group: int = ROWS_PER_GROUP
+    ) -> None:
+        self.path, self.info = Path(path), info
+        self.num_tokens = 0
+        """Tokens written so far."""
+        self._rows_per_group = rows_per_group
+        self._waiting: list[pa.Table] = []
+        self._temporary = self.path.with_name(f".tmp-{self.path.name}")
+
+    def __enter__(self) -> TraceWriter:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        schema = SCHEMA.with_metadata(self.info.to_metadata())
+        self._file = pq.ParquetWriter(
+            self._temporary, schema, compression="zstd", write_page_checksum=True
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._flush()
+            self._file.close()
+            if kind is None:
+                self._temporary.replace(self.path)
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+    def write(self, tokens: TokenRows, layers: Sequence[LayerRouting]) -> None:
+        """Add tokens, each with its routing in every layer.
+
+        Raises:
+            ValueError: another number of layers than announced, or of tokens in a layer.
+        """
+        if len(layers) != self.info.num_layers:
+            raise ValueError(
+                f"{len(layers)} layers; the trace has num_layers={self.info.num_layers}"
+            )
+        self._waiting.append(trace_table(tokens, layers))
+        self.num_tokens += len(tokens.sequence)
+        if sum(table.num_rows for table in self._waiting) >= self._rows_per_group:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            table = pa.concat_tables(self._waiting).unify_dictionaries().combine_chunks()
+            self._file.write_table(table, row_group_size=max(table.num_rows, 1))
+        self._waiting = []

@@ -1,0 +1,150 @@
+"""`etr trace`: models of this library and of transformers, the options, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM
+
+import etr.cli.trace
+from etr.cli import main
+from etr.data import byte_tokenizer
+from etr.hf import EtrConfig, EtrForCausalLM
+from etr.trace import read_trace
+
+pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
+
+BASE = MixtralConfig(
+    vocab_size=264,
+    hidden_size=32,
+    intermediate_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(60):
+        stream = random.Random(number)
+        body = " ".join(str(stream.randrange(10**6)) for _ in range(100))
+        (folder / f"{number}.txt").write_text(f"{number}: {body}\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def options(text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    cache = tmp_path_factory.mktemp("cache")
+    return [
+        *("--data", str(text), "--cache-dir", str(cache), "--device", "cpu"),
+        *("--sequence-length", "32", "--batch-size", "4"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain transformers model."""
+    folder = tmp_path_factory.mktemp("mixtral")
+    torch.manual_seed(0)
+    MixtralForCausalLM(BASE).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with a checkpoint, as training leaves it."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "config.json").write_text('{"steps": 3}')
+    checkpoint = folder / "checkpoints" / "step-00000003"
+    torch.manual_seed(0)
+    EtrForCausalLM(EtrConfig.from_base(BASE, "etr", top_k=1)).save_pretrained(checkpoint)
+    byte_tokenizer().save_pretrained(checkpoint)
+    (checkpoint / "train_state.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["run", "mixtral"])
+def test_a_model_is_traced(kind, request, options, capsys):
+    folder = request.getfixturevalue(kind)
+    assert main(["trace", str(folder), "--max-tokens", "320", *options]) == 0
+    out = capsys.readouterr().out
+    trace = read_trace(folder / "trace.parquet")
+    assert 288 <= trace.num_tokens <= 320
+    assert trace.info.num_layers == 2
+    assert trace.info.router == ("etr" if kind == "run" else "mixtral")
+    assert trace.table["text"].null_count == 0
+    for wanted in ("MaxVio", "SRP(16)", "SCH(16, ", f"{trace.num_tokens} tokens", "trace.parquet"):
+        assert wanted in out, wanted
+    if kind == "run":
+        assert trace.info.source.endswith("step-00000003")
+
+
+def test_options(run, options, tmp_path, capsys):
+    out = tmp_path / "new" / "t.parquet"
+    chosen = ["--out", str(out), "--selection", "batch", "--segment", "8", "--max-tokens", "None"]
+    assert main(["trace", str(run), *chosen, *options]) == 0
+    trace = read_trace(out)
+    assert trace.info.selection == "batch"
+    assert trace.num_tokens > 1000
+    assert "SRP(8)" in capsys.readouterr().out
+
+
+def copy_of(mixtral: Path, tmp_path: Path) -> Path:
+    ignored = shutil.ignore_patterns("trace.parquet")  # of an earlier test
+    return Path(shutil.copytree(mixtral, tmp_path / "copy", ignore=ignored))
+
+
+def change_config(folder: Path, **values: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: shutil.rmtree(f), "is no folder"),
+        (lambda f: (f / "config.json").unlink(), "holds no config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json"),
+        (lambda f: change_config(f, model_type="llama"), "model_type='llama'"),
+        (lambda f: (f / "model.safetensors").unlink(), "no *.safetensors"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 64), "are damaged"),
+        (lambda f: change_config(f, num_hidden_layers=3), "missing or of another shape"),
+        (lambda f: change_config(f, num_local_experts=8), "missing or of another shape"),
+        (lambda f: (f / "tokenizer.json").unlink(), "tokenizer"),
+    ],
+)
+def test_what_cannot_be_traced(damage, message, mixtral, options, tmp_path, capsys):
+    folder = copy_of(mixtral, tmp_path)
+    damage(folder)
+    assert main(["trace", str(folder), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*trace.parquet*"))
+
+
+def test_a_tokenizer_of_another_model(options, tmp_path, capsys):
+    small = MixtralConfig(**{**BASE.to_dict(), "vocab_size": 100})
+    MixtralForCausalLM(small).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert main(["trace", str(tmp_path), *options]) == 2
+    assert "vocab_size=100" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--max-tokens", "--segment"])
+def test_options_are_checked(option, mixtral, capsys):
+    with pytest.raises(SystemExit):
+        main(["trace", str(mixtral), option, "0"])
+    assert "must be at least 1" in capsys.readouterr().err
+
+
+def test_the_default_device_is_one():
+    assert isinstance(etr.cli.trace._default_device(), torch.device)
