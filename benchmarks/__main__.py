@@ -1,84 +1,124 @@
-"""``python -m benchmarks``: measure, print, and write JSON and a page."""
+"""``python -m benchmarks``: measure, print the targets, and write JSON and a page."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import tyro
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.layer import CASES, Measured, measure
-from etr.train.compare import environment
+from benchmarks.cases import Case, all_cases
+from benchmarks.page import page
+from benchmarks.run import run_cases, write_results
+from benchmarks.screen import screen
+from benchmarks.settings import Settings, load_average
+from benchmarks.systems import SYSTEMS
+from benchmarks.tables import losses_table, targets_table
+from etr.train.files import write_text
+
+TARGET_COLUMNS = {"quartiles", "best"}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
-    """What to run."""
+    """Time this library against its floors and against others, on one machine in one run."""
 
-    rounds: int = 7
-    """Counted rounds of each case."""
+    only: tuple[str, ...] = ()
+    """Cases whose name contains one of these words, e.g. `layer/8`, `router`, `bfloat16`."""
+    quick: bool = False
+    """Small sizes and few rounds: shows that everything runs, says nothing about speed."""
+    again: bool = False
+    """Measure cases again that are stored already."""
+    show: bool = False
+    """List cases and systems, and stop."""
+    device: str = "cpu"
+    """cpu, cuda, or another device of torch."""
+    threads: int | None = None
+    """Threads of torch. None: as many as torch takes by itself."""
+    mallopt: bool = False
+    """Let glibc keep freed memory, for all systems alike; stated in the results."""
+    against: str | None = None
+    """Root of another checkout, whose demo step is timed in turn with this one's."""
     out: str = "runs/bench"
-    """Folder of speed.json and speed.md."""
+    """Folder of the results; a stopped run goes on from it, a finished one is shown again."""
+    markdown: str | None = None
+    """Also write the page to this file."""
+
+    def settings(self) -> Settings:
+        """What is the same for all systems."""
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads={self.threads} must be at least 1")
+        return Settings(
+            device=torch.device(self.device),
+            threads=self.threads or torch.get_num_threads(),
+            mallopt=self.mallopt,
+            against=self.against,
+            quick=self.quick,
+        )
+
+    def cases(self) -> list[Case]:
+        """The cases asked for.
+
+        Raises:
+            ValueError: no case has such a name.
+        """
+        wanted = [
+            case
+            for case in all_cases()
+            if not self.only or any(word in case.name for word in self.only)
+        ]
+        if not wanted:
+            raise ValueError(f"only={self.only} matches no case; --show lists them")
+        return [case.small() for case in wanted] if self.quick else wanted
 
 
-def main(options: Options) -> None:
-    """Run every case."""
-    rows: list[Measured] = []
-    for case in CASES:
-        rows += measure(case, options.rounds)
-        _print(case.name, [row for row in rows if row.case == case.name])
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    found = {"environment": environment(), "rows": [dataclasses.asdict(row) for row in rows]}
-    _write(out / "speed.json", json.dumps(found, indent=1) + "\n")
-    _write(out / "speed.md", page(rows))
-    print(f"written: {out / 'speed.json'}, {out / 'speed.md'}")
+def main(options: Options) -> int:
+    """Run the cases asked for."""
+    settings, cases = options.settings(), options.cases()
+    if options.show:
+        print(*(case.name for case in cases), sep="\n")
+        for name, system in SYSTEMS.items():
+            print(f"{name:26} {system.missing(settings.device) or 'available':20} {system.summary}")
+        return 0
+    settings.apply()
+    out, load = Path(options.out), load_average()
+    with screen(len(cases)) as shown:
+        try:
+            results = run_cases(
+                cases,
+                settings,
+                out,
+                again=options.again,
+                on_note=shown.note,
+                on_case=shown.case,
+            )
+        except KeyboardInterrupt:
+            print(f"stopped; the same command goes on from {out}")
+            return 130
+    found = write_results(out, settings, results, load)
+    shown.table(losses_table(results), set())
+    shown.table(targets_table(results), TARGET_COLUMNS)
+    text = page(found, command(options))
+    for path in filter(None, (str(out / "speed.md"), options.markdown)):
+        write_text(Path(path), text)
+        print(f"written: {path}")
+    return 0
 
 
-def page(rows: list[Measured]) -> str:
-    """The results as Markdown."""
-    facts = ", ".join(f"{key} {value}" for key, value in environment().items())
-    lines = [
-        "<!-- generated by `make bench` -->",
-        "# Speed of the layer, forward and backward",
-        "",
-        f"{facts}. float32, nothing dropped, the same linear router for all. Ratios to the dense",
-        "floor (one feed-forward of the same multiplications): medians over interleaved rounds.",
-        "",
-        "| case | system | ratio | quartiles | seconds | kept pairs | drop rate |",
-        "| --- | --- | ---: | --- | ---: | ---: | ---: |",
-    ]
-    lines += ["| " + " | ".join([row.case, *_cells(row)]) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def _cells(row: Measured) -> list[str]:
-    counts = [f"{row.kept_pairs:,}", f"{row.drop_rate:.1%}"]
-    if row.timing is None:
-        return [row.system, "-", f"not timed: {row.refused}", "-", *counts]
-    t = row.timing
-    spread = f"{t.low:.2f} to {t.high:.2f}"
-    return [row.system, f"{t.ratio:.2f}", spread, f"{t.median_seconds:.3f}", *counts]
-
-
-def _print(title: str, rows: list[Measured]) -> None:
-    table = Table(title=title)
-    for name in ("system", "ratio", "quartiles", "seconds", "kept pairs", "drop rate"):
-        table.add_column(name, justify="left" if name == "system" else "right")
-    for row in rows:
-        table.add_row(*_cells(row))
-    Console().print(table)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def command(options: Options) -> str:
+    """How to repeat a run; where its files go does not matter."""
+    words = ["python -m benchmarks"]
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name in ("out", "again", "against") or value == field.default:
+            continue
+        words.append(f"--{field.name}")
+        if not isinstance(value, bool):
+            words.append(" ".join(value) if isinstance(value, tuple) else str(value))
+    return " ".join(words)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, prog="python -m benchmarks"))
+    raise SystemExit(main(tyro.cli(Options, prog="python -m benchmarks")))
