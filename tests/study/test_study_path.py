@@ -19,7 +19,7 @@ VARIANT = "linear-1.1=token_choice/rank_by=score/capacity=factor:capacity_factor
 
 @pytest.mark.slow
 def test_the_smoke_study_writes_its_page_and_goes_on_where_it_was(tmp_path: Path) -> None:
-    runner = StudyRunner(study=SMOKE, out=tmp_path)
+    runner = StudyRunner(study=SMOKE, out=tmp_path, weights=tmp_path / "weights")
     seen: dict[str, int] = {}
     page = runner.run((), lambda block, done, total: seen.__setitem__(block, done)).read_text()
     assert set(seen) == {block.name for block in SMOKE.blocks}
@@ -80,7 +80,7 @@ def test_matched_rows_get_steps_in_proportion() -> None:
 
 
 def test_a_matched_block_needs_what_it_is_matched_to(tmp_path: Path) -> None:
-    runner = StudyRunner(study=SMOKE, out=tmp_path)
+    runner = StudyRunner(study=SMOKE, out=tmp_path, weights=tmp_path / "weights")
     with pytest.raises(ValueError, match="runs missing"):
         runner.runs(SMOKE.block("headline, matched"))
     with pytest.raises(ValueError, match="choose from"):

@@ -30,7 +30,9 @@ class StudyCommand:
     """Run what is missing, then write the page."""
 
     out: str = "runs/study"
-    """Folder of results, page, figures and weights."""
+    """Folder of results, figures and page."""
+    weights: str | None = None
+    """Folder of trained weights, for timing and diagnostics. None: `weights` in `out`."""
     smoke: bool = False
     """The whole path on a few steps, for tests and not for conclusions."""
     blocks: tuple[str, ...] = ()
@@ -51,7 +53,9 @@ def run(arguments: list[str]) -> int:
     if command.replay is not None:
         return _replay(Path(command.replay), Path(command.out))
     study = SMOKE if command.smoke else FULL
-    runner = StudyRunner(study=study, out=Path(command.out), workers=command.workers)
+    out = Path(command.out)
+    weights = Path(command.weights) if command.weights else out / "weights"
+    runner = StudyRunner(study=study, out=out, weights=weights, workers=command.workers)
     console = Console(file=sys.stdout)
     columns = (
         TextColumn("{task.description:>28}"),

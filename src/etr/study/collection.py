@@ -44,9 +44,16 @@ class Collection:
             by_seed.update({result["run"]["seed"]: result for result in row.results})
         if not merged:
             return None
-        # A long run of the same row is another comparison.
+        # Those with most seeds: a long run, or one to look for candidates, is another comparison.
         results = max(merged.values(), key=len)
         return Row(name=name, results=tuple(results[seed] for seed in sorted(results)))
+
+    def base(self, block: str, reference: str) -> Row | None:
+        """What the rows of a block are compared with: its own reference row, or the task's."""
+        task, match, rows = self.blocks[block]
+        own = [row for row in rows if row.name == reference and match == "steps"]
+        others = {row.name for row in rows} - {reference}
+        return own[0] if own and others else self.row(task, reference)
 
     def seconds(self, task: str, name: str) -> float | None:
         """Mean step time of a row over the reference's, as measured interleaved."""

@@ -32,6 +32,7 @@ class Block:
         seeds: every row runs once with each.
         match: what rows have in common with the reference: the number of steps, or, by the
             measurements of the earlier block, what the experts or the clock took.
+        diagnostics: also measure what the trained experts are like.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Block:
     steps: int
     seeds: tuple[int, ...]
     match: Match = "steps"
+    diagnostics: bool = True
 
     @property
     def rows(self) -> list[str]:

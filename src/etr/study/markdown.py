@@ -52,9 +52,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _headline(study: Collection, reference: str) -> str:
     lines = []
     for name, (task, match, rows) in study.blocks.items():
-        base = study.row(task, reference)
+        base = study.base(name, reference)
         for row in rows:
-            if row.name != "etr" or base is None or name.endswith("long"):
+            if row.name != "etr" or base is None:
                 continue
             found = difference(row, base)
             if found is not None:
@@ -81,7 +81,7 @@ def _limited(study: Collection, reference: str) -> str:
 def _blocks(study: Collection, reference: str) -> list[str]:
     parts = []
     for name, (task, match, rows) in study.blocks.items():
-        base = study.row(task, reference)
+        base = study.base(name, reference)
         if base is None or not rows:
             continue
         flops = base.average("expert_flops")
@@ -185,7 +185,7 @@ def _verdicts(study: Collection) -> str:
 def _resolution(study: Collection, reference: str) -> str:
     lines = []
     for name, (task, match, rows) in study.blocks.items():
-        base = study.row(task, reference)
+        base = study.base(name, reference)
         width = resolution(rows, base) if base else None
         if width is not None:
             lines.append([f"`{task}`: {name}", MATCHES[match], f"{width:.4f}"])

@@ -51,27 +51,24 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyRunner:
-    """Runs a study into a folder: ``quality/`` (results), ``weights/``, ``images/``, the page.
+    """Runs a study into a folder: ``quality/`` (results), ``images/``, and ``quality.md``.
 
     Args:
         study: what to run.
         out: the folder.
+        weights: folder of trained weights, for timing and diagnostics.
         workers: runs side by side.
     """
 
     study: Study
     out: Path
+    weights: Path
     workers: int = 2
 
     @property
     def results(self) -> Path:
         """Folder of the raw results."""
         return self.out / "quality"
-
-    @property
-    def weights(self) -> Path:
-        """Folder of trained weights, for timing and diagnostics."""
-        return self.out / "weights"
 
     def run(self, names: Sequence[str], show: Show) -> Path:
         """Run the named blocks (all where none is named), and write the page.
@@ -83,7 +80,8 @@ class StudyRunner:
         for block in wanted:
             runs = self.runs(block)
             self._run_block(block, runs, show)
-            self._measure(runs)
+            if block.diagnostics:
+                self._measure(runs)
         return self.write_page()
 
     def runs(self, block: Block) -> list[Run]:
@@ -148,7 +146,8 @@ class StudyRunner:
     def _equal_steps(self, block: Block, name: str) -> list[Run]:
         """Runs of a row in an earlier block of equal steps on the same task."""
         for earlier in self.study.blocks:
-            if earlier.task == block.task and earlier.match == "steps":
+            same = earlier.task == block.task and earlier.steps == block.steps
+            if same and earlier.match == "steps" and earlier.seeds[0] == block.seeds[0]:
                 runs = [run for run in runs_of(earlier, lambda *_: 1.0) if run.row == name]
                 if runs:
                     return runs

@@ -1,7 +1,8 @@
 """Time of a training step of several rows, interleaved, so that all meet the same machine.
 
 Rows start from their trained weights, and the schedules of capacity run through their whole range
-in the measured rounds; nothing is learned on the way.
+in the measured rounds; nothing is learned on the way. Times are processor seconds of the one thread
+that works: what a clock shows where nothing else runs, and nearly the same where something does.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ def step_times(
         for number in range(-2, rounds):
             names = list(steppers) if number % 2 else list(reversed(steppers))
             for name in names:
-                began = time.perf_counter()
+                began = time.process_time()
                 steppers[name](max(number, 0))
                 if number >= 0:
-                    seconds[name].append(time.perf_counter() - began)
+                    seconds[name].append(time.process_time() - began)
             on_round(number + 1)
     finally:
         torch.set_num_threads(threads)

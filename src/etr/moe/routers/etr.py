@@ -11,14 +11,12 @@ from torch import Tensor, nn
 
 from etr.moe.affinity import (
     block_width,
-    condition_number,
     cosine_affinity,
     grap_affinity,
     learned_block_affinity,
-    orthonormal_start,
-    polar_factor,
     router_dtype,
 )
+from etr.moe.polar import condition_number, orthonormal_start, polar_factor
 from etr.moe.routers.base import Router, RouterConfig, RouterTraits
 from etr.moe.routing import RouterInput, Routing, Scores
 from etr.moe.score_scale import CosineScale, OddsScale, ScoreScale
@@ -78,7 +76,10 @@ class EtrRouter(RouterConfig):
                     f"{field}={getattr(self, field)!r} must be one of {', '.join(allowed)}"
                 )
         if self.temperature is not None and not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be > 0, or None for sqrt(H)")
+            raise ValueError(
+                f"temperature={self.temperature} must be > 0, or None for "
+                f"{self.temperature_factor:g} * sqrt(hidden_size)"
+            )
         if self.expert_pool == "all" and self.choice != "both":
             raise ValueError(
                 f"expert_pool='all' needs choice='both': with choice={self.choice!r} there is no "
@@ -179,7 +180,7 @@ class _EtrRouter(Router):
         probs = logits.softmax(-1)
         gates = probs
         if self.offset is not None:
-            gates = (logits + self.offset.to(x.dtype)).sigmoid()
+            gates = (logits + self.offset.to(logits.dtype)).sigmoid()
         score = affinity if self.config.score == "cosine" else probs
         return Scores(scores=score, logits=logits, gates=gates, probs=probs)
 

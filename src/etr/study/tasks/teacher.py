@@ -54,7 +54,7 @@ class Teacher:
         self.second = normal(NUM_DOMAINS, width, width) * width**-0.5
         self.mean, self.scale = torch.zeros(width), torch.tensor(1.0)
         sample = self.sample(8192, generator).target
-        self.mean, self.scale = sample.mean(0), sample.std()
+        self.mean, self.scale = sample.mean(0), (sample - sample.mean(0)).std()
 
     def sample(self, num_tokens: int, generator: torch.Generator) -> TeacherBatch:
         """Fresh tokens with their targets."""
