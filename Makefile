@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-all test-fast check bench results clean
+.PHONY: demo test test-all test-fast check bench study study-smoke results clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -15,7 +15,7 @@ $(VENV)/.installed-all: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[all,dev]'
 	touch $@
 
-demo: $(VENV)/.installed  ## train and compare three routers on built-in text, with a report
+demo: $(VENV)/.installed  ## train and compare four routers on built-in text, with a report
 	$(BIN)/etr demo
 
 test: $(VENV)/.installed  ## all tests that need no optional extra
@@ -35,6 +35,12 @@ check: $(VENV)/.installed  ## formatting, lint, types, import contracts
 
 bench: $(VENV)/.installed  ## speed of the layer against its floors, as ratios of one run
 	$(BIN)/python -m benchmarks
+
+study: $(VENV)/.installed  ## the quality study: docs/results/quality.md (hours; resumes)
+	$(BIN)/etr study --out docs/results --weights runs/study/weights
+
+study-smoke: $(VENV)/.installed  ## the whole path of the study on a few steps
+	$(BIN)/etr study --smoke --out runs/study-smoke
 
 results: $(VENV)/.installed  ## regenerate docs/results/demo.md and its picture (two seeds)
 	$(BIN)/etr demo --out runs/results --seeds 0 1 --markdown docs/results/demo.md

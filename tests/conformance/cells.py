@@ -17,7 +17,7 @@ from torch import Tensor
 
 from etr.moe import CAPACITIES, EXPERT_BACKENDS, ROUTERS, MoE, MoEConfig, RoutingContext
 from etr.moe.capacity import CapacityConfig
-from etr.moe.config import unsupported
+from etr.moe.config import parse_capacity, unsupported
 from etr.moe.routers import RouterConfig
 
 H, E, I, T = 16, 4, 8, 16  # noqa: E741
@@ -120,8 +120,8 @@ def tight(config: Any) -> Any:
     return dataclasses.replace(config, **changes)
 
 
-def policy(name: str) -> CapacityConfig:
-    return tight(CAPACITIES[name]())
+def policy(text: str) -> CapacityConfig:
+    return tight(parse_capacity(text))
 
 
 def _default_cells() -> list[Cell]:

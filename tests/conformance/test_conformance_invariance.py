@@ -145,7 +145,7 @@ def test_all_tokens_are_padding(cell: Cell) -> None:
 @pytest.mark.parametrize("backend", ["loop", "bmm", "grouped_mm"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_an_expert_without_tokens_gets_no_gradient(backend: str, dtype: torch.dtype) -> None:
-    cell = next(c for c in ALL if c.router.name == "etr")
+    cell = next(c for c in ALL if c.router.name == "etr_paper")
     layer = cell.layer(dtype, backend=backend, top_k=1, capacity="none")
     x = torch.rand(T, H, dtype=dtype)
     x[:, : H // E] += 3  # every token's affinity is highest with expert 0

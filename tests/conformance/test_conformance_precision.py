@@ -60,7 +60,7 @@ def test_autocast_runs_experts_low_and_routers_high(cell: Cell) -> None:
 
 def test_bfloat16_sums_would_flip_choices() -> None:
     """The reason for the rule, and proof that the tests above can fail."""
-    cell = next(c for c in ROUTER_CELLS if c.router.name == "etr")
+    cell = next(c for c in ROUTER_CELLS if c.router.name == "etr_paper")
     x = torch.randn(4000, H).bfloat16()
     affinity = x.unflatten(-1, (4, H // 4))
     low = affinity[..., 0].clone()

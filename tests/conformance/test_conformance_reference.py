@@ -9,7 +9,7 @@ import torch
 from cells import ALL, ROUTER_CELLS, WITH_BACKENDS, Cell, E, H, I, T, context, ids, pairs, tokens
 from torch import Tensor
 
-from etr.moe import MoE, reference
+from etr.moe import EtrRouter, MoE, reference
 from etr.moe.routing import Routing, RoutingContext
 
 
@@ -182,3 +182,11 @@ def test_sizes_of_the_cells() -> None:
     assert I % 2 == 0
     assert H % E == 0
     assert {cell.backend for cell in WITH_BACKENDS} >= {"loop", "bmm", "grouped_mm"}
+
+
+def test_the_cells_pair_every_gate_with_every_score() -> None:
+    """What weighs and what ranks are independent: cosine or probability, softmax or sigmoid."""
+    pairs = {
+        (c.router.gate, c.router.score) for c in ROUTER_CELLS if isinstance(c.router, EtrRouter)
+    }
+    assert pairs == {(g, s) for g in ("softmax", "sigmoid") for s in ("cosine", "prob")}

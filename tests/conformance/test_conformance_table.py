@@ -6,6 +6,7 @@ import pytest
 from cells import E, H, I
 
 from etr.moe import CAPACITIES, EXPERT_BACKENDS, ROUTERS, MoE, MoEConfig, support_table
+from etr.moe.config import parse_capacity
 
 SIZES = {"hidden_size": H, "intermediate_size": I, "num_experts": E}
 
@@ -41,10 +42,12 @@ def test_known_cells() -> None:
         ("random", "affinity_mass"),
         ("token_choice", "locmoe"),
         ("hash", "locmoe"),
+        ("etr", "locmoe"),
     }
     for cell in refused:
         assert table[cell] is not None, cell
-    supported = {("etr", c) for c in CAPACITIES} | {("token_choice", "threshold")}
+    supported = {("etr_paper", c) for c in CAPACITIES} | {("token_choice", "threshold")}
+    supported |= {("etr", c) for c in CAPACITIES if c != "locmoe"}
     for cell in supported:
         assert table[cell] is None, cell
 
@@ -52,7 +55,7 @@ def test_known_cells() -> None:
 @pytest.mark.parametrize("router", list(ROUTERS))
 def test_every_router_goes_with_its_default_policy(router: str) -> None:
     config = MoEConfig(**SIZES, router=router)
-    assert config.capacity_config.name == ROUTERS[router]().traits.default_capacity
+    assert config.capacity_config == parse_capacity(ROUTERS[router]().traits.default_capacity)
 
 
 def test_tables_name_their_rows() -> None:

@@ -8,9 +8,11 @@ import pytest
 import torch
 from cells import ALL, ROUTER_CELLS, Cell, T, context, ids, tokens
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from etr.moe import Collector, LossConfig, MoE
+from etr.moe.polar import newton_schulz
 
 
 class Block(nn.Module):
@@ -71,6 +73,15 @@ COMPILED = [
 ]
 
 
+@pytest.fixture
+def iterated_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eagerly too, iterate to orthonormal directions, as compiled code does on any device.
+
+    tests/moe/test_moe_affinity.py compares the iteration with the closed form of the CPU.
+    """
+    monkeypatch.setattr("etr.moe.routers.etr.polar_factor", newton_schulz)
+
+
 def assert_compiled_equals_eager(cell: Cell, backend: str, tolerance: float) -> None:
     torch._dynamo.reset()
     layer, ctx = cell.layer(torch.float32), context(valid_mask=torch.arange(T) < T - 2)
@@ -91,15 +102,18 @@ def assert_compiled_equals_eager(cell: Cell, backend: str, tolerance: float) -> 
         grads = [p.grad for p in layer.parameters() if p.grad is not None]
         results.append([y, x.grad, *grads, *losses.values(), *stats.values()])
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+        largest = float(a.detach().abs().amax())  # sums over tokens cancel: float32 errors do not
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(1.0, largest))
 
 
+@pytest.mark.usefixtures("iterated_directions")
 @pytest.mark.parametrize("cell", COMPILED, ids=ids)
 def test_the_padded_path_compiles_as_one_graph(cell: Cell) -> None:
     assert_compiled_equals_eager(cell, "aot_eager", 1e-6)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("iterated_directions")
 def test_inductor_equals_eager() -> None:
     cell = next(c for c in COMPILED if c.router.name == "etr")
     assert_compiled_equals_eager(cell, "inductor", 1e-5)
@@ -110,9 +124,9 @@ def test_capacity_stages_recompile_and_nothing_else_does() -> None:
     torch._dynamo.reset()
     from etr.moe import set_progress
 
-    cell = next(c for c in COMPILED if c.capacity.name == "schedule")
+    cell = next(c for c in COMPILED if c.router.name == "etr_paper")
     layer, ctx = cell.layer(torch.float32, capacity="schedule"), context()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(lambda x: layer(x, ctx).hidden_states, fullgraph=True, backend=counter)
     x = tokens(dtype=torch.float32)
     for progress in (0.0, 0.01, 0.05, 0.09):

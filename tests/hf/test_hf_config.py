@@ -34,7 +34,7 @@ def test_json_round_trip_is_exact(router, family, tmp_path):
 def test_options_survive(tmp_path):
     config = EtrConfig.from_base(
         base_config(),
-        etr.EtrRouter(frame="orthonormal", learn_temperature=True),
+        etr.EtrRouter(frame="learned", gate="sigmoid", score="cosine"),
         capacity.Threshold(target=capacity.Factor(capacity_factor=0.7)),
         top_k=1,
         losses=LossConfig(aux_alpha=0.02, z_beta=0.001),
@@ -44,7 +44,8 @@ def test_options_survive(tmp_path):
     )
     config.save_pretrained(tmp_path)
     moe = EtrConfig.from_pretrained(tmp_path).moe_config
-    assert moe.router.frame == "orthonormal"
+    assert moe.router.frame == "learned"
+    assert (moe.router.gate, moe.router.score) == ("sigmoid", "cosine")
     assert moe.capacity.target.capacity_factor == 0.7
     assert (moe.top_k, moe.num_shared_experts, moe.backend) == (1, 1, "bmm")
     assert moe.losses == LossConfig(aux_alpha=0.02, z_beta=0.001)
@@ -110,7 +111,7 @@ def test_unknown_family_is_refused():
     ("changes", "options", "message"),
     [
         ({}, {"top_k": 5}, "top_k=5 exceeds num_experts=4"),
-        ({"hidden_size": 34, "head_dim": 8}, {}, "hidden_size=34"),
+        ({"hidden_size": 34, "head_dim": 8}, {"router": "etr_paper"}, "hidden_size=34"),
         ({"hidden_act": "gelu"}, {}, "hidden_act='gelu'"),
         ({}, {"router": "nope"}, "router='nope'"),
         ({}, {"router": "baseline"}, "top_k=2"),

@@ -143,7 +143,8 @@ def test_losses(router, family):
     [
         etr.EtrRouter(frame="learned"),
         etr.EtrRouter(frame="orthonormal"),
-        etr.EtrRouter(learn_temperature=True),
+        etr.EtrRouter(gate="sigmoid"),
+        etr.EtrPaper(learn_temperature=True),
         "token_choice",
         "expert_choice",
     ],

@@ -61,7 +61,7 @@ def test_weights_keep_their_names_on_disk(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("router", ["etr", "locmoe", "token_choice"])
+@pytest.mark.parametrize("router", ["etr", "etr_paper", "locmoe", "token_choice"])
 def test_half_precision_keeps_the_state_exactly(router, dtype, tmp_path):
     model = calibrated(make_model(router))
     before = copy.deepcopy(states(model))
@@ -104,8 +104,8 @@ def test_single_missing_state_tensor_leaves_the_others(tmp_path):
 @pytest.mark.parametrize(
     "router",
     [
-        etr.EtrRouter(frame="learned", learn_temperature=True),
-        etr.EtrRouter(frame="orthonormal"),
+        etr.EtrRouter(frame="learned"),
+        etr.EtrRouter(gate="sigmoid"),
         "token_choice",
         "expert_choice",
     ],
@@ -132,8 +132,8 @@ def test_meta_start_leaves_nothing_uninitialised(router):
 
 
 def test_same_seed_gives_the_same_other_weights_under_every_router():
-    orthonormal = etr.EtrRouter(frame="orthonormal")
-    models = {router: make_model(router) for router in (*etr.ROUTERS, orthonormal)}
+    learned = etr.EtrRouter(frame="learned", gate="sigmoid")
+    models = {router: make_model(router) for router in (*etr.ROUTERS, learned)}
     first = dict(models["etr"].named_parameters())
     for model in models.values():
         for name, weight in model.named_parameters():
@@ -174,7 +174,7 @@ def test_resized_vocabulary(tmp_path):
 
 def test_router_options_of_a_missing_learned_weight(tmp_path):
     """One missing router tensor must not reset the one that was loaded."""
-    model = make_model(etr.EtrRouter(frame="learned", learn_temperature=True))
+    model = make_model(etr.EtrPaper(frame="learned", learn_temperature=True))
     key = "model.layers.0.mlp.router.log_temperature"
     with torch.no_grad():
         moe_layers(model)[0].router.weight.fill_(0.5)
@@ -227,7 +227,7 @@ class TestStrictLoading:
             load_pretrained(folder)
 
     def test_weights_of_another_router(self, folder):
-        etr_config("etr").save_pretrained(folder)
+        etr_config("etr_paper").save_pretrained(folder)
         with (
             pytest.warns(UserWarning, match="lacks 4 routing state"),
             pytest.raises(ValueError, match=r"2 unexpected .*router\.weight"),

@@ -11,13 +11,11 @@ from torch import Tensor
 
 from etr.moe import EtrRouter, MoE, MoEConfig, reference
 from etr.moe.affinity import (
-    condition_number,
     cosine_affinity,
     grap_affinity,
     learned_block_affinity,
-    orthonormal_start,
-    polar_factor,
 )
+from etr.moe.polar import condition_number, newton_schulz, orthonormal_start, polar_factor
 
 SIZES = [(8, 2), (16, 4), (16, 16), (64, 8), (12, 1)]
 
@@ -184,6 +182,23 @@ def test_gradcheck_of_the_frames() -> None:
     assert torch.autograd.gradcheck(polar_factor, (orthonormal,))
 
 
+@pytest.mark.parametrize(("num_experts", "hidden_size"), [(1, 5), (4, 8), (8, 8), (16, 64)])
+@pytest.mark.parametrize("start", ["random", "orthonormal"])
+def test_both_polar_factors_agree(num_experts: int, hidden_size: int, start: str) -> None:
+    weight = torch.randn(num_experts, hidden_size, dtype=torch.float64)
+    if start == "orthonormal":
+        weight = orthonormal_start(num_experts, hidden_size).double()
+    weight.requires_grad_()
+    toward = torch.randn(num_experts, hidden_size, dtype=torch.float64)
+    values, grads = [], []
+    for function in (polar_factor, newton_schulz):
+        factor = function(weight)
+        values.append(factor.detach())
+        grads.append(torch.autograd.grad((factor * toward).sum(), weight)[0])
+    torch.testing.assert_close(*values, atol=1e-9, rtol=0)
+    torch.testing.assert_close(*grads, atol=1e-8, rtol=1e-7)
+
+
 def test_blocks_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match=r"hidden_size=10 .*num_experts=4"):
         grap_affinity(torch.randn(2, 10), 4)
@@ -217,7 +232,7 @@ def test_directions_are_cached_in_eval_and_follow_the_weight(guard: type) -> Non
     assert not torch.equal(weight, before)
     with guard():
         torch.testing.assert_close(router.directions(torch.float32), polar_factor(weight.detach()))
-    state = {"weight": torch.randn(4, 16)}
+    state = {**router.state_dict(), "weight": torch.randn(4, 16)}
     router.load_state_dict(state)
     with guard():
         torch.testing.assert_close(router.directions(torch.float32), polar_factor(state["weight"]))

@@ -34,7 +34,8 @@ def routing_of(num_tokens: int, top_k: int = 1, num_valid: int | None = None) ->
     return layer.route(torch.randn(num_tokens, H), RoutingContext(valid_mask=mask))[0]
 
 
-def make(capacity: CapacityConfig, top_k: int = 1, router: Any = "etr") -> MoE:
+def make(capacity: CapacityConfig, top_k: int = 1, router: Any = "etr_paper") -> MoE:
+    """Layers of equal routing: the published router has no parameters."""
     return MoE(
         MoEConfig(
             hidden_size=H,

@@ -11,6 +11,7 @@ import torch
 from etr.moe import (
     CAPACITIES,
     ROUTERS,
+    EtrPaper,
     EtrRouter,
     LocMoERouter,
     LossConfig,
@@ -31,7 +32,9 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hidden_size": 18}, r"hidden_size=18 .*num_experts=4"),
+        ({"hidden_size": 18, "router": "etr_paper"}, r"hidden_size=18 .*num_experts=4"),
+        ({"hidden_size": 18, "router": EtrRouter(frame="learned")}, r"hidden_size=18 .*num_exp"),
+        ({"num_experts": 32}, r"num_experts=32 exceeds hidden_size=16"),
         ({"hidden_size": 18, "router": "locmoe"}, r"hidden_size=18 .*num_experts=4"),
         ({"num_experts": 32, "router": EtrRouter(frame="orthonormal")}, r"num_experts=32.*hidden"),
         ({"hidden_size": 0}, "hidden_size=0 must be at least 1"),
@@ -67,6 +70,9 @@ NAN = float("nan")
         ({"router": "baseline", "capacity": "threshold"}, r"'threshold'.*'baseline'"),
         ({"router": "token_choice", "capacity": "locmoe"}, r"'locmoe'.*'token_choice'"),
         ({"router": "token_choice", "capacity": Factor(floor="erfc")}, r"floor='erfc'"),
+        ({"capacity": "locmoe"}, r"'locmoe'.*'etr'.*etr_paper"),
+        ({"capacity": Factor(floor="erfc")}, r"floor='erfc'.*'etr'.*etr_paper"),
+        ({"router": EtrPaper(score="prob"), "capacity": "locmoe"}, r"'locmoe'.*'etr_paper'"),
         (
             {"router": "token_choice", "capacity": "threshold", "rank_by": "position"},
             r"'threshold'.*rank_by='score'",
@@ -114,7 +120,10 @@ def test_mistakes_in_a_layer(options: dict[str, Any], message: str) -> None:
         (EtrRouter, {"choice": "none"}, "choice='none' must be one of both, token, expert"),
         (EtrRouter, {"expert_pool": "some"}, "expert_pool='some' must be one of choosers, all"),
         (EtrRouter, {"expert_pool": "all", "choice": "expert"}, "expert_pool='all' needs choice"),
-        (EtrRouter, {"temperature": 0.0}, r"temperature=0\.0 must be > 0"),
+        (EtrRouter, {"gate": "tanh"}, "gate='tanh' must be one of softmax, sigmoid"),
+        (EtrRouter, {"score": "logit"}, "score='logit' must be one of cosine, prob"),
+        (EtrRouter, {"temperature": 0.0}, r"temperature=0\.0 must be > 0, or None for 2 \* sqrt"),
+        (EtrPaper, {"temperature": 0.0}, r"temperature=0\.0 must be > 0, or None for 1 \* sqrt"),
         (EtrRouter, {"temperature": NAN}, "temperature=nan"),
         (LocMoERouter, {"temperature": -1.0}, r"temperature=-1\.0"),
         (TokenChoice, {"gate": "tanh"}, "gate='tanh' must be 'softmax' or 'sigmoid'"),
@@ -134,15 +143,17 @@ def test_defaults_of_the_method() -> None:
     config = MoEConfig(**SIZES)
     router = config.router_config
     assert isinstance(router, EtrRouter)
-    assert (router.frame, router.choice, router.expert_pool) == ("fixed", "both", "choosers")
+    assert (router.frame, router.choice, router.expert_pool) == ("orthonormal", "both", "choosers")
+    assert (router.gate, router.score, router.learn_temperature) == ("softmax", "prob", True)
     assert config.top_k == 1
     assert config.resolved_normalize == "none"
     assert MoEConfig(**SIZES, top_k=2).resolved_normalize == "chosen"
-    assert config.capacity_config == Schedule()
+    assert config.capacity_config == Schedule(start_factor=0.4, end_factor=1.1)
     assert (config.capacity_config.min_capacity, config.capacity_config.floor) == (1, "none")
     assert config.resolved_aux_alpha == 0.01
     assert (config.losses.aux_mode, config.losses.z_beta) == ("ranks", 0.0)
     assert config.eval_selection == "threshold"
+    assert config.resolved_rank_by == "score"
     baseline = MoEConfig(**SIZES, router="baseline")
     assert baseline.capacity_config == Factor(capacity_factor=1.1)
     assert baseline.resolved_rank_by == "position"
@@ -150,6 +161,19 @@ def test_defaults_of_the_method() -> None:
     assert MoEConfig(**SIZES, router="expert_choice").resolved_aux_alpha == 0.0
     assert AffinityMass().rho == 0.7
     assert (LocMoE().min_factor, LocMoE().max_factor) == (1.0, 1.1)
+
+
+def test_defaults_of_the_published_method() -> None:
+    config = MoEConfig(**SIZES, router="etr_paper")
+    router = config.router_config
+    assert isinstance(router, EtrPaper)
+    assert (router.frame, router.choice, router.expert_pool) == ("fixed", "both", "choosers")
+    assert (router.gate, router.score, router.learn_temperature) == ("softmax", "cosine", False)
+    assert config.top_k == 1
+    assert config.capacity_config == Schedule()
+    assert (config.capacity_config.min_capacity, config.capacity_config.floor) == (1, "none")
+    assert config.resolved_rank_by == "score"
+    assert config.resolved_aux_alpha == 0.01
 
 
 ROUND_TRIP = [

@@ -290,6 +290,6 @@ def test_locality_without_a_placement_is_refused() -> None:
 
 
 def test_fixed_frames_pass_the_balance_gradient_into_the_features() -> None:
-    layer, x = layer_of("etr"), tokens(20).requires_grad_()
+    layer, x = layer_of("etr_paper"), tokens(20).requires_grad_()
     gradient = torch.autograd.grad(layer(x).losses["aux"], x)[0]
     assert gradient.any()

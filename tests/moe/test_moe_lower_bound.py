@@ -26,7 +26,10 @@ def test_lower_bounds(hidden_size: int, affinity: float) -> None:
 
 def test_a_layer_with_a_floor_learns_the_affinity_of_its_last_step() -> None:
     capacity = Factor(capacity_factor=0.2, floor="erfc")
-    layer = MoE(MoEConfig(hidden_size=64, intermediate_size=4, num_experts=4, capacity=capacity))
+    config = MoEConfig(
+        hidden_size=64, intermediate_size=4, num_experts=4, router="etr_paper", capacity=capacity
+    )
+    layer = MoE(config)
     x = torch.randn(400, 64)
     x[:, :16] += 0.3
     found = []

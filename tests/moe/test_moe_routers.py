@@ -11,6 +11,7 @@ from torch import Tensor
 
 from etr.moe import (
     ROUTERS,
+    EtrPaper,
     EtrRouter,
     Hash,
     LocMoERouter,
@@ -44,7 +45,7 @@ def softmax(row: list[float]) -> list[float]:
 
 
 @pytest.mark.parametrize("temperature", [None, 0.5, 3.0])
-@pytest.mark.parametrize("kind", [EtrRouter, LocMoERouter])
+@pytest.mark.parametrize("kind", [EtrPaper, LocMoERouter])
 def test_cosine_routers(kind: Any, temperature: float | None) -> None:
     x = torch.randn(T, H, dtype=torch.float64)
     routing = route(make(kind(temperature=temperature)), x)
@@ -63,14 +64,47 @@ def test_cosine_routers(kind: Any, temperature: float | None) -> None:
         assert float(routing.gate[t]) == pytest.approx(want[best])
 
 
-def test_isotropic_tokens_have_logits_of_standard_deviation_one() -> None:
-    routing = route(make("etr"), torch.randn(20000, H, dtype=torch.float64))
+@pytest.mark.parametrize(("router", "deviation"), [("etr_paper", 1.0), ("etr", 2.0)])
+def test_standard_deviation_of_the_logits_of_isotropic_tokens(
+    router: str, deviation: float
+) -> None:
+    routing = route(make(router), torch.randn(20000, H, dtype=torch.float64))
     assert routing.logits is not None
-    assert float(routing.logits.std()) == pytest.approx(1.0, abs=0.02)
+    assert float(routing.logits.detach().std()) == pytest.approx(deviation, rel=0.02)
+
+
+@pytest.mark.parametrize("score", ["cosine", "prob"])
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("frame", ["fixed", "learned", "orthonormal"])
+def test_what_ranks_and_what_weighs_in_etr(frame: Any, gate: Any, score: Any) -> None:
+    layer = make(EtrRouter(frame=frame, gate=gate, score=score, temperature=2.5), top_k=2)
+    if gate == "sigmoid":
+        layer.router.get_parameter("offset").data.fill_(-0.7)
+    x = torch.randn(T, H, dtype=torch.float64)
+    routing = route(layer, x)
+    directions = torch.block_diag(*torch.ones(E, 1, H // E, dtype=torch.float64))
+    if frame == "orthonormal":
+        directions = layer.router.get_parameter("weight").detach()  # orthonormal at the start
+    assert routing.scores is not None
+    assert routing.probs is not None
+    for t in range(T):
+        norms = float(x[t].norm()) * directions.norm(dim=-1)
+        affinity = [float(a) for a in (directions @ x[t]) / norms]
+        logits = [2.5 * a for a in affinity]
+        probs = softmax(logits)
+        gates = probs if gate == "softmax" else [1 / (1 + math.exp(0.7 - v)) for v in logits]
+        best = reference.top_k(affinity, 2)
+        pairs = slice(2 * t, 2 * t + 2)
+        assert routing.expert[pairs].tolist() == best
+        assert routing.gate[pairs].tolist() == pytest.approx([gates[e] for e in best], rel=1e-5)
+        assert routing.probs[t].tolist() == pytest.approx(probs, rel=1e-5)
+        ranked = affinity if score == "cosine" else probs
+        assert routing.scores[t].tolist() == pytest.approx(ranked, rel=1e-5, abs=1e-6)
+    assert layer.traits.has_cosine == (score == "cosine")
 
 
 def test_a_learned_temperature_starts_at_the_given_one_and_trains() -> None:
-    layer = make(EtrRouter(learn_temperature=True, temperature=3.0))
+    layer = make(EtrPaper(learn_temperature=True, temperature=3.0))
     x = torch.randn(T, H, dtype=torch.float64)
     routing = route(layer, x)
     assert routing.logits is not None
@@ -126,7 +160,7 @@ def test_expert_choice_takes_the_best_of_all_tokens() -> None:
 
 @pytest.mark.parametrize("choice", ["both", "token", "expert"])
 def test_who_chooses_in_etr(choice: str) -> None:
-    layer = make(EtrRouter(choice=choice), top_k=2, capacity="factor")  # type: ignore[arg-type]
+    layer = make(EtrPaper(choice=choice), top_k=2, capacity="factor")  # type: ignore[arg-type]
     x = torch.randn(T, H, dtype=torch.float64)
     x[:, :4] += 1
     routing, limit = layer.route(x, RoutingContext())

@@ -246,3 +246,16 @@ def test_dense_views() -> None:
     assert got.sum(0).tolist() == selection.num_tokens_per_expert.tolist()
     assert not (got & ~asked).any()
     assert not asked[T - 2 :].any()
+
+
+@pytest.mark.parametrize("k", [2, 8, 64])
+def test_one_integer_sort_orders_float32_scores_as_a_stable_sort_does(k: int) -> None:
+    """Float64 takes the plain way: both must choose the same, ties and zeros of both signs too."""
+    scores = torch.cat((coarse(100, 64), torch.randn(100, 64), 1e-40 * torch.randn(100, 64)))
+    scores[::7] *= -0.0
+    scores[::11, ::3] = -0.0
+    assert torch.equal(top_experts(scores, k), top_experts(scores.double(), k))
+    expert, score = torch.randint(0, E + 1, (scores.numel(),)), scores.flatten()
+    found, want = (queue_positions(expert, s, E) for s in (score, score.double()))
+    assert torch.equal(found, want)
+    assert queue_positions(expert, None, E).dtype == torch.int64

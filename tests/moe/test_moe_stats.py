@@ -12,7 +12,11 @@ from etr.moe.stats import add_stats, max_violation
 
 def test_counters_by_hand() -> None:
     config = MoEConfig(
-        hidden_size=4, intermediate_size=4, num_experts=2, capacity=Factor(capacity_factor=0.7)
+        hidden_size=4,
+        intermediate_size=4,
+        num_experts=2,
+        router="etr_paper",
+        capacity=Factor(capacity_factor=0.7),
     )
     x = torch.tensor(
         [[3.0, 1, 0, 0], [2, 2, 0, 0], [1, 1, 0, 1], [0, 0, 1, 1], [9, 9, 0, 0], [1, 0, 0, 0]]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from invented_rows import alarm, diagnostics, layer_extras, profile, write_trace
 
 VARIANTS = (
     ("baseline 1.1", "baseline", "factor 1.1", "dropless", 1.60, 1.00, True),
@@ -34,6 +35,8 @@ def make_results(
             lines = _lines(variant, steps, layers, experts, random)
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+            if seed == 0:
+                write_trace((folder / name).parent, layers=layers, experts=experts)
             rows.append(_row(variant, seed, steps, name, random))
     results = {
         "format": 1,
@@ -65,7 +68,9 @@ def _kept(variant: tuple[Any, ...], u: float) -> float:
 def _lines(
     variant: tuple[Any, ...], steps: int, layers: int, experts: int, random: np.random.Generator
 ) -> list[dict[str, Any]]:
-    lines: list[dict[str, Any]] = []
+    scored = variant[1] != "baseline"
+    other = np.random.default_rng(steps)  # of its own, for the losses to stay what tests know
+    lines: list[dict[str, Any]] = [diagnostics(0, layers, experts, scored, other)]
     flops = 0.0
     skew = random.dirichlet(np.full(experts, 2.0), size=layers)
     for step in range(1, steps + 1):
@@ -95,9 +100,16 @@ def _lines(
                 "capacity_factor": None
                 if variant[1] == "expert_choice"
                 else round(1.13 * _kept(variant, u), 2),
+                "memory_bytes": 2**20 * (300 + step // 10),
+                "bytes_within_node": 2**20 * kept,
+                "bytes_between_nodes": 2**19 * kept,
                 "max_violation": float(max(c.max() for c in choices)) * experts / 4096 - 1,
                 "layers": [
-                    {"num_tokens_per_expert": c.tolist(), "num_choices_per_expert": c.tolist()}
+                    {
+                        "num_tokens_per_expert": c.tolist(),
+                        "num_choices_per_expert": c.tolist(),
+                        **layer_extras(c.tolist(), kept, scored),
+                    }
                     for c in choices
                 ],
                 "a_key_of_tomorrow": {"x": 1},
@@ -117,7 +129,10 @@ def _lines(
                 }
                 for selection in ("threshold", "dropless")
             )
-    return lines
+            lines.append(diagnostics(step, layers, experts, scored, other))
+    if variant[0] == "etr schedule":
+        lines.append(alarm(steps))
+    return [*lines, profile(steps)]
 
 
 def _row(

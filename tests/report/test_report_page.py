@@ -1,3 +1,4 @@
+import csv
 import json
 import re
 from html.parser import HTMLParser
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 from invented_results import make_results, write_results
 
-from etr.report import load_results, write_report
+from etr.report import FIGURES, load_results, write_report
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 # Elements of SVG that HTML lets close themselves.
@@ -64,9 +65,7 @@ def assert_asks_for_nothing(page: Page, source: str) -> None:
 @pytest.fixture(scope="module")
 def report(comparison: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    return write_report(
-        comparison / "results.json", folder / "report.html", figures_dir=folder / "figures"
-    )
+    return write_report(comparison / "results.json", folder / "report.html")
 
 
 def test_page_is_self_contained_and_small(report: Path) -> None:
@@ -74,9 +73,10 @@ def test_page_is_self_contained_and_small(report: Path) -> None:
     page = Page(source)
     assert_asks_for_nothing(page, source)
     assert report.stat().st_size < 5e6
-    assert page.count("figure") == 8
-    assert page.count("figcaption") == 8
-    assert sum("role" in a for tag, a in page.tags if tag == "svg") == 8
+    assert page.count("figure") == page.count("figcaption") == len(FIGURES)
+    # The text view is text.
+    assert sum("role" in a for tag, a in page.tags if tag == "svg") == len(FIGURES) - 1
+    assert page.count("s") > 5
     assert "prefers-color-scheme:dark" in source
     assert any(a.get("name") == "viewport" for tag, a in page.tags if tag == "meta")
 
@@ -102,7 +102,9 @@ def test_page_reads_from_table_to_command(report: Path) -> None:
             "What the numbers say",
             "What it gains",
             "Where it loses",
-            "Figures What it gains and what it costs",
+            "Alarms etr schedule, seed 0: collapsed expert at step 120. No token reached expert 3",
+            "Figures Quality Time and memory",
+            "What it gains and what it costs",
             "How to reproduce etr compare --recipe demo",
             "torch 2.13.0",
             "Full configuration",
@@ -113,27 +115,56 @@ def test_page_reads_from_table_to_command(report: Path) -> None:
     assert "not comparable" in text
 
 
-def test_figures_lie_beside_the_page_if_asked(report: Path) -> None:
-    names = sorted(path.name for path in (report.parent / "figures").iterdir())
-    assert len(names) == 16
-    assert {name.rsplit(".")[-1] for name in names} == {"svg", "png"}
-    assert sorted(path.name for path in report.parent.iterdir()) == ["figures", "report.html"]
+def test_figures_lie_beside_the_page_if_asked(tmp_path: Path) -> None:
+    results = load_results(make_results(tmp_path / "in", seeds=1, steps=1, variants=1, layers=1))
+    page, folder = tmp_path / "out" / "report.html", tmp_path / "out" / "figures"
+    drawn = set(shown_keys(write_report(results, page, figures_dir=folder)))
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        f"{key}.{kind}" for key in drawn for kind in ("svg", "png")
+    )
+    assert {"loss-by-domain", "gains-and-costs"} <= drawn
+    beside = sorted(path.name for path in page.parent.iterdir())
+    assert beside == ["figures", "report-data", "report.html"]
+
+
+def shown_keys(page: Path) -> list[str]:
+    return [str(a["id"]) for tag, a in Page(page.read_text()).tags if tag == "figure"]
+
+
+def test_numbers_lie_beside_the_page_and_are_linked(report: Path) -> None:
+    page = Page(report.read_text())
+    links = [a["href"] for tag, a in page.tags if tag == "a" and "download" in a]
+    assert links == [f"report-data/{spec.key}.csv" for spec in FIGURES]
+    for link in links:
+        with (report.parent / str(link)).open(newline="") as file:
+            rows = list(csv.reader(file))
+        assert len(rows) > 1
+        assert {len(row) for row in rows} == {len(rows[0])}
+
+
+def test_numbers_of_a_figure_that_is_gone_are_removed(tmp_path: Path, few: int) -> None:
+    content = make_results(tmp_path, seeds=1, steps=2, variants=1, layers=1)
+    write_report(content, tmp_path / "r.html")
+    assert (tmp_path / "r-data" / "loss-by-domain.csv").exists()
+    content["rows"][0]["val_loss_by_domain"] = {}
+    write_report(content, tmp_path / "r.html")
+    assert not (tmp_path / "r-data" / "loss-by-domain.csv").exists()
 
 
 def test_the_same_results_give_the_same_page(tmp_path: Path) -> None:
-    make_results(tmp_path, seeds=2, steps=5, variants=1)
-    first = write_report(tmp_path, tmp_path / "a.html").read_bytes()
-    assert write_report(tmp_path, tmp_path / "b.html").read_bytes() == first
+    make_results(tmp_path, seeds=2, steps=5, variants=1, layers=1)
+    first = write_report(tmp_path, tmp_path / "a" / "r.html").read_bytes()
+    assert write_report(tmp_path, tmp_path / "b" / "r.html").read_bytes() == first
 
 
-def test_a_mapping_finds_its_metrics_beside_the_page(tmp_path: Path) -> None:
-    content = make_results(tmp_path, seeds=1, steps=3, variants=2)
+def test_a_mapping_finds_its_metrics_beside_the_page(tmp_path: Path, few: int) -> None:
+    content = make_results(tmp_path, seeds=1, steps=3, variants=2, layers=1)
     page = Page(write_report(content, tmp_path / "report.html").read_text())
-    assert page.count("figure") == 8
+    assert page.count("figure") == few
 
 
 def test_everything_is_escaped(tmp_path: Path) -> None:
-    content = make_results(tmp_path, seeds=1, steps=2, variants=2)
+    content = make_results(tmp_path, seeds=1, steps=2, variants=2, layers=1)
     evil = '<script>alert("x")</script>'
     for row in content["rows"]:
         row["name"] += evil
@@ -150,7 +181,7 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
 
 
 def test_incomplete_results_give_a_page_with_reasons(tmp_path: Path) -> None:
-    content = make_results(tmp_path, seeds=2, steps=3, variants=3)
+    content = make_results(tmp_path, seeds=2, steps=3, variants=3, layers=1)
     runs = [tmp_path / row["metrics"] for row in content["rows"]]
     runs[0].unlink()
     runs[1].write_bytes(runs[1].read_bytes()[:-40])
@@ -164,7 +195,7 @@ def test_incomplete_results_give_a_page_with_reasons(tmp_path: Path) -> None:
     assert "runs/0-0/metrics.jsonl does not exist" in page.text
     assert "is cut and left out" in page.text
     assert "1 of 2 seeds" in page.text
-    assert page.count("figure") == 7
+    assert page.count("figure") == len(FIGURES) - 1
     assert " nan" not in page.text.lower()
 
 
@@ -174,7 +205,7 @@ def test_runs_of_different_lengths_and_sizes_share_a_page(tmp_path: Path) -> Non
     content = make_results(tmp_path, seeds=2, steps=7, variants=3, layers=1, experts=4)
     (tmp_path / "runs/0-1/metrics.jsonl").write_text(long)
     page = Page(write_report(content, tmp_path / "r.html").read_text())
-    assert page.count("figure") == 8
+    assert page.count("figure") == len(FIGURES)
 
 
 def test_long_runs_stay_small(tmp_path: Path) -> None:
@@ -191,9 +222,9 @@ def test_long_runs_stay_small(tmp_path: Path) -> None:
 
 
 def test_a_page_that_cannot_be_written_leaves_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: int
 ) -> None:
-    content = make_results(tmp_path, seeds=1, steps=1, variants=1)
+    content = make_results(tmp_path, seeds=1, steps=1, variants=1, layers=1)
     path = tmp_path / "r.html"
     path.write_text("old")
 
@@ -207,9 +238,9 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(
     assert not list(tmp_path.glob(".*"))
 
 
-def test_loaded_results_are_taken_as_they_are(tmp_path: Path) -> None:
-    make_results(tmp_path, seeds=1, steps=2, variants=2)
+def test_loaded_results_are_taken_as_they_are(tmp_path: Path, few: int) -> None:
+    make_results(tmp_path, seeds=1, steps=2, variants=2, layers=1)
     results = load_results(tmp_path)
     page = Page(write_report(results, tmp_path / "new" / "r.html", title="Mine").read_text())
     assert page.text.startswith("Mine")
-    assert page.count("figure") == 8
+    assert page.count("figure") == few

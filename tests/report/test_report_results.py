@@ -24,7 +24,11 @@ def test_loads_rows_metrics_and_histograms(comparison: Path) -> None:
     histogram = results.of("etr schedule")[0].histogram
     assert histogram is not None
     assert float((histogram.own * np.diff(histogram.edges)).sum()) == pytest.approx(1)
-    assert results.notes == ()
+    (note,) = results.notes
+    assert note.endswith(
+        "and 12 more: metrics.jsonl has 1 key that the report does not read: a_key_of_tomorrow."
+    )
+    assert results.rows[0].trace is not None
 
 
 def test_file_folder_mapping_and_results_load_the_same(comparison: Path) -> None:

@@ -7,7 +7,17 @@ from rich.console import Console
 
 from etr.report import markdown_table, results_markdown, terminal_table
 from etr.report.table import escape_markdown
-from etr.report.wording import ABSENT, MINUS, fixed, short, signed, significant
+from etr.report.wording import (
+    ABSENT,
+    MINUS,
+    clipped,
+    clipped_inside,
+    fixed,
+    sentence,
+    short,
+    signed,
+    significant,
+)
 
 
 def _printed(results: object, width: int = 100) -> str:
@@ -84,6 +94,13 @@ def test_escape_markdown_keeps_one_line() -> None:
         (short(1_234_567), "1.23 M"),
         (short(-2.5e12), f"{MINUS}2.5 T"),
         (short(12), "12"),
+        (sentence("no load"), "No load."),
+        (sentence("Why?"), "Why?"),
+        (sentence(""), ""),
+        (clipped("abcdefgh", 5), "abcd…"),
+        (clipped_inside("abcdefgh", 5), "ab…gh"),
+        (clipped_inside("abcdefgh", 6), "abc…gh"),
+        (clipped_inside("abc", 3), "abc"),
     ],
 )
 def test_numbers_as_people_read_them(text: str, expected: str) -> None:

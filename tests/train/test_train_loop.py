@@ -207,15 +207,3 @@ def test_thresholds_keep_what_the_policy_keeps(make_config, data):
     assert abs(gap) < 0.02
     assert kept["dropless"].kept_fraction == 1.0
     assert kept["dropless"].loss != kept["threshold"].loss
-
-
-def test_tensorboard_gets_the_curves(make_config, data):
-    pytest.importorskip("tensorboard", reason="the extra 'tensorboard' is not installed")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    config = make_config()
-    train(config, data=data)
-    events = EventAccumulator(str(Path(config.out) / "tensorboard"))
-    events.Reload()
-    assert [e.value for e in events.Scalars("train/loss")] == pytest.approx(losses_of(config.out))
-    assert {e.step for e in events.Scalars("eval/val_loss")} == {4, 8}

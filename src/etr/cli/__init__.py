@@ -6,15 +6,18 @@ import importlib
 import sys
 
 VERBS = {
-    "demo": "compare baseline, LocMoE and ETR on built-in text, with a report",
+    "demo": "compare baseline, LocMoE, published ETR and ETR on built-in text, with a report",
     "train": "train a language model",
     "compare": "train several routers on the same work and report",
     "generate": "continue a text with a trained model",
     "evaluate": "held-out bits per byte of a trained model, by domain",
     "calibrate": "set a trained model's selection thresholds from text",
+    "trace": "record which token goes to which expert, as a Parquet file",
+    "watch": "follow a run while it trains",
     "routers": "list routers, capacity policies, and what goes with what",
     "theory": "success rates, capacities and crossover of the routing theorems",
-    "report": "draw the report of a finished comparison again",
+    "report": "draw the report of runs and comparisons",
+    "study": "quality study: every claim at equal steps, compute and time",
 }
 
 

@@ -30,9 +30,11 @@ class TrainingProgress:
         self._tasks: dict[str, Any] = {}
 
     def step(self, name: str, row: Row) -> None:
-        """Show one row of metrics."""
+        """Show one row of metrics; diagnostics and profiles are for the report alone."""
+        if row["kind"] not in ("train", "eval", "alarm"):
+            return
         text = describe(row)
-        if row["kind"] == "eval":
+        if row["kind"] != "train":
             self._console.print(
                 f"{name:>12}  step {row['step']:>5}  {text}", highlight=False, soft_wrap=True
             )
@@ -47,7 +49,9 @@ class TrainingProgress:
 
 
 def describe(row: Row) -> str:
-    """A row of metrics in a few words."""
+    """A row of training, evaluation or alarm in a few words."""
+    if row["kind"] == "alarm":
+        return f"ALARM {row['message']}"
     if row["kind"] == "eval":
         return (
             f"held-out loss {row['val_loss']:.4f} nats/token ({row['selection']}, "

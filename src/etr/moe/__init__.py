@@ -10,6 +10,7 @@ from etr.moe.losses import LossConfig
 from etr.moe.routers import (
     ROUTERS,
     Baseline,
+    EtrPaper,
     EtrRouter,
     ExpertChoice,
     Hash,
@@ -28,6 +29,7 @@ __all__ = [
     "ROUTERS",
     "Baseline",
     "Collector",
+    "EtrPaper",
     "EtrRouter",
     "ExpertChoice",
     "ExpertPlacement",

@@ -187,7 +187,7 @@ def unsupported(
         )
         return (
             f"{what} bounds the capacity by cosine affinities, and the scores of router "
-            f"{router.name!r} are none"
+            f"{router.name!r} are none; those of etr_paper or locmoe are"
         )
     if not capacity.needs_score_ranking:
         return None

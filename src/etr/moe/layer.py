@@ -144,12 +144,12 @@ class MoE(nn.Module):
             x = x.to(torch.get_autocast_dtype(device))
         with torch.autocast(device_type=device, enabled=False):
             backend = self._backend(routing, selection)
-            rows, handle = self.dispatcher.dispatch(x, routing, selection, padded=backend.padded)
-            rows = backend.run(rows, handle.num_tokens_per_expert, self.experts.params(x.dtype))
-            y = self.dispatcher.combine(rows, handle)
+            params = self.experts.params(x.dtype)
+            y = self.dispatcher.run(x, routing, selection, backend, params)
             if self.shared_experts is not None:
                 params = self.shared_experts.params(x.dtype)
-                y = y + EXPERT_BACKENDS["bmm"].run(x[None], handle.num_tokens_per_expert, params)[0]
+                counts = selection.num_tokens_per_expert  # not read by a padded backend
+                y = y + EXPERT_BACKENDS["bmm"].run(x[None], counts, params)[0]
         return y
 
     def losses(

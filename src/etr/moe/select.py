@@ -29,8 +29,12 @@ def top_experts(scores: Tensor, k: int) -> Tensor:
     """
     if k == 1:
         return scores.argmax(dim=-1, keepdim=True)
-    # `topk` leaves the order of ties open; a stable sort does not.
-    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    if scores.dtype == torch.float64:
+        # `topk` leaves the order of ties open; a stable sort does not.
+        return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    num_experts = scores.shape[-1]
+    lower_first = torch.arange(num_experts - 1, -1, -1, device=scores.device)
+    return ((_order_key(scores) << 32) | lower_first).topk(k, dim=-1).indices
 
 
 def token_pairs(expert: Tensor, valid_mask: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -154,9 +158,20 @@ def combine_weights(routing: Routing, kept: Tensor, normalize: Normalize) -> Ten
 def _expert_order(expert: Tensor, score: Tensor | None) -> Tensor:
     """Permutation that sorts pairs by expert, then by falling score, then by index."""
     if score is None:
-        return expert.argsort(stable=True)
-    by_score = score.detach().argsort(descending=True, stable=True)
-    return by_score[expert[by_score].argsort(stable=True)]
+        return expert.to(torch.int32).argsort(stable=True)
+    if score.dtype == torch.float64:
+        by_score = score.detach().argsort(descending=True, stable=True)
+        return by_score[expert[by_score].argsort(stable=True)]
+    return ((expert << 32) - _order_key(score.detach())).argsort(stable=True)
+
+
+def _order_key(score: Tensor) -> Tensor:
+    """Int64 in the order of float32 scores, within 32 bits: one integer sort can then do for two.
+
+    Equal scores, zeros of both signs too, give equal keys.
+    """
+    bits = (score.float() + 0.0).view(torch.int32).long()  # adding 0 makes -0 into 0
+    return bits ^ ((bits >> 63) & 0x7FFFFFFF)
 
 
 def _rank_among_all(routing: Routing) -> Tensor:

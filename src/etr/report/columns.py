@@ -1,6 +1,6 @@
 """The comparison table, once: what each column says of a variant, for every way to print it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -166,18 +166,44 @@ COLUMNS = (
 )
 
 
-def footnotes(summary: Summary) -> tuple[str, ...]:
-    """How the numbers of the table are computed, one sentence each."""
-    return (
-        "val loss: mean over seeds ± half the range, with each variant's experts selected as it is"
-        " served (threshold or dropless).",
-        f"Δ: difference to {summary.baseline.name} paired by seed, mean ± half of its 95 %"
-        " t-interval; within noise unless that interval excludes 0. Intervals are not corrected"
-        " for the number of comparisons.",
-        "kept: choices that an expert kept, in the last 100 training steps and when served; the"
-        " gap between them is in percentage points.",
-        "MaxVio: most loaded expert over mean load, minus 1, before dropping. Step time is the"
-        " median; its change is the median ratio to the baseline's step of the same round, where"
-        " the variants train in turn. Expert compute counts kept tokens only, forward and"
-        " backward.",
+RUN_COLUMNS = (
+    Column(header="run", numeric=False, cell=lambda v: Cell(text=v.name)),
+    *(column for column in COLUMNS[1:] if column.header not in ("Δ baseline", "parameters")),
+    Column(
+        header="steps",
+        unit="logged",
+        cell=number_cell("steps", lambda value: fixed(value, 0)),
+    ),
+)
+"""The columns of runs that are not compared."""
+
+
+def footnotes(summary: Summary, columns: Sequence[Column] = COLUMNS) -> tuple[str, ...]:
+    """How the numbers of the table's columns are computed, one sentence each."""
+    shown = {column.header for column in columns}
+    notes = (
+        (
+            "val loss",
+            "val loss: mean over seeds ± half the range, with each variant's experts selected as it"
+            " is served (threshold or dropless).",
+        ),
+        (
+            "Δ baseline",
+            f"Δ: difference to {summary.baseline.name} paired by seed, mean ± half of its 95 %"
+            " t-interval; within noise unless that interval excludes 0. Intervals are not corrected"
+            " for the number of comparisons.",
+        ),
+        (
+            "kept train",
+            "kept: choices that an expert kept, in the last 100 training steps and when served; the"
+            " gap between them is in percentage points.",
+        ),
+        (
+            "MaxVio",
+            "MaxVio: most loaded expert over mean load, minus 1, before dropping. Step time is the"
+            " median; its change is the median ratio to the baseline's step of the same round,"
+            " where the variants train in turn. Expert compute counts kept tokens only, forward and"
+            " backward.",
+        ),
     )
+    return tuple(note for header, note in notes if header in shown)

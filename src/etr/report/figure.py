@@ -15,12 +15,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from etr.report.spec import Numbers, Section
 from etr.report.style import CARD, RC, SOFT, TINTS, LineStyle
 from etr.report.wording import clipped
 
-WIDTH = 5.3
-HEIGHT = 3.35
-LEGEND_CHARACTERS = 58
+WIDTH = 4.9
+HEIGHT = 3.2
+LEGEND_CHARACTERS = 54
 PNG_DOTS_PER_INCH = 180
 # Without these matplotlib writes the date and its own name, and no file is the same twice.
 _NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
@@ -34,10 +35,16 @@ class Drawing:
     """Name of its files and of its place in the page: lower case, digits and dashes."""
     title: str
     """The finding where the data decide one, else what is shown."""
+    section: Section
+    """Where in the page."""
     caption: str
     """What it shows and how it is computed."""
     figure: Figure
     """The drawing, without title and caption."""
+    numbers: Numbers
+    """What it draws."""
+    html: str | None
+    """What a page shows in place of the drawing; None for the drawing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +55,8 @@ class Skipped:
     """As in `Drawing`."""
     title: str
     """What would have been shown."""
+    section: Section
+    """As in `Drawing`."""
     reason: str
     """What lacks."""
 
@@ -123,6 +132,8 @@ def _embed(tag: str, key: str) -> str:
     if tag.startswith("<svg"):
         tag = re.sub(r'\s(?:xmlns(?::xlink)?|version|width|height)="[^"]*"', "", tag)
         return tag.replace("<svg", f'<svg role="img" aria-labelledby="{key}-title"')
+    if tag.startswith("<image"):  # nothing refers to it, and equal images have equal ids
+        tag = re.sub(r'\sid="[^"]*"', "", tag)
     tag = tag.replace("xlink:href=", "href=")
     tag = tag.replace(' id="', f' id="{key}-').replace(' href="#', f' href="#{key}-')
     tag = tag.replace("url(#", f"url(#{key}-")
@@ -155,7 +166,7 @@ def save_files(drawing: Drawing, folder: Path) -> tuple[Path, Path]:
 def _framed(drawing: Drawing) -> Iterator[Figure]:
     """The figure with a band for the title above and one for the caption below, then as before."""
     figure = drawing.figure
-    title, caption = textwrap.fill(drawing.title, 56), textwrap.fill(drawing.caption, 88)
+    title, caption = textwrap.fill(drawing.title, 51), textwrap.fill(drawing.caption, 81)
     width, height = (float(length) for length in figure.get_size_inches())
     above = 0.16 + 0.19 * (title.count("\n") + 1)
     below = 0.16 + 0.15 * (caption.count("\n") + 1)

@@ -1,7 +1,6 @@
 """Read one run's metrics.jsonl into columns: one array per quantity, one entry per logged step."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from etr.report.observations import (
+    Alarm,
+    Array,
+    Diagnostics,
+    Evaluation,
+    Profile,
+    label,
+    number,
+    parse_alarm,
+    parse_diagnostics,
+    parse_evaluation,
+    parse_profile,
+)
+from etr.report.wording import clipped, counted, listed
+
 Steps = NDArray[np.int64]
 
-# The curves that the report draws; other keys of a line are ignored.
+# The curves that the report draws.
 TRAIN_FIELDS = (
     "tokens",
     "expert_flops",
@@ -21,23 +34,32 @@ TRAIN_FIELDS = (
     "step_time_seconds",
     "kept_fraction",
     "drop_rate",
+    "tokens_without_expert",
     "capacity_factor",
     "max_violation",
+    "memory_bytes",
+    "bytes_within_node",
+    "bytes_between_nodes",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """One evaluation during training."""
-
-    step: int
-    """Optimizer steps done."""
-    selection: str
-    """`threshold` or `dropless`."""
-    expert_flops: float | None
-    """Expert compute spent so far, FLOP."""
-    val_loss: float | None
-    """Held-out loss, nats per token."""
+# The curves of each layer.
+LAYER_FIELDS = ("capacity", "capacity_lower_bound", "kept_affinity_mass")
+# What a line may hold besides; any other key is named in the page.
+_COMMON = {"kind", "step", "tokens", "expert_flops", "elapsed_seconds"}
+_KNOWN = {
+    "train": {
+        *_COMMON,
+        *TRAIN_FIELDS,
+        *("tokens_per_second", "losses", "grad_norm", "learning_rate", "capacity_mean", "layers"),
+    },
+    "eval": {*_COMMON, "selection", "val_loss", "val_loss_by_domain", "kept_fraction_eval"},
+    "diagnostics": {*_COMMON, "domains", "layers", "token_correlation", "token_expert"},
+    "profile": {
+        *_COMMON,
+        *("computation_seconds", "communication_seconds", "overlapped_seconds", "idle_seconds"),
+        "operators",
+    },
+    "alarm": {*_COMMON, "name", "layer", "message"},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,29 +70,25 @@ class Metrics:
     """Optimizer step, [S]."""
     train: Mapping[str, Array]
     """The quantities named in `TRAIN_FIELDS`, each [S], NaN where a line has none."""
+    layers: Mapping[str, Array]
+    """The quantities named in `LAYER_FIELDS`, each [S, layers], NaN where a line has none; empty
+    where lines differ in their number of layers."""
     choices: Array | None
     """Choices per expert before dropping, [S, layers, experts]; None where not all lines agree."""
+    kept: Array | None
+    """Tokens that each expert kept, as `choices`."""
+    losses: tuple[str, ...]
+    """Router losses that were ever other than 0."""
     evaluations: tuple[Evaluation, ...]
     """Evaluations, steps ascending."""
+    diagnostics: tuple[Diagnostics, ...]
+    """Diagnostics, steps ascending."""
+    profiles: tuple[Profile, ...]
+    """Profiles, steps ascending."""
+    alarms: tuple[Alarm, ...]
+    """Alarms in the order of the file."""
     notes: tuple[str, ...]
-    """What was damaged, one sentence each."""
-
-
-def number(value: Any, where: str) -> float | None:
-    """A finite float, or None for null and values that are not finite.
-
-    Raises:
-        ValueError: `value` is neither a number nor null.
-    """
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{where} must be a number or null, got {value!r}")
-    try:
-        result = float(value)
-    except OverflowError:
-        return None
-    return result if math.isfinite(result) else None
+    """What was damaged, unknown or short, one sentence each."""
 
 
 def load_metrics(path: Path) -> Metrics:
@@ -88,27 +106,43 @@ def load_metrics(path: Path) -> Metrics:
     lines, notes = _read_lines(path)
     train: dict[int, Mapping[str, Any]] = {}
     evaluations: dict[tuple[int, str], Evaluation] = {}
+    diagnostics: dict[int, Diagnostics] = {}
+    profiles: dict[int, Profile] = {}
+    alarms: dict[tuple[int, str, int | None], Alarm] = {}
     for line_number, line in lines:
         where = f"{path.name} line {line_number}"
         kind = line.get("kind")
+        if kind not in _KNOWN:
+            continue
+        step = _step(line, where)
         if kind == "train":
-            train[_step(line, where)] = {
-                **{field: number(line.get(field), f"{where}: {field}") for field in TRAIN_FIELDS},
-                "choices": _choices(line.get("layers")),
-            }
+            train[step] = _train_values(line, where)
         elif kind == "eval":
-            evaluation = _evaluation(line, where)
-            evaluations[evaluation.step, evaluation.selection] = evaluation
-    steps = sorted(train)
+            evaluation = parse_evaluation(line, step, where)
+            evaluations[step, evaluation.selection] = evaluation
+        elif kind == "diagnostics":
+            diagnostics[step] = parse_diagnostics(line, step)
+        elif kind == "profile":
+            profiles[step] = parse_profile(line, step)
+        else:
+            alarm = parse_alarm(line, step)
+            alarms[step, alarm.name, alarm.layer] = alarm
+    rows = [train[step] for step in sorted(train)]
     return Metrics(
-        step=np.array(steps, dtype=np.int64),
+        step=np.array(sorted(train), dtype=np.int64),
         train={
-            field: np.array([train[step][field] for step in steps], dtype=np.float64)
+            field: np.array([row[field] for row in rows], dtype=np.float64)
             for field in TRAIN_FIELDS
         },
-        choices=_stack([train[step]["choices"] for step in steps]),
+        layers=_layer_curves([row["layers"] for row in rows]),
+        choices=_counts([row["layers"] for row in rows], "num_choices_per_expert"),
+        kept=_counts([row["layers"] for row in rows], "num_tokens_per_expert"),
+        losses=tuple(dict.fromkeys(name for row in rows for name in row["losses"])),
         evaluations=tuple(evaluations[key] for key in sorted(evaluations)),
-        notes=tuple(notes),
+        diagnostics=tuple(diagnostics[step] for step in sorted(diagnostics)),
+        profiles=tuple(profiles[step] for step in sorted(profiles)),
+        alarms=tuple(alarms.values()),
+        notes=(*notes, *_unknown([line for _, line in lines], path.name), *_shortness(len(rows))),
     )
 
 
@@ -137,26 +171,67 @@ def _step(line: Mapping[str, Any], where: str) -> int:
     return step
 
 
-def _evaluation(line: Mapping[str, Any], where: str) -> Evaluation:
-    return Evaluation(
-        step=_step(line, where),
-        selection=str(line.get("selection")),
-        expert_flops=number(line.get("expert_flops"), f"{where}: expert_flops"),
-        val_loss=number(line.get("val_loss"), f"{where}: val_loss"),
-    )
+def _train_values(line: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    layers, losses = line.get("layers"), line.get("losses")
+    return {
+        **{field: number(line.get(field), f"{where}: {field}") for field in TRAIN_FIELDS},
+        "layers": layers if isinstance(layers, list) else [],
+        "losses": [label(name) for name, value in losses.items() if value]
+        if isinstance(losses, Mapping)
+        else [],
+    }
 
 
-def _choices(layers: Any) -> Array | None:
-    """Choices per expert of one line, [layers, experts]; None unless it is a full grid."""
-    if not isinstance(layers, Sequence) or isinstance(layers, str) or not layers:
-        return None
+def _layer_curves(rows: Sequence[Sequence[Any]]) -> dict[str, Array]:
+    """Each of `LAYER_FIELDS` as [S, layers]; nothing where the number of layers changes."""
+    if len({len(layers) for layers in rows}) != 1 or not rows[0]:
+        return {}
+    return {
+        field: np.array([[_entry(layer, field) for layer in layers] for layers in rows])
+        for field in LAYER_FIELDS
+    }
+
+
+def _entry(layer: Any, field: str) -> float:
     try:
-        grid = np.array([layer["num_choices_per_expert"] for layer in layers], dtype=np.float64)
+        found = number(layer.get(field), field)
+    except (AttributeError, ValueError):
+        found = None
+    return np.nan if found is None else found
+
+
+def _counts(rows: Sequence[Sequence[Any]], field: str) -> Array | None:
+    """Counts per expert, [S, layers, experts]; None unless all lines have the same full grid."""
+    try:
+        grid = np.array([[layer[field] for layer in layers] for layers in rows], dtype=np.float64)
     except (KeyError, TypeError, ValueError):
         return None
-    return grid if grid.ndim == 2 and grid.size and np.isfinite(grid).all() else None
+    return grid if grid.ndim == 3 and grid.size and np.isfinite(grid).all() else None
 
 
-def _stack(grids: Sequence[Array | None]) -> Array | None:
-    shapes = {None if grid is None else grid.shape for grid in grids}
-    return np.stack(grids) if len(shapes) == 1 and None not in shapes else None  # type: ignore[arg-type]
+def _unknown(lines: Sequence[Mapping[str, Any]], name: str) -> list[str]:
+    """A sentence that names the keys and kinds of line that nothing here reads."""
+    kinds = {str(line.get("kind")): None for line in lines if line.get("kind") not in _KNOWN}
+    keys = {
+        str(key): None
+        for line in lines
+        for key in line.keys() - _KNOWN.get(str(line.get("kind")), line.keys())
+    }
+    notes = []
+    for what, found in (("kind", kinds), ("key", keys)):
+        if found:
+            names = [clipped(label(entry), 40) for entry in sorted(found)[:6]]
+            more = f" and {len(found) - 6} more" if len(found) > 6 else ""
+            noun = (
+                f"{counted(len(found), what)} of line"
+                if what == "kind"
+                else counted(len(found), what)
+            )
+            notes.append(f"{name} has {noun} that the report does not read: {listed(names)}{more}.")
+    return notes
+
+
+def _shortness(steps: int) -> list[str]:
+    if steps == 0:
+        return ["no training step is logged yet."]
+    return ["one training step alone is logged, its curves are points."] if steps == 1 else []

@@ -4,11 +4,11 @@ from etr.report.style import theme_variables
 
 _LIGHT = (
     "color-scheme:light;--paper:#f5f4f0;--line:#dfdcd4;--hover:#f6f4ee;--good:#00694e;"
-    f"--bad:#a83e00;--alarm:#7d5b00;--good-wash:#e1f1ea;--bad-wash:#fbe9df;{theme_variables(False)}"
+    f"--bad:#a83e00;--alarm:#7d5b00;--good-wash:#e1f1ea;--bad-wash:#fbe9df;--link:#0a5a99;{theme_variables(False)}"
 )
 _DARK = (
     "color-scheme:dark;--paper:#12171b;--line:#2d363e;--hover:#20272d;--good:#5fd6ac;"
-    f"--bad:#ff9d66;--alarm:#e6bf55;--good-wash:#17332b;--bad-wash:#3a2418;{theme_variables(True)}"
+    f"--bad:#ff9d66;--alarm:#e6bf55;--good-wash:#17332b;--bad-wash:#3a2418;--link:#7fc0f7;{theme_variables(True)}"
 )
 
 STYLE_SHEET = (
@@ -74,14 +74,34 @@ background:var(--hover);border:1px solid var(--line);margin-top:.2rem}
 .reading ul{padding-left:1.05rem;color:var(--soft)}
 .reading li+li{margin-top:.45rem}
 .reading .none{color:var(--soft);font-size:.93rem;margin:0}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr));gap:20px;
+nav{display:flex;flex-wrap:wrap;gap:.35rem .5rem;margin:0 0 .4rem}
+nav a{padding:.2rem .75rem;border:1px solid var(--line);border-radius:99px;background:var(--card);
+font-size:.88rem;text-decoration:none}
+a{color:var(--link)}
+h3.group{margin:1.9rem 0 .8rem;font-size:1.08rem;color:var(--soft)}
+h4{font-size:1rem;font-weight:620;line-height:1.35;margin:0;text-wrap:balance}
+.alarms{margin:0;padding:1rem 1.25rem 1rem 2.3rem;border-left:4px solid var(--alarm);
+font-size:.95rem}
+.alarms li+li{margin-top:.45rem}
+p.none{color:var(--soft)}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,460px),1fr));gap:20px;
 align-items:start}
 figure{margin:0;padding:1.1rem 1.2rem 1.15rem}
 figure svg{display:block;width:100%;height:auto;margin:.7rem 0 .6rem}
 figure svg *{stroke-linejoin:round;stroke-linecap:butt}
 figcaption{color:var(--soft);font-size:.83rem;line-height:1.5}
+.wide{grid-column:1/-1}
+.routed+.routed{margin-top:1.4rem}
+.routed h4{font-size:.93rem;margin:.9rem 0 .4rem}
+.routed details{margin-top:.4rem}
+.routed summary{padding:.3rem 0;font-size:.88rem;border:0}
+.routed p{margin:0 0 .4rem;max-width:none}
+.routed .domain{font-size:.8rem;color:var(--soft);margin-top:.5rem}
+.tokens{font:.9rem/1.75 var(--mono);white-space:pre-wrap;overflow-wrap:anywhere}
+.tokens span{background:hsl(var(--hue) 70% 86%);border-radius:3px;padding:.08em 0}
+.tokens s{color:var(--soft);text-decoration-thickness:1.5px}
 .skipped{padding:1.1rem 1.2rem}
-.skipped h3{color:var(--soft)}
+.skipped h4{color:var(--soft)}
 .skipped p{color:var(--soft);font-size:.9rem;margin:.4rem 0 0}
 pre{margin:0;padding:1rem 1.2rem;overflow-x:auto;font:.86rem/1.55 var(--mono);tab-size:2}
 .facts{display:grid;grid-template-columns:max-content 1fr;gap:.3rem 1.4rem;margin:1.2rem 0;
@@ -94,9 +114,11 @@ details[open] summary{border-bottom:1px solid var(--line)}
 :focus-visible{outline:2px solid var(--series-1);outline-offset:2px}
 footer{padding-top:2.6rem;padding-bottom:3rem;color:var(--soft);font-size:.83rem}
 @media (max-width:600px){body{font-size:15px}h2{margin-top:2.4rem}
-figure{padding:.9rem .85rem 1rem}.results th,.results td{padding:.6rem .5rem}
+main,header,footer{padding-left:10px;padding-right:10px}figure{padding:.85rem .6rem .9rem}
+.results th,.results td{padding:.6rem .5rem}
 .results tbody th,.results thead th:first-child{padding-left:.8rem;min-width:6.4rem;
 max-width:8rem;border-right:1px solid var(--line)}}
+@media (prefers-color-scheme:dark){.tokens span{background:hsl(var(--hue) 42% 24%)}}
 @media print{body{background:#fff}.card{break-inside:avoid}.scroll{overflow:visible}}
 """
 )

@@ -119,13 +119,9 @@ def _clause(quantity: Quantity, difference: Difference) -> str:
 
 
 def _caveats(results: Results, summary: Summary) -> tuple[str, ...]:
-    found = [
-        *_seed_caveats(summary),
-        *_comparability_caveats(summary),
-        *_gap_caveats(summary),
-        *_budget_caveats(summary),
-    ]
-    return (*found, *results.notes)
+    compared = [*_seed_caveats(summary), *_comparability_caveats(summary), *_gap_caveats(summary)]
+    found = compared if results.is_comparison else []
+    return (*found, *_budget_caveats(summary), *_length_caveats(results), *results.notes)
 
 
 def _seed_caveats(summary: Summary) -> list[str]:
@@ -191,6 +187,19 @@ def _budget_caveats(summary: Summary) -> list[str]:
         if len(groups) > 1:
             spans = "; ".join(f"{listed(names)}: {span}" for span, names in groups.items())
             found.append(f"The variants differ in {noun} ({spans}).")
+    return found
+
+
+def _length_caveats(results: Results) -> list[str]:
+    found = []
+    for name in results.names:
+        curves = [row.metrics.step for row in results.of(name) if row.metrics]
+        ends = sorted({int(steps[-1]) for steps in curves if steps.size})
+        if len(ends) > 1:
+            found.append(
+                f"The seeds of {name} end at different steps ({ends[0]:,} to {ends[-1]:,}): a mean"
+                " curve covers the steps that all of them have."
+            )
     return found
 
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from etr.report.metrics import Metrics, load_metrics, number
+from etr.report.histogram import Histogram, parse_histogram
+from etr.report.metrics import Metrics, load_metrics
+from etr.report.observations import label, number
 
 FORMAT = 1
+TRACE = "trace.parquet"
 SELECTIONS = ("threshold", "dropless")
 # The numeric fields of a row; every one may be null.
 VALUES = (
@@ -38,18 +38,6 @@ VALUES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Histogram:
-    """Densities of the router's scores: of chosen experts (`own`) and of all the others."""
-
-    edges: NDArray[np.float64]
-    """Bin edges, ascending, [n + 1]."""
-    own: NDArray[np.float64]
-    """Density of the chosen experts' scores, [n]."""
-    others: NDArray[np.float64]
-    """Density of the scores of the experts not chosen, [n]."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Row:
     """One run: one variant with one seed."""
 
@@ -63,8 +51,9 @@ class Row:
     """Seed of the run; rows of different variants are paired by it."""
     selection: str
     """How experts kept tokens for `val_loss`: `threshold` or `dropless`."""
-    causal: bool
-    """False where later tokens may change earlier ones; such rows compare only with each other."""
+    causal: bool | None
+    """False where later tokens may change earlier ones; such rows compare only with each other.
+    None where the run does not say."""
     values: Mapping[str, float | None]
     """The numbers named in `VALUES`; None where the run has none."""
     val_loss_by_domain: Mapping[str, float | None]
@@ -73,11 +62,13 @@ class Row:
     """Score histogram, if the router has scores."""
     metrics: Metrics | None
     """Curves of the run, if its metrics file was readable."""
+    trace: Path | None = None
+    """Where the run's routed tokens are, if it recorded any."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """A whole comparison. The first row's name is the baseline."""
+    """Runs, mostly a whole comparison. The first row's name is then the baseline."""
 
     command: str
     """The command that made it."""
@@ -89,6 +80,8 @@ class Results:
     """All runs, in the order of the file; never empty."""
     notes: tuple[str, ...]
     """What was missing or damaged in the metrics files, one sentence each."""
+    is_comparison: bool = True
+    """Whether all rows did the same work, so that a difference between them means something."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -100,6 +93,8 @@ class Results:
         return tuple(row for row in self.rows if row.name == name)
 
 
+Notes = dict[str, list[str]]
+"""What was missing or damaged, each with the runs that it is about."""
 ResultsLike = Results | Mapping[str, Any] | Path | str
 
 
@@ -155,9 +150,9 @@ def _parse(content: Any, where: str, metrics_root: Path) -> Results:
     raw_rows = content["rows"]
     if not isinstance(raw_rows, Sequence) or isinstance(raw_rows, str) or not raw_rows:
         raise ValueError(f"{where}: rows must be a list with at least one run, got {raw_rows!r}")
-    notes: list[str] = []
+    notes: Notes = {}
     rows = tuple(
-        _parse_row(raw, f"{where}: rows[{index}]", metrics_root, notes)
+        parse_row(raw, f"{where}: rows[{index}]", metrics_root, notes)
         for index, raw in enumerate(raw_rows)
     )
     _check_variants(rows, where)
@@ -166,17 +161,38 @@ def _parse(content: Any, where: str, metrics_root: Path) -> Results:
         config=_mapping(content.get("config"), f"{where}: config"),
         environment=_mapping(content.get("environment"), f"{where}: environment"),
         rows=rows,
-        notes=tuple(notes),
+        notes=written_notes(notes),
     )
 
 
-def _parse_row(raw: Any, where: str, metrics_root: Path, notes: list[str]) -> Row:
+def written_notes(notes: Notes) -> tuple[str, ...]:
+    """One sentence per note, with the runs that it is about."""
+    return tuple(f"{together(runs)}: {note}" for note, runs in notes.items())
+
+
+def together(runs: Sequence[str]) -> str:
+    """The first runs by name and the others by number."""
+    shown = "; ".join(runs[:3])
+    return shown if len(runs) <= 3 else f"{shown} and {len(runs) - 3} more"
+
+
+def parse_row(raw: Any, where: str, metrics_root: Path, notes: Notes) -> Row:
+    """One run from what `etr compare` wrote about it.
+
+    Args:
+        raw: the row.
+        where: names the row in errors.
+        metrics_root: folder that its `metrics` path is relative to.
+        notes: receives what is missing or damaged in the metrics.
+    Raises:
+        ValueError: a field is malformed.
+    """
     raw = _mapping(raw, where)
     for field in ("name", "router", "capacity", "seed", "selection", "causal", "val_loss"):
         if field not in raw:
             raise ValueError(f"{where} has no {field!r}")
     name, seed, selection = raw["name"], raw["seed"], raw["selection"]
-    if not isinstance(name, str) or not _label(name):
+    if not isinstance(name, str) or not label(name):
         raise ValueError(f"{where}: name must be a text that is not empty, got {name!r}")
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise ValueError(f"{where}: seed must be an integer, got {seed!r}")
@@ -184,28 +200,26 @@ def _parse_row(raw: Any, where: str, metrics_root: Path, notes: list[str]) -> Ro
         raise ValueError(f"{where}: selection must be one of {SELECTIONS}, got {selection!r}")
     if not isinstance(raw["causal"], bool):
         raise ValueError(f"{where}: causal must be true or false, got {raw['causal']!r}")
+    path = metrics_root / str(raw["metrics"]) if raw.get("metrics") else None
     by_domain = _mapping(raw.get("val_loss_by_domain"), f"{where}: val_loss_by_domain")
     return Row(
-        name=_label(name),
-        router=_label(raw["router"]),
-        capacity="none" if raw["capacity"] is None else _label(raw["capacity"]),
+        name=label(name),
+        router=label(raw["router"]),
+        capacity="none" if raw["capacity"] is None else label(raw["capacity"]),
         seed=seed,
         selection=selection,
         causal=raw["causal"],
         values={field: number(raw.get(field), f"{where}: {field}") for field in VALUES},
         val_loss_by_domain={
-            _label(domain): number(loss, f"{where}: val_loss_by_domain[{domain!r}]")
+            label(domain): number(loss, f"{where}: val_loss_by_domain[{domain!r}]")
             for domain, loss in by_domain.items()
         },
-        histogram=_parse_histogram(raw.get("affinity_histogram"), where),
-        metrics=_find_metrics(raw.get("metrics"), f"{name}, seed {seed}", metrics_root, notes),
+        histogram=_histogram(raw.get("affinity_histogram"), f"{where}: affinity_histogram"),
+        metrics=find_metrics(path, str(raw["metrics"]), f"{label(name)}, seed {seed}", notes)
+        if path
+        else None,
+        trace=find_trace(path.parent) if path else None,
     )
-
-
-def _label(value: Any) -> str:
-    """One line of what can be printed: control characters would break SVG and tables."""
-    text = "".join(c if c.isprintable() else " " for c in str(value))
-    return " ".join(text.split())
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:
@@ -216,43 +230,31 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     return value
 
 
-def _parse_histogram(raw: Any, where: str) -> Histogram | None:
+def _histogram(raw: Any, where: str) -> Histogram | None:
     if raw is None:
         return None
-    raw = _mapping(raw, f"{where}: affinity_histogram")
-    try:
-        edges, own, others = (
-            np.asarray(raw[key], dtype=np.float64) for key in ("edges", "own", "others")
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{where}: affinity_histogram needs lists of numbers `edges`, `own` and `others`"
-        ) from error
-    bins = (edges.size - 1,)
-    if edges.ndim != 1 or bins[0] < 1 or own.shape != bins or others.shape != bins:
-        raise ValueError(
-            f"{where}: affinity_histogram needs n + 1 edges for n values, got"
-            f" {edges.size} edges, {own.size} own, {others.size} others"
-        )
-    if not (np.isfinite(edges).all() and (np.diff(edges) > 0).all()):
-        raise ValueError(f"{where}: affinity_histogram edges must be finite and ascending")
-    return Histogram(edges=edges, own=np.nan_to_num(own), others=np.nan_to_num(others))
+    return parse_histogram(_mapping(raw, where), where)
 
 
-def _find_metrics(raw: Any, run: str, root: Path, notes: list[str]) -> Metrics | None:
-    """A report without one run's curves is better than none: say what is missing, go on."""
-    if not raw:
-        return None
+def find_metrics(path: Path, shown: str, run: str, notes: Notes) -> Metrics | None:
+    """A run's curves; a report without one run's curves is better than none, so say and go on."""
     try:
-        metrics = load_metrics(root / str(raw))
+        metrics = load_metrics(path)
     except FileNotFoundError:
-        notes.append(f"{run}: no curves, {raw} does not exist.")
+        notes.setdefault(f"no curves, {shown} does not exist.", []).append(run)
         return None
     except ValueError as error:
-        notes.append(f"{run}: no curves, {error}.")
+        notes.setdefault(f"no curves, {error}.", []).append(run)
         return None
-    notes.extend(f"{run}: {note}" for note in metrics.notes)
+    for note in metrics.notes:
+        notes.setdefault(note, []).append(run)
     return metrics
+
+
+def find_trace(folder: Path) -> Path | None:
+    """The routed tokens that lie beside a run's metrics."""
+    path = folder / TRACE
+    return path if path.is_file() else None
 
 
 def _check_variants(rows: Sequence[Row], where: str) -> None:

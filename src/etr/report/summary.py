@@ -89,8 +89,8 @@ class VariantSummary:
     """Capacity policy, in words."""
     selection: str
     """How experts kept tokens for `val_loss`: `threshold` or `dropless`."""
-    causal: bool
-    """False where later tokens may change earlier ones."""
+    causal: bool | None
+    """False where later tokens may change earlier ones; None where the runs do not say."""
     seeds: tuple[int, ...]
     """Seeds, ascending."""
     estimates: Mapping[str, Estimate]
@@ -134,7 +134,7 @@ class Summary:
     @property
     def incomparable(self) -> tuple[str, ...]:
         """Names of the variants that differ from the baseline in `causal`."""
-        return tuple(v.name for v in self.challengers if v.causal != self.baseline.causal)
+        return tuple(v.name for v in self.challengers if v.causal is not self.baseline.causal)
 
 
 def summarize(results: ResultsLike) -> Summary:
@@ -146,19 +146,23 @@ def summarize(results: ResultsLike) -> Summary:
     results = load_results(results)
     baseline = results.of(results.names[0])
     return Summary(
-        variants=tuple(_summarize_variant(results, name, baseline) for name in results.names)
+        variants=tuple(
+            _summarize_variant(
+                results.of(name), baseline, results.is_comparison and name != results.names[0]
+            )
+            for name in results.names
+        )
     )
 
 
-def _summarize_variant(results: Results, name: str, baseline: Sequence[Row]) -> VariantSummary:
-    rows = results.of(name)
+def _summarize_variant(
+    rows: Sequence[Row], baseline: Sequence[Row], compare: bool
+) -> VariantSummary:
     first = rows[0]
     estimates = {key: estimate(rows, key) for key in VALUES}
-    differences = (
-        {} if name == baseline[0].name else {key: difference(rows, baseline, key) for key in VALUES}
-    )
+    differences = {key: difference(rows, baseline, key) for key in VALUES} if compare else {}
     return VariantSummary(
-        name=name,
+        name=first.name,
         router=first.router,
         capacity=first.capacity,
         selection=first.selection,
@@ -210,6 +214,6 @@ def difference(rows: Sequence[Row], baseline: Sequence[Row], key: str) -> Differ
 def causality_note(results: Results) -> str:
     """A sentence for captions, with a space before it; empty where all losses compare."""
     names = summarize(results).incomparable
-    if not names:
+    if not names or not results.is_comparison:
         return ""
     return f" Not to be compared with {results.names[0]} (causality differs): {listed(names)}."

@@ -6,8 +6,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from etr.report.columns import COLUMNS, Cell, Column, Tone
-from etr.report.results import ResultsLike
+from etr.report.columns import COLUMNS, RUN_COLUMNS, Cell, Column, Tone
+from etr.report.results import ResultsLike, load_results
 from etr.report.summary import VariantSummary, summarize
 
 _STYLES: dict[Tone, str] = {
@@ -33,9 +33,11 @@ def terminal_table(results: ResultsLike, width: int = WIDE) -> Table:
     Raises:
         FileNotFoundError, ValueError: as `load_results`.
     """
+    results = load_results(results)
     summary = summarize(results)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
-    columns = [c for c in COLUMNS if width >= WIDE or c.header not in ("router", "capacity")]
+    every = COLUMNS if results.is_comparison else RUN_COLUMNS
+    columns = [c for c in every if width >= WIDE or c.header not in ("router", "capacity")]
     for column in columns:
         # Numbers never break; the three names take the room that is left.
         table.add_column(

@@ -62,6 +62,19 @@ def clipped(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 
+def clipped_inside(text: str, most: int) -> str:
+    """At most `most` characters, an ellipsis in the middle where some were cut."""
+    if len(text) <= most:
+        return text
+    end = (most - 1) // 2
+    return f"{text[: most - 1 - end]}…{text[-end:]}"
+
+
+def sentence(text: str) -> str:
+    """With a capital at the start and a full stop at the end; nothing stays nothing."""
+    return text and text[0].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+
+
 def counted(count: int, noun: str) -> str:
     """`1 seed`, `3 seeds`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")

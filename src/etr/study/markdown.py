@@ -73,7 +73,8 @@ def _limited(study: Collection, reference: str) -> str:
         base, small = study.row(task, reference), study.row(task, "linear-0.2")
         found = difference(small, base, "dropless") if base and small else None
         if found is not None:
-            lines.append([f"`{task}`", str(found), "yes" if found.verdict == "higher" else "no"])
+            limited = {"higher": "yes", "one seed": "one seed"}.get(found.verdict, "no")
+            lines.append([f"`{task}`", str(found), limited])
     head = ("task", f"linear-0.2 (dropless) less {reference}", "limited")
     return table(head, lines)
 

@@ -78,6 +78,8 @@ class StudyRunner:
         """
         wanted = [self.study.block(name) for name in names] or list(self.study.blocks)
         for block in wanted:
+            if block.match == "seconds" and not set(block.rows) <= set(self._times(block.task)):
+                self.time(block.task)
             runs = self.runs(block)
             self._run_block(block, runs, show)
             if block.diagnostics:
@@ -141,7 +143,7 @@ class StudyRunner:
         row = self._equal_steps(block, parse_variant(variant).name)
         if match == "expert_flops":
             return flops_ratio(self._load_all(row), self._load_all(reference))
-        return self._time_ratio(block, row[0], reference[0])
+        return self._time_ratio(block, row[0].row)
 
     def _equal_steps(self, block: Block, name: str) -> list[Run]:
         """Runs of a row in an earlier block of equal steps on the same task."""
@@ -161,14 +163,19 @@ class StudyRunner:
             )
         return [result for result in found if result is not None]
 
-    def _time_ratio(self, block: Block, row: Run, reference: Run) -> float:
-        """Step time over the reference's, from the task's timing file; measured if not there."""
-        path = self.results / block.task / TIMES
-        known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else {}
-        if row.row not in known:
-            self.time(block.task)
-            known = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        return float(known[row.row]["mean_ratio"])
+    def _time_ratio(self, block: Block, name: str) -> float:
+        """Step time over the reference's, from the task's timing file."""
+        times = self._times(block.task)
+        if name not in times:
+            raise ValueError(f"step times of {name!r} on {block.task!r} have not been measured")
+        return float(times[name]["mean_ratio"])
+
+    def _times(self, task: str) -> dict[str, Any]:
+        path = self.results / task / TIMES
+        if not path.exists():
+            return {}
+        rows: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return rows
 
     def time(self, task: str) -> None:
         """Measure the step times of every timed row of a task, interleaved, and keep them."""

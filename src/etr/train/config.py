@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,11 +12,12 @@ from etr.moe import LossConfig, MoEConfig
 from etr.moe.config import EvalSelection, parse_capacity, parse_router
 from etr.moe.experts import Activation
 from etr.moe.select import Normalize, RankBy
+from etr.train.trackers import check_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingOptions:
-    """How the model routes. The defaults are Expert-Token Resonance as published."""
+    """How the model routes. The defaults are Expert-Token Resonance (router `etr`)."""
 
     router: str = "etr"
     """Router with options: NAME or NAME:option=value,...  e.g. etr:frame=orthonormal."""
@@ -170,6 +172,15 @@ class TrainConfig:
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    diagnostics: bool = True
+    """At the start and at each evaluation, write what routing does to held-out tokens."""
+    diagnostics_tokens: int = 4096
+    """Held-out tokens behind the diagnostics, about; every domain gives as many."""
+    profile_every: int | None = 0
+    """Optimizer steps between profiles of one forward and backward pass, beside the training; the
+    last step always has one. 0: that one alone. None: no profile."""
+    trackers: tuple[str, ...] = ()
+    """Also send the numbers to tensorboard, wandb (offline) or trackio; each is an extra."""
     resume: bool = False
     """Go on from the newest checkpoint in `out`."""
 
@@ -177,11 +188,21 @@ class TrainConfig:
         for name in ("steps", "accumulation_steps", "eval_every", "eval_tokens_per_domain"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("checkpoint_every", "keep_checkpoints"):
+        for name in ("checkpoint_every", "keep_checkpoints", "diagnostics_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must be >= 0")
+        if self.profile_every is not None and self.profile_every < 0:
+            raise ValueError(f"profile_every={self.profile_every} must be >= 0 steps, or None")
+        check_trackers(self.trackers)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Options that change what is learned, flat, so that a difference can be named."""
+        values = {name: value for name, value in self.to_dict().items() if name not in _FREE}
+        values["data"].pop("cache_dir", None)
+        flat: dict[str, Any] = json.loads(json.dumps(_flat(values)))
+        return flat
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready values."""
@@ -193,6 +214,13 @@ class TrainConfig:
         return _build(cls, values)
 
 
+_FREE = {
+    *("out", "resume", "device", "gradient_checkpointing"),
+    *("eval_every", "eval_tokens_per_domain", "checkpoint_every", "keep_checkpoints"),
+    *("diagnostics", "diagnostics_tokens", "profile_every", "trackers"),
+}
+"""Options that change nothing of what is learned."""
+
 _NESTED: dict[str, type] = {
     "data": DataConfig,
     "model": ModelConfig,
@@ -200,6 +228,16 @@ _NESTED: dict[str, type] = {
     "routing": RoutingOptions,
     "losses": LossConfig,
 }
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
 
 
 def _build(cls: type, values: dict[str, Any]) -> Any:

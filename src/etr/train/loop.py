@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -20,21 +19,25 @@ from etr.evaluate import EvalResult, evaluate
 from etr.hf import EtrForCausalLM
 from etr.moe import attach, moe_layers
 from etr.moe.config import EvalSelection
+from etr.train.alarms import Alarms
 from etr.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 from etr.train.config import TrainConfig
+from etr.train.diagnose import diagnose, mixed_batches
 from etr.train.files import write_json
 from etr.train.interrupt import stop_on_interrupt
 from etr.train.metrics import (
-    MetricsFile,
-    ScalarSink,
     expert_flops,
+    layer_in_words,
+    layer_metrics,
+    memory_bytes,
+    router_grad_norms,
     routing_metrics,
-    tensorboard_sink,
 )
-from etr.train.model import build_model
+from etr.train.model import build_model, find_device
 from etr.train.optimizer import build_optimizer, learning_rate
-
-Row = dict[str, Any]
+from etr.train.profile import profile_pass
+from etr.train.recorder import Recorder, Row
+from etr.train.trackers import require_trackers
 
 
 class TrainingDiverged(RuntimeError):
@@ -97,9 +100,10 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, data: OpenedData) -> None:
+        require_trackers(config.trackers)
         self.config, self.data = config, data
         self.run = Path(config.out)
-        self.device = _device(config.device)
+        self.device = find_device(config.device)
         length = config.data.sequence_length
         self.model = build_model(config.model, data.tokenizer, length, config.seed)
         torch.nn.Module.to(self.model, self.device).train()
@@ -128,9 +132,7 @@ class Trainer:
 
     def __exit__(self, *_: object) -> None:
         self.attachment.detach()
-        self._metrics.close()
-        if self._board is not None:
-            self._board.close()
+        self._recorder.close()
 
     @property
     def finished(self) -> bool:
@@ -138,13 +140,25 @@ class Trainer:
         return self.step >= self.config.steps
 
     def advance(self, on_step: Callable[[Row], None] = lambda row: None) -> None:
-        """One step, and the evaluation and checkpoint that are due after it."""
-        on_step(self.train_step())
-        if self.finished or self.step % self.config.eval_every == 0:
-            for row in self.evaluate():
+        """One step, and what is due after it: evaluation, diagnostics, profile, checkpoint."""
+        for work in self._due():
+            for row in work():
                 on_step(row)
         if self.finished or self.step % self.config.checkpoint_every == 0:
             self.save()
+
+    def _due(self) -> Iterator[Callable[[], list[Row]]]:
+        """What this step asks for, in order."""
+        if self.step == 0 and self.config.diagnostics:
+            yield self.diagnose
+        yield self.train_step
+        if self.finished or self.step % self.config.eval_every == 0:
+            yield self.evaluate
+            if self.config.diagnostics:
+                yield self.diagnose
+        every = self.config.profile_every
+        if every is not None and (self.finished or (every and self.step % every == 0)):
+            yield self.profile
 
     def result(self) -> TrainResult:
         """What the run leaves behind, as it stands."""
@@ -157,8 +171,8 @@ class Trainer:
             stopped=not self.finished,
         )
 
-    def train_step(self) -> Row:
-        """One optimizer step; returns and writes its row of metrics."""
+    def train_step(self) -> list[Row]:
+        """One optimizer step; writes and returns its row of metrics, and alarms."""
         began = time.perf_counter()
         rate = learning_rate(self.config.optimizer, self.step, self.config.steps)
         for group in self.optimizer.param_groups:
@@ -174,8 +188,10 @@ class Trainer:
             for name, value in router_losses.items():
                 losses[name] = losses.get(name, 0.0) + float(value.detach()) / count
             self.tokens += batch.input_ids.numel()
+            self._last_batch = batch
         if not math.isfinite(loss):
             self._diverged(loss)
+        router_norms = router_grad_norms(self.model)
         norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), self.config.optimizer.max_grad_norm
         )
@@ -186,6 +202,10 @@ class Trainer:
         seconds = time.perf_counter() - began
         self.elapsed += seconds
         per_step = count * self.loader.tokens_per_batch
+        values = routing_metrics(stats, self.config.model.routing.top_k)
+        layers = zip(moe_layers(self.model), stats, router_norms, strict=True)
+        for into, (layer, counts, router_norm) in zip(values["layers"], layers, strict=True):
+            into |= {**layer_metrics(layer, counts), "router_grad_norm": router_norm}
         return self._write(
             "train",
             step_time_seconds=seconds,
@@ -194,7 +214,8 @@ class Trainer:
             losses=losses,
             grad_norm=float(norm),
             learning_rate=rate,
-            **routing_metrics(stats, self.config.model.routing.top_k),
+            memory_bytes=memory_bytes(self.device),
+            **values,
         )
 
     def evaluate(self) -> list[Row]:
@@ -205,16 +226,33 @@ class Trainer:
             result = self.evaluate_as(selection)
             if result.selection not in done:
                 done.add(result.selection)
-                rows.append(
-                    self._write(
-                        "eval",
-                        selection=result.selection,
-                        val_loss=result.loss,
-                        val_loss_by_domain=result.loss_by_domain,
-                        kept_fraction_eval=result.kept_fraction,
-                    )
+                rows += self._write(
+                    "eval",
+                    selection=result.selection,
+                    val_loss=result.loss,
+                    val_loss_by_domain=result.loss_by_domain,
+                    kept_fraction_eval=result.kept_fraction,
                 )
         return rows
+
+    def diagnose(self) -> list[Row]:
+        """What routing does to held-out tokens."""
+        data = self.config.data
+        batches = mixed_batches(
+            self.data.dataset, data.sequence_length, data.batch_size, self.config.diagnostics_tokens
+        )
+        domains = self.data.dataset.domains
+        return self._write("diagnostics", **diagnose(self.model, batches, domains))
+
+    def profile(self) -> list[Row]:
+        """Where the time of a forward and backward pass over the last batch goes."""
+        batch = self._last_batch.to(self.device)
+
+        def loss() -> Tensor:
+            nats, losses = self._forward(batch)
+            return nats + sum(losses.values())
+
+        return self._write("profile", **profile_pass(self.model, loss))
 
     def evaluate_as(self, selection: EvalSelection) -> EvalResult:
         """Held-out loss with a given selection."""
@@ -232,7 +270,7 @@ class Trainer:
             expert_flops=self.expert_flops,
             elapsed_seconds=self.elapsed,
             loader=self.loader.state_dict(),
-            fingerprint=_fingerprint(self.config),
+            fingerprint=self.config.fingerprint(),
         )
         self.saved_step = self.step
         self.saved = save_checkpoint(
@@ -266,17 +304,20 @@ class Trainer:
             )
         self.run.mkdir(parents=True, exist_ok=True)
         write_json(self.run / "config.json", self.config.to_dict())
-        self._metrics = MetricsFile(self.run / "metrics.jsonl", after_step=self.step)
-        self._board: ScalarSink | None = tensorboard_sink(self.run / "tensorboard")
+        alpha = moe_layers(self.model)[0].config.resolved_aux_alpha
+        self._recorder = Recorder(
+            self.run, self.step, Alarms(aux_alpha=alpha), self.config.trackers
+        )
 
     def _restore(self, checkpoint: Path) -> None:
-        state = load_checkpoint(checkpoint, self.model, self.optimizer, _fingerprint(self.config))
+        state = load_checkpoint(checkpoint, self.model, self.optimizer, self.config.fingerprint())
         self.step, self.tokens, self.expert_flops = state.step, state.tokens, state.expert_flops
         self.elapsed = state.elapsed_seconds
         self.loader.load_state_dict(state.loader)
         self.saved, self.saved_step = checkpoint, state.step
 
-    def _write(self, kind: str, **values: Any) -> Row:
+    def _write(self, kind: str, **values: Any) -> list[Row]:
+        """Record a row; it, and the alarms it raises."""
         row = {
             "kind": kind,
             "step": self.step,
@@ -285,24 +326,13 @@ class Trainer:
             "elapsed_seconds": self.elapsed,
             **values,
         }
-        self._metrics.write(row)
-        if self._board is not None:
-            for name, value in row.items():
-                if isinstance(value, float):
-                    self._board.add_scalar(f"{kind}/{name}", value, self.step)
-        return row
+        return self._recorder.write(row)
 
     def _diverged(self, loss: float) -> None:
-        layers = []
-        for layer in moe_layers(self.model):
-            counts = layer.pending.get("num_tokens_per_expert")
-            kept = "none" if counts is None else counts.tolist()
-            norm = sum(float(p.detach().float().norm()) ** 2 for p in layer.parameters()) ** 0.5
-            layers.append(f"layer {layer.layer_index}: weight norm {norm:.3g}, kept {kept}")
         good = self.saved or "none was saved"
         raise TrainingDiverged(
             f"loss is {loss} at step {self.step + 1}; last good checkpoint: {good}; "
-            + "; ".join(layers)
+            + "; ".join(map(layer_in_words, moe_layers(self.model)))
         )
 
 
@@ -314,33 +344,3 @@ def held_out(config: TrainConfig, data: OpenedData) -> Iterator[Batch]:
         config.data.batch_size,
         config.eval_tokens_per_domain,
     )
-
-
-def _fingerprint(config: TrainConfig) -> dict[str, Any]:
-    """Options that change what is learned, flat, so that a difference can be named."""
-    values = config.to_dict()
-    free = ("out", "resume", "device", "eval_every", "checkpoint_every", "keep_checkpoints")
-    for name in (*free, "gradient_checkpointing", "eval_tokens_per_domain"):
-        values.pop(name)
-    values["data"].pop("cache_dir", None)
-    return json.loads(json.dumps(_flat(values)))
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    if torch.accelerator.is_available():
-        found = torch.accelerator.current_accelerator()
-        if found is not None:
-            return found
-    return torch.device("cpu")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from etr.hf import EtrForCausalLM
-from etr.moe import moe_layers
+from etr.moe import MoE, moe_layers
+from etr.moe.lower_bound import erfc_bound
 from etr.moe.stats import max_violation
 
 
@@ -55,24 +58,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class ScalarSink(Protocol):
-    """What TensorBoard's SummaryWriter offers."""
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def tensorboard_sink(folder: Path) -> ScalarSink | None:
-    """A TensorBoard writer where the extra is installed, else None."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    sink: ScalarSink = SummaryWriter(str(folder))
-    return sink
-
-
 def routing_metrics(stats: list[dict[str, Tensor]], top_k: int) -> dict[str, Any]:
     """Counters of a step as plain numbers, summed over layers where they are shares.
 
@@ -105,7 +90,78 @@ def routing_metrics(stats: list[dict[str, Tensor]], top_k: int) -> dict[str, Any
     }
 
 
-def expert_flops(model: EtrForCausalLM, stats: Iterable[dict[str, Tensor]]) -> float:
+def layer_metrics(layer: MoE, stats: dict[str, Tensor]) -> dict[str, float | None]:
+    """What limits one layer, and what that costs it.
+
+    Args:
+        layer: an MoE layer, after its optimizer step.
+        stats: its counters of that step.
+    Returns:
+        capacity: mean limit of an expert in one forward, tokens; None where nothing limits.
+        capacity_lower_bound: of arXiv 2406.00023, Remark 7, at the 99th percentile of chosen
+            affinities, tokens; None where scores are no cosines.
+        kept_affinity_mass: gates of kept pairs over gates of chosen ones; None where not counted.
+    """
+    experts = layer.config.num_experts
+    capacity = int(stats["capacity_sum"])
+    limited = capacity < int(stats["num_valid_tokens"]) * experts
+    bound = None
+    if layer.traits.has_cosine:
+        p99 = layer.calibration.affinity_p99
+        bound = finite(erfc_bound(layer.config.hidden_size, experts, p99))
+    mass = None
+    if "kept_gate_sum" in stats and float(stats["gate_sum"]) > 0:
+        mass = float(stats["kept_gate_sum"]) / float(stats["gate_sum"])
+    return {
+        "capacity": capacity / (int(stats["num_forwards"]) * experts) if limited else None,
+        "capacity_lower_bound": bound,
+        "kept_affinity_mass": mass,
+    }
+
+
+def layer_in_words(layer: MoE) -> str:
+    """One layer's weights and load in a few words, for an error."""
+    counts = layer.pending.get("num_tokens_per_expert")
+    kept = "none" if counts is None else counts.tolist()
+    norm = sum(float(p.detach().float().norm()) ** 2 for p in layer.parameters()) ** 0.5
+    return f"layer {layer.layer_index}: weight norm {norm:.3g}, kept {kept}"
+
+
+def router_grad_norms(model: EtrForCausalLM) -> list[float | None]:
+    """Norm of the gradient of each layer's router; None where it has no parameter to train."""
+    norms: list[float | None] = []
+    for layer in moe_layers(model):
+        trained = [p for p in layer.router.parameters() if p.requires_grad]
+        found = [p.grad for p in trained if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(found)) if found else 0.0
+        norms.append(finite(norm) if trained else None)
+    return norms
+
+
+def memory_bytes(device: torch.device) -> int | None:
+    """Most memory in use so far: of the accelerator's allocator, else of this process.
+
+    On a CPU, runs that share a process share this number. None where the system does not say.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def finite(value: Tensor | float) -> float | None:
+    """A number as JSON can hold it: None for nan and infinity."""
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def expert_flops(model: nn.Module, stats: Iterable[dict[str, Tensor]]) -> float:
     """Floating-point operations of the routed experts on kept tokens, forward and backward.
 
     A multiply-add counts as two; the backward pass costs twice the forward. Padding that a backend

@@ -52,3 +52,14 @@ def build_model(
     etr_config = EtrConfig(base_config=base, moe=options)
     torch.manual_seed(seed)
     return EtrForCausalLM(etr_config)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; ``auto`` is the accelerator where there is one, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.accelerator.is_available():
+        found = torch.accelerator.current_accelerator()
+        if found is not None:
+            return found
+    return torch.device("cpu")

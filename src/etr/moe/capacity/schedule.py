@@ -1,4 +1,4 @@
-"""A capacity factor that moves from token choice to expert choice over training."""
+"""A capacity factor that moves over training."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ WARN_AFTER_STEPS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule(CapacityConfig):
-    """From token choice (large capacity) early to expert choice (small) late.
+    """From token choice (large capacity) early to expert choice (small) late, or the other way.
 
     The capacity factor stays at `start_factor` until a fraction `start` of training, then moves
     linearly to `end_factor` at `end`, in stages, since each new shape recompiles.
     """
 
     name = "schedule"
-    summary = "capacity factor moves in stages from token choice to expert choice"
+    summary = "capacity factor moves in stages over training"
     paper = "2406.00023"
 
     start_factor: float = 1.1

@@ -1,7 +1,8 @@
 """Experts: their weights, and the backends that run them."""
 
+from etr.moe.experts.activation import ACTIVATIONS, Activation, activate
 from etr.moe.experts.backends import EXPERT_BACKENDS, ExpertBackend
-from etr.moe.experts.weights import ACTIVATIONS, Activation, ExpertParams, ExpertWeights, activate
+from etr.moe.experts.weights import ExpertParams, ExpertWeights
 
 __all__ = [
     "ACTIVATIONS",

@@ -1,7 +1,7 @@
 """Backends of the expert feed-forward, behind one table.
 
-A ragged backend takes rows [R, H] sorted by expert; a padded one takes [E, C, H]. Both take the
-number of rows of each expert, int64 [E], and return rows of the same shape.
+A ragged backend takes rows [R, H] sorted by expert; a padded one takes [E, C, H]. All take the
+number of rows of each expert, int64 [E].
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from etr.moe.experts.weights import ExpertParams, activate
+from etr.moe.dispatch.rows import DispatchHandle
+from etr.moe.experts.feed_forward import Engine, Problem, Route, feed_forward
+from etr.moe.experts.one_by_one import OneByOne
+from etr.moe.experts.products import Batched, Grouped
+from etr.moe.experts.weights import ExpertParams
+from etr.moe.experts.whole import Whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,67 +27,94 @@ class ExpertBackend:
     Args:
         name: key in `EXPERT_BACKENDS`.
         padded: takes [E, C, H] instead of sorted rows [R, H].
-        run: (rows, num_tokens_per_expert, params) -> rows.
+        engine: what runs a problem of its kind.
         summary: one line for tables.
+        unavailable: why it cannot run on this machine, or None.
     """
 
     name: str
     padded: bool
-    run: Callable[[Tensor, Tensor, ExpertParams], Tensor]
+    engine: Callable[[Problem], Engine]
     summary: str
+    unavailable: Callable[[], str | None] = lambda: None
+
+    def run(self, rows: Tensor, num_tokens_per_expert: Tensor, params: ExpertParams) -> Tensor:
+        """Rows in, rows out: what a dispatcher needs whose rows come from other ranks.
+
+        Args:
+            rows: [R, H] sorted by expert, or [E, C, H] for a padded backend.
+            num_tokens_per_expert: rows in use of each expert, int64 [E].
+            params: weights of the same dtype as the rows.
+        Returns:
+            The same shape; rows of a padded buffer that are not in use hold anything finite.
+        """
+        flat = rows.flatten(0, -2)
+        problem = _problem(flat, None, num_tokens_per_expert, params)
+        return feed_forward(self.engine(problem), problem).view_as(rows)
+
+    def run_routed(self, x: Tensor, handle: DispatchHandle, params: ExpertParams) -> Tensor:
+        """Gather, experts and weighted sum at once: tokens [T, H] in, tokens [T, H] out.
+
+        Args:
+            x: tokens, float [T, H].
+            handle: a plan made with the same `padded`.
+            params: weights of the same dtype as the tokens.
+        """
+        route = Route(
+            handle.weight_of_row.to(x.dtype),
+            handle.token_of_row,
+            handle.rows_by_token,
+            handle.start_of_token,
+        )
+        problem = _problem(x, route, handle.num_tokens_per_expert, params)
+        return feed_forward(self.engine(problem), problem)
 
 
-def run_loop(rows: Tensor, num_tokens_per_expert: Tensor, params: ExpertParams) -> Tensor:
-    """One GEMM pair per expert. Reads the counts on the host. Any dtype."""
-    # Unbinding once: indexing inside the loop would build a full-size zero gradient per expert.
-    chunks = rows.split(num_tokens_per_expert.tolist())
-    out = [
-        activate(chunk @ up.T, params.activation) @ down.T
-        for chunk, up, down in zip(chunks, params.up.unbind(), params.down.unbind(), strict=True)
-    ]
-    return torch.cat(out)
+def _problem(source: Tensor, route: Route | None, counts: Tensor, params: ExpertParams) -> Problem:
+    return Problem(source, route, counts, params.up, params.down, params.activation)
 
 
-def run_bmm(rows: Tensor, num_tokens_per_expert: Tensor, params: ExpertParams) -> Tensor:
-    """Batched GEMMs over padded buffers: static shapes, no host synchronisation. Any dtype."""
-    hidden = torch.bmm(rows, params.up.transpose(1, 2))
-    return torch.bmm(activate(hidden, params.activation), params.down.transpose(1, 2))
+LOOP = OneByOne()
+BATCHED = Whole(lambda problem: Batched(problem.up.shape[0]))
+GROUPED = Whole(lambda problem: Grouped(problem.counts.cumsum(0).to(torch.int32)))
 
 
-def run_grouped_mm(rows: Tensor, num_tokens_per_expert: Tensor, params: ExpertParams) -> Tensor:
-    """Ragged grouped GEMMs. Falls back to the loop where `grouped_mm` cannot run (see below)."""
-    if not grouped_mm_runs(rows, params):
-        return run_loop(rows, num_tokens_per_expert, params)
-    ends = num_tokens_per_expert.cumsum(0).to(torch.int32)
-    hidden = F.grouped_mm(rows, params.up.transpose(1, 2), offs=ends)
-    return F.grouped_mm(
-        activate(hidden, params.activation).contiguous(), params.down.transpose(1, 2), offs=ends
-    )
-
-
-def grouped_mm_runs(rows: Tensor, params: ExpertParams) -> bool:
+def grouped_mm_runs(problem: Problem) -> bool:
     """Whether torch's grouped_mm takes these inputs.
 
     It has no float64, wants row strides in multiples of 16 bytes, and, compiled for CPU, runs in
     bfloat16 alone. No rows at all is left to the loop as well.
     """
-    if rows.dtype not in (torch.float32, torch.bfloat16, torch.float16) or rows.shape[0] == 0:
+    source = problem.source
+    if source.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not problem.num_rows:
         return False
-    if torch.compiler.is_compiling() and rows.device.type == "cpu" and rows.dtype != torch.bfloat16:
+    on_cpu = source.device.type == "cpu"
+    if torch.compiler.is_compiling() and on_cpu and source.dtype != torch.bfloat16:
         return False
-    widths = (params.up.shape[1], params.up.shape[2], params.down.shape[2])
-    return all(width * rows.element_size() % 16 == 0 for width in widths)
+    widths = (problem.up.shape[1], problem.up.shape[2], problem.down.shape[2])
+    return all(width * source.element_size() % 16 == 0 for width in widths)
 
 
 EXPERT_BACKENDS: dict[str, ExpertBackend] = {
     backend.name: backend
     for backend in (
-        ExpertBackend(name="loop", padded=False, run=run_loop, summary="a GEMM pair per expert"),
         ExpertBackend(
-            name="bmm", padded=True, run=run_bmm, summary="padded batched GEMMs, static shapes"
+            name="loop",
+            padded=False,
+            engine=lambda problem: LOOP,
+            summary="one expert after another, in buffers that stay in the cache",
         ),
         ExpertBackend(
-            name="grouped_mm", padded=False, run=run_grouped_mm, summary="ragged grouped GEMMs"
+            name="bmm",
+            padded=True,
+            engine=lambda problem: BATCHED,
+            summary="padded batched GEMMs, static shapes, no host synchronisation",
+        ),
+        ExpertBackend(
+            name="grouped_mm",
+            padded=False,
+            engine=lambda problem: GROUPED if grouped_mm_runs(problem) else LOOP,
+            summary="ragged grouped GEMMs; the loop where torch has none (float64, odd widths)",
         ),
     )
 }

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-Activation = Literal["swiglu", "gelu", "relu2"]
-ACTIVATIONS: tuple[Activation, ...] = ("swiglu", "gelu", "relu2")
+from etr.moe.experts.activation import Activation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,16 +23,6 @@ class ExpertParams:
     up: Tensor
     down: Tensor
     activation: Activation
-
-
-def activate(hidden: Tensor, activation: Activation) -> Tensor:
-    """Apply the activation to the last dimension: swiglu halves it, the others keep it."""
-    if activation == "swiglu":
-        gate, up = hidden.chunk(2, dim=-1)
-        return F.silu(gate) * up
-    if activation == "gelu":
-        return F.gelu(hidden)
-    return F.relu(hidden).square()
 
 
 class ExpertWeights(nn.Module):

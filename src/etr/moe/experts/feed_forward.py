@@ -1,0 +1,135 @@
+"""The expert feed-forward as one autograd function, whatever runs it.
+
+    y = sum over a token's rows of  weight * down(activate(up(x)))
+
+For the backward pass it keeps the input and the pre-activation ("hidden") alone, next to the
+weights. Gathered rows are gathered again, the activation is computed again, and the experts'
+outputs are not needed: with ``g = dy @ down`` the gradient of a row's combine weight is
+``<g, activate(hidden)>``, and that of its activation ``weight * g``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from etr.moe.dispatch.rows import gather_rows, sum_rows
+from etr.moe.experts.activation import Activation
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which token each row belongs to, and how it weighs; fields as in `DispatchHandle`."""
+
+    weight_of_row: Tensor
+    token_of_row: Tensor
+    rows_by_token: Tensor
+    start_of_token: Tensor
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Rows [R, H] of tokens [T, H]."""
+        return gather_rows(x, self.token_of_row)
+
+    def sum(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Tokens [T, H] as sums of rows [R, H]."""
+        return sum_rows(rows, weight, self.rows_by_token, self.start_of_token)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of the experts.
+
+    Args:
+        source: tokens [T, H] with a route, else rows [R, H] in expert order.
+        route: how tokens become rows and back, or None for rows in, rows out.
+        counts: rows of each expert, int64 [E].
+        up: [E, 2I, H] for swiglu, else [E, I, H].
+        down: [E, H, I].
+        activation: name in `ACTIVATIONS`.
+    """
+
+    source: Tensor
+    route: Route | None
+    counts: Tensor
+    up: Tensor
+    down: Tensor
+    activation: Activation
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return (self.source if self.route is None else self.route.token_of_row).shape[0]
+
+
+class Grads(NamedTuple):
+    """Gradients of a problem's inputs; None where not wanted."""
+
+    source: Tensor | None
+    weight_of_row: Tensor | None
+    up: Tensor | None
+    down: Tensor | None
+
+
+class Engine(Protocol):
+    """What runs a problem. An engine sees neither autograd nor the rest of the layer."""
+
+    def forward(self, problem: Problem, keep: bool) -> tuple[Tensor, Tensor | None]:
+        """Result [T, H] or [R, H], and hidden [R, 2I or I] if it is to be kept."""
+
+    def backward(self, problem: Problem, hidden: Tensor, grad: Tensor, wanted: Grads) -> Grads:
+        """Gradients; those wanted are the ones that are not None in `wanted`."""
+
+
+def feed_forward(engine: Engine, problem: Problem) -> Tensor:
+    """Run a problem, recording its gradient where one is wanted.
+
+    The gradient itself cannot be differentiated again: torch raises a RuntimeError.
+
+    Returns:
+        [T, H] with a route, else [R, H].
+    """
+    route = problem.route
+    weight = None if route is None else route.weight_of_row
+    inputs = (problem.source, weight, problem.up, problem.down)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if not wanted:
+        return engine.forward(problem, keep=False)[0]
+    index: tuple[Tensor | None, ...] = (None, None, None)
+    if route is not None:
+        index = (route.token_of_row, route.rows_by_token, route.start_of_token)
+    return _FeedForward.apply(*inputs, problem.counts, *index, engine, problem.activation)
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *tensors, engine, activation = args
+        result, hidden = engine.forward(_problem(tensors, activation), keep=True)
+        ctx.save_for_backward(*tensors, hidden)
+        ctx.engine, ctx.activation = engine, activation
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, hidden = ctx.saved_tensors
+        wanted = zip(tensors[:4], ctx.needs_input_grad[:4], strict=True)
+        grads = ctx.engine.backward(
+            _problem(tensors, ctx.activation),
+            hidden,
+            grad.contiguous(),
+            Grads(*(tensor if needed else None for tensor, needed in wanted)),
+        )
+        return *grads, *([None] * 6)
+
+
+def _problem(tensors: list[Tensor], activation: Activation) -> Problem:
+    source, weight, up, down, counts, token_of_row, rows_by_token, start_of_token = tensors
+    route = None
+    if token_of_row is not None:
+        route = Route(weight, token_of_row, rows_by_token, start_of_token)
+    return Problem(source, route, counts, up, down, activation)

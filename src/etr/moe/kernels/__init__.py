@@ -1,0 +1,1 @@
+"""What is worth writing by hand: closed-form gradients, and kernels for GPUs."""

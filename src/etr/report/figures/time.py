@@ -1,0 +1,172 @@
+"""Where a step's time goes: over training, by kind of work, and by operator."""
+
+import statistics
+from collections.abc import Mapping
+
+from etr.report.curves import train_curve
+from etr.report.figure import add_legend, new_figure
+from etr.report.lines import not_shown, plot_curve
+from etr.report.matrices import MOST_RUNS as MOST_BARS
+from etr.report.matrices import Found, every_run, first_of_each, too_many
+from etr.report.observations import SPANS
+from etr.report.results import Results, Row
+from etr.report.spec import Missing, Numbers, Plot, Spec
+from etr.report.style import SERIES, LineStyle, variant_style
+from etr.report.wording import clipped, clipped_inside, counted, percent, significant
+
+MOST_OPERATORS = 10
+_NO_PROFILE = "no run has a profile in its metrics"
+
+
+def _step_time(results: Results) -> Plot | Missing:
+    return plot_curve(
+        results,
+        train_curve("step_time_seconds", scale=1e3),
+        label="step time (ms)",
+        caption="Wall time of each training step, data loading to optimizer",
+        lacking="no run has a step time in its metrics",
+    )
+
+
+# Parts of a step that do not overlap, from the spans that do: name, colour.
+_PARTS = (
+    ("computation alone", SERIES[1]),
+    ("computation with communication", SERIES[3]),
+    ("communication alone", SERIES[2]),
+    ("idle", SERIES[0]),
+)
+
+
+def _spans(row: Row) -> Mapping[str, float] | None:
+    """Mean over the profiled passes of each span, seconds; None without any."""
+    profiles = [p.seconds for p in (row.metrics.profiles if row.metrics else ()) if p.seconds]
+    if not profiles:
+        return None
+    return {span: statistics.fmean(p.get(span, 0.0) for p in profiles) for span in SPANS}
+
+
+def _parts(spans: Mapping[str, float]) -> list[float]:
+    both = spans["overlapped"]
+    parts = (spans["computation"] - both, both, spans["communication"] - both, spans["idle"])
+    return [1e3 * max(part, 0.0) for part in parts]
+
+
+def _step_time_split(results: Results) -> Plot | Missing:
+    found = every_run(results, _spans)
+    if not found:
+        return Missing(reason=_NO_PROFILE)
+    shown = found[:MOST_BARS]
+    figure = new_figure(height=1.25 + 0.3 * len(shown))
+    (axes,) = figure.axes
+    for place, run in enumerate(shown):
+        left = 0.0
+        for width, (_, tint) in zip(_parts(run.value), _PARTS, strict=True):
+            axes.barh(place, width, left=left, height=0.62, color=tint.light, linewidth=0)
+            left += width
+    axes.set_yticks(range(len(shown)), [clipped(run.name, 22) for run in shown])
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.grid(axis="x")
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("time of a forward and backward pass (ms)")
+    add_legend(
+        figure,
+        [(name, LineStyle(tint=tint, dashes=(), marker="s")) for name, tint in _PARTS],
+        lines=False,
+    )
+    return Plot(
+        figure=figure,
+        caption="A forward and backward pass by what the device does: mean over each run's profiled"
+        " passes. Communication that runs during computation is drawn once; idle is the rest."
+        f"{too_many(found)}{not_shown(results, [run.row.name for run in found])}",
+        numbers=Numbers(
+            columns=("run", "seed", *(f"{span} (s)" for span in SPANS)),
+            rows=[
+                (run.row.name, run.row.seed, *(run.value[span] for span in SPANS)) for run in found
+            ],
+        ),
+        title=_split_title(shown),
+    )
+
+
+def _split_title(runs: list[Found[Mapping[str, float]]]) -> str | None:
+    """What a single run spends its time on, where one part is over half of it."""
+    if len(runs) != 1:
+        return None
+    parts = _parts(runs[0].value)
+    most, (name, _) = max(zip(parts, _PARTS, strict=True), key=lambda pair: pair[0])
+    return (
+        f"{percent(most / sum(parts), 0)} of a forward and backward pass is {name}"
+        if most > 0.5 * sum(parts)
+        else None
+    )
+
+
+def _operators(row: Row) -> dict[str, tuple[float, int]] | None:
+    """Seconds and calls per profiled pass of each operator; None without any."""
+    profiles = [p for p in (row.metrics.profiles if row.metrics else ()) if p.operators]
+    totals: dict[str, tuple[float, int]] = {}
+    for profile in profiles:
+        for operator in profile.operators:
+            seconds, calls = totals.get(operator.name, (0.0, 0))
+            totals[operator.name] = (seconds + operator.seconds, calls + operator.calls)
+    return {n: (s / len(profiles), c // len(profiles)) for n, (s, c) in totals.items()} or None
+
+
+def _operator_time(results: Results) -> Plot | Missing:
+    found = first_of_each(results, _operators)
+    if not found:
+        return Missing(reason="no run has operator times in its metrics")
+    totals: dict[str, float] = {}
+    for run in found:
+        for name, (seconds, _) in run.value.items():
+            totals[name] = max(totals.get(name, 0.0), seconds)
+    longest = sorted(totals, key=lambda name: -totals[name])[:MOST_OPERATORS]
+    figure = new_figure(height=1.2 + len(longest) * max(0.26, 0.08 * len(found) + 0.1))
+    (axes,) = figure.axes
+    for order, run in enumerate(found):
+        offset = 0.6 * ((order + 0.5) / len(found) - 0.5)
+        look = variant_style(run.index)
+        for place, name in enumerate(longest):
+            if name in run.value:
+                y, x = place + offset, 1e3 * run.value[name][0]
+                axes.plot([0, x], [y, y], color=look.color, linewidth=1.1)
+                axes.plot([x], [y], color=look.color, marker=look.marker, markersize=4.4)
+    axes.set_yticks(range(len(longest)), [clipped_inside(name, 27) for name in longest])
+    axes.set_ylim(len(longest) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.grid(axis="x")
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("time in the operator per pass (ms)")
+    add_legend(figure, [(run.name, variant_style(run.index)) for run in found], lines=False)
+    slowest = longest[0]
+    return Plot(
+        figure=figure,
+        caption=f"The {counted(len(longest), 'operator')} that take longest in any run, without"
+        " what they call: mean over the profiled passes of each variant's first seed."
+        f" Longest: {slowest}, {significant(1e3 * totals[slowest])} ms."
+        f"{not_shown(results, [run.name for run in found])}",
+        numbers=Numbers(
+            columns=("run", "seed", "operator", "time per pass (s)", "calls per pass"),
+            rows=[
+                (run.name, run.row.seed, name, seconds, calls)
+                for run in found
+                for name, (seconds, calls) in run.value.items()
+            ],
+        ),
+    )
+
+
+STEP_TIME = Spec(
+    key="step-time", title="Step time over training", section="Time and memory", draw=_step_time
+)
+SPLIT = Spec(
+    key="step-time-split",
+    title="Computation, communication, idle time",
+    section="Time and memory",
+    draw=_step_time_split,
+)
+OPERATORS = Spec(
+    key="operator-time", title="Time by operator", section="Time and memory", draw=_operator_time
+)

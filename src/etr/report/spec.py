@@ -1,0 +1,84 @@
+"""What a figure of the report is: one entry of a table, and what its function gives back."""
+
+import csv
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from matplotlib.figure import Figure
+
+from etr.report.results import Results
+
+Section = Literal["Quality", "Time and memory", "Dropping", "Load", "Specialisation", "Text"]
+SECTIONS: tuple[Section, ...] = (
+    "Quality",
+    "Time and memory",
+    "Dropping",
+    "Load",
+    "Specialisation",
+    "Text",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """What a figure draws, as a table."""
+
+    columns: tuple[str, ...]
+    """Headings, with units."""
+    rows: Sequence[tuple[Any, ...]]
+    """One tuple per line; None and values that are not finite are written as nothing."""
+
+    def csv(self) -> str:
+        """The table as comma-separated values, headings first."""
+        target = io.StringIO()
+        writer = csv.writer(target, lineterminator="\n")
+        writer.writerow(self.columns)
+        writer.writerows([_written(value) for value in row] for row in self.rows)
+        return target.getvalue()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """A figure that the data allow."""
+
+    figure: Figure
+    """The drawing, without title and caption."""
+    caption: str
+    """What it shows and how it is computed."""
+    numbers: Numbers
+    """What it draws."""
+    title: str | None = None
+    """The finding, where the data decide one; None for the title of the table's entry."""
+    html: str | None = None
+    """What a page shows in place of the drawing; None for the drawing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Missing:
+    """A figure that the data do not allow."""
+
+    reason: str
+    """What lacks, as the end of a sentence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """One entry in the table of figures."""
+
+    key: str
+    """Name of its files and of its place in the page: lower case, digits and dashes."""
+    title: str
+    """What is shown."""
+    section: Section
+    """Where in the page."""
+    draw: Callable[[Results], Plot | Missing]
+    """Draws it from runs; called inside `house_style`."""
+
+
+def _written(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.7g}" if math.isfinite(value) else ""
+    return "" if value is None else value

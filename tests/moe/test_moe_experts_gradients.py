@@ -1,0 +1,284 @@
+"""Every expert backend: values and gradients of the plain formula, and little kept for backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from etr.moe import EXPERT_BACKENDS, Routing
+from etr.moe.dispatch import DispatchHandle, Permute
+from etr.moe.experts import ACTIVATIONS, ExpertParams, activate
+from etr.moe.experts.activation import activate_out, activation_grad, activation_grad_out
+from etr.moe.routing import Limit, Selection
+from etr.moe.select import select, token_pairs, top_experts
+
+T, H, I, E = 24, 16, 8, 4  # noqa: E741
+BACKENDS = [name for name in EXPERT_BACKENDS if EXPERT_BACKENDS[name].unavailable() is None]
+
+
+def params_of(activation: str, dtype: torch.dtype, num_experts: int = E) -> ExpertParams:
+    width = 2 * I if activation == "swiglu" else I
+    return ExpertParams(
+        up=torch.randn(num_experts, width, H).div(4).to(dtype).requires_grad_(),
+        down=torch.randn(num_experts, H, I).div(4).to(dtype).requires_grad_(),
+        activation=activation,  # type: ignore[arg-type]
+    )
+
+
+def routed(
+    top_k: int = 2, capacity: int | None = 9, num_tokens: int = T, spare: int = 0
+) -> tuple[Routing, Selection]:
+    """Choices of tokens that leave the last expert alone, and what a capacity keeps of them."""
+    scores = torch.rand(num_tokens, E)
+    scores[:, -1] = -1
+    expert = top_experts(scores, top_k)
+    token, flat = token_pairs(expert, torch.rand(num_tokens) > 0.1, E)
+    gate = torch.rand(num_tokens * top_k).requires_grad_()
+    routing = Routing(
+        token=token,
+        expert=flat,
+        score=scores.gather(1, expert).flatten(),
+        gate=gate,
+        valid_mask=torch.ones(num_tokens, dtype=torch.bool),
+        scores=scores,
+        logits=None,
+        probs=None,
+        num_experts=E,
+        top_k=top_k,
+    )
+    limit = Limit()
+    if capacity is not None:
+        limit = Limit(capacity=torch.full((E,), capacity), buffer_size=capacity + spare)
+    return routing, select(routing, limit, rank_by="score")
+
+
+def expected(x: Tensor, routing: Routing, selection: Selection, params: ExpertParams) -> Tensor:
+    """One pair at a time."""
+    y = torch.zeros_like(x)
+    for pair in selection.kept.nonzero().flatten().tolist():
+        t, e = int(routing.token[pair]), int(routing.expert[pair])
+        out = activate(x[t] @ params.up[e].T, params.activation) @ params.down[e].T
+        y = y.index_add(
+            0, torch.tensor([t]), selection.combine_weight[pair].to(x.dtype) * out[None]
+        )
+    return y
+
+
+def gradients(y: Tensor, upstream: Tensor, *inputs: Tensor) -> list[Tensor]:
+    found = torch.autograd.grad(y, inputs, upstream, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(i) if g is None else g for g, i in zip(found, inputs, strict=True)]
+
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 3e-2}
+
+
+@pytest.mark.usefixtures("nan_filled_memory")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("capacity", [None, 9, 1])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_tokens_in_tokens_out(
+    name: str, capacity: int | None, activation: str, dtype: torch.dtype
+) -> None:
+    x = torch.randn(T, H).to(dtype).requires_grad_()
+    params, (routing, selection) = params_of(activation, dtype), routed(2, capacity, spare=2)
+    upstream, leaves = torch.randn(T, H).to(dtype), (x, routing.gate, params.up, params.down)
+    y = Permute().run(x, routing, selection, EXPERT_BACKENDS[name], params)
+    want = expected(x, routing, selection, params)
+    limit = TOLERANCE[dtype]
+    torch.testing.assert_close(y, want, atol=limit, rtol=limit)
+    got_grads, want_grads = gradients(y, upstream, *leaves), gradients(want, upstream, *leaves)
+    for got, wanted in zip(got_grads, want_grads, strict=True):
+        torch.testing.assert_close(got, wanted, atol=limit * 4, rtol=limit)
+    assert not got_grads[2][-1].any()  # nobody chose the last expert
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_the_fused_way_equals_dispatch_run_combine(name: str) -> None:
+    x = torch.randn(T, H, dtype=torch.float64, requires_grad=True)
+    params, (routing, selection) = params_of("swiglu", torch.float64), routed()
+    backend, dispatcher = EXPERT_BACKENDS[name], Permute()
+    rows, handle = dispatcher.dispatch(x, routing, selection, padded=backend.padded)
+    apart = dispatcher.combine(backend.run(rows, handle.num_tokens_per_expert, params), handle)
+    fused = dispatcher.run(x, routing, selection, backend, params)
+    torch.testing.assert_close(fused, apart)
+    upstream, leaves = torch.randn_like(x), (x, routing.gate, params.up, params.down)
+    torch.testing.assert_close(
+        gradients(fused, upstream, *leaves), gradients(apart, upstream, *leaves)
+    )
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_gradcheck(name: str, activation: str) -> None:
+    x = torch.randn(T, H, dtype=torch.float64, requires_grad=True)
+    params, (routing, selection) = params_of(activation, torch.float64), routed()
+    handle = Permute().plan(routing, selection, padded=EXPERT_BACKENDS[name].padded)
+    index = (handle.token_of_row, handle.rows_by_token, handle.start_of_token)
+    weight = handle.weight_of_row.detach().double().requires_grad_()
+
+    def run(x: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        handle_ = DispatchHandle(
+            token_of_row=index[0],
+            weight_of_row=weight,
+            rows_by_token=index[1],
+            start_of_token=index[2],
+            num_tokens_per_expert=handle.num_tokens_per_expert,
+            num_tokens=T,
+        )
+        given = ExpertParams(up=up, down=down, activation=params.activation)
+        return EXPERT_BACKENDS[name].run_routed(x, handle_, given)
+
+    inputs = (x, weight, params.up, params.down)
+    if EXPERT_BACKENDS[name].padded:  # weights of empty rows lead nowhere
+        inputs = (x, params.up, params.down)
+        assert torch.autograd.gradcheck(
+            lambda x, up, down: run(x, weight.detach(), up, down), inputs, fast_mode=True
+        )
+    else:
+        assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_no_tokens_and_nothing_kept(name: str) -> None:
+    for num_tokens, capacity in ((0, None), (T, 0)):
+        x = torch.randn(num_tokens, H, requires_grad=True)
+        params, (routing, selection) = params_of("swiglu", x.dtype), routed(2, capacity, num_tokens)
+        y = Permute().run(x, routing, selection, EXPERT_BACKENDS[name], params)
+        assert y.shape == x.shape
+        assert not y.any()
+        y.sum().backward()
+        assert x.grad is not None
+        assert params.up.grad is not None
+        assert not x.grad.any()
+        assert not params.up.grad.any()
+
+
+@pytest.mark.parametrize("frozen", range(4))
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_frozen_input_changes_no_other_gradient(name: str, frozen: int) -> None:
+    found = []
+    torch.manual_seed(0)
+    x = torch.randn(T, H, dtype=torch.float64, requires_grad=True)
+    params, (routing, selection) = params_of("swiglu", torch.float64), routed()
+    leaves = [x, routing.gate, params.up, params.down]
+    for freeze in (False, True):
+        weight = selection.combine_weight
+        if freeze and frozen == 1:
+            weight = weight.detach()
+        given = [leaf.detach() if freeze and i == frozen else leaf for i, leaf in enumerate(leaves)]
+        handle = Permute().plan(routing, selection, padded=EXPERT_BACKENDS[name].padded)
+        if freeze and frozen == 1:
+            handle = _detached(handle)
+        y = EXPERT_BACKENDS[name].run_routed(
+            given[0], handle, ExpertParams(up=given[2], down=given[3], activation="swiglu")
+        )
+        found.append(gradients(y, torch.ones_like(y), *leaves))
+    for i, (with_all, without) in enumerate(zip(*found, strict=True)):
+        if i != frozen:
+            assert torch.equal(with_all, without)
+
+
+def _detached(handle: DispatchHandle) -> DispatchHandle:
+    fields = {**vars(handle), "weight_of_row": handle.weight_of_row.detach()}
+    return DispatchHandle(**fields)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_backward_may_run_twice_but_not_be_differentiated(name: str) -> None:
+    x = torch.randn(T, H, dtype=torch.float64, requires_grad=True)
+    params, (routing, selection) = params_of("swiglu", torch.float64), routed()
+    y = Permute().run(x, routing, selection, EXPERT_BACKENDS[name], params)
+    first = gradients(y, torch.ones_like(y), x, params.up, params.down)
+    again = gradients(y, torch.ones_like(y), x, params.up, params.down)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def saved_bytes(run: object, weights: tuple[Tensor, ...]) -> int:
+    """Bytes that autograd keeps for backward beside the weights, each storage once."""
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = run()  # type: ignore[operator]
+    for weight in weights:
+        sizes.pop(weight.untyped_storage().data_ptr(), None)
+    assert y.requires_grad
+    return sum(sizes.values())
+
+
+def plain_grouped_mm(
+    x: Tensor, routing: Routing, selection: Selection, params: ExpertParams
+) -> Tensor:
+    key = torch.where(selection.kept, routing.expert, routing.num_experts)
+    pair = key.argsort(stable=True)[: int(selection.num_tokens_per_expert.sum())]
+    ends = selection.num_tokens_per_expert.cumsum(0).int()
+    hidden = F.grouped_mm(x[routing.token[pair]], params.up.transpose(1, 2), offs=ends)
+    active = activate(hidden, params.activation).contiguous()
+    out = F.grouped_mm(active, params.down.transpose(1, 2), offs=ends)
+    weighted = out * selection.combine_weight[pair, None]
+    return torch.zeros_like(x).index_add(0, routing.token[pair], weighted)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("name", ["loop", "grouped_mm"])
+def test_backward_keeps_at_most_three_fifths_of_plain_autograd(name: str, top_k: int) -> None:
+    """Dropless, against the same computation in torch's own operations."""
+    x = torch.randn(512, H, requires_grad=True)
+    params, (routing, selection) = params_of("swiglu", x.dtype), routed(top_k, None, 512)
+    weights = (params.up, params.down)
+    ours = saved_bytes(
+        lambda: Permute().run(x, routing, selection, EXPERT_BACKENDS[name], params), weights
+    )
+    plain = saved_bytes(lambda: plain_grouped_mm(x, routing, selection, params), weights)
+    assert ours <= 0.6 * plain
+    rows = int(selection.num_tokens_per_expert.sum())
+    index = 8 * (2 * rows + rows + 513 + E)  # and a weight a row
+    assert ours <= 4 * (512 * H + rows * 2 * I) + 2 * index + 4096
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_closed_form_activation_gradients(activation: str) -> None:
+    hidden = torch.randn(7, 10, dtype=torch.float64, requires_grad=True)
+    active = activate(hidden, activation)  # type: ignore[arg-type]
+    upstream = torch.randn_like(active)
+    (want,) = torch.autograd.grad(active, hidden, upstream)
+    with torch.no_grad():
+        plain = activation_grad(hidden, upstream, activation)  # type: ignore[arg-type]
+        out = activation_grad_out(
+            hidden,
+            upstream.clone(),
+            activation,  # type: ignore[arg-type]
+            torch.empty_like(hidden),
+        )
+        values = activate_out(hidden, activation, torch.empty_like(active))  # type: ignore[arg-type]
+    torch.testing.assert_close(plain, want)
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(values, active)
+
+
+def test_rows_stand_in_expert_order_and_return_to_their_token() -> None:
+    routing, selection = routed()
+    x = torch.arange(T, dtype=torch.float64)[:, None].expand(T, H).contiguous()
+    for padded in (False, True):
+        handle = Permute().plan(routing, selection, padded=padded)
+        counts = selection.num_tokens_per_expert.tolist()
+        rows, _ = Permute().dispatch(x, routing, selection, padded=padded)
+        if padded:
+            rows = torch.cat([chunk[:n] for chunk, n in zip(rows, counts, strict=True)])
+        used = handle.token_of_row[handle.token_of_row < T]
+        assert rows[:, 0].long().tolist() == used.tolist()
+        start = 0
+        for e, count in enumerate(counts):
+            mine = selection.kept & (routing.expert == e)
+            assert sorted(used[start : start + count].tolist()) == routing.token[mine].tolist()
+            start += count
