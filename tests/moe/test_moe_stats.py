@@ -33,6 +33,26 @@ def test_counters_by_hand() -> None:
     assert stats["score_histogram"].sum(-1).tolist() == [4, 1]
 
 
+def test_gate_sums_are_of_all_choices_and_of_the_kept_ones() -> None:
+    config = MoEConfig(
+        hidden_size=4,
+        intermediate_size=4,
+        num_experts=2,
+        router="etr_paper",
+        capacity=Factor(capacity_factor=0.5),
+    )
+    layer = MoE(config)
+    x, context = torch.randn(20, 4), RoutingContext(valid_mask=torch.arange(20) < 17)
+    routing, limit = layer.route(x.masked_fill(torch.arange(20)[:, None] >= 17, 0.0), context)
+    selection = layer.select(routing, limit)
+    stats = layer.stats(routing, selection, limit)
+    best = routing.probs.max(-1).values
+    kept = selection.selection_map(routing).any(-1)
+    torch.testing.assert_close(stats["gate_sum"], best[:17].sum())
+    torch.testing.assert_close(stats["kept_gate_sum"], best[kept].sum())
+    assert 0 < float(stats["kept_gate_sum"]) < float(stats["gate_sum"])
+
+
 def test_dropless_counters() -> None:
     config = MoEConfig(hidden_size=4, intermediate_size=4, num_experts=2, capacity="none", top_k=2)
     stats = MoE(config)(torch.randn(5, 4)).stats

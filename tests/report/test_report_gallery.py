@@ -11,7 +11,7 @@ from etr.report import FIGURES
 DOCS = Path(__file__).parents[2] / "docs"
 PICTURES = DOCS / "images" / "gallery"
 # What the small run of one process does not log.
-WITHOUT_PICTURE = {"traffic", "kept-affinity-mass"}
+WITHOUT_PICTURE = {"traffic"}
 
 
 @pytest.fixture(scope="module")

@@ -179,7 +179,8 @@ def test_split_of_intervals():
 
 
 def test_train_rows_say_what_limits_a_layer(make_config, data):
-    config = make_config("etr", {"capacity": "factor:capacity_factor=0.5"}, accumulation_steps=2)
+    routing = {"capacity": "factor:capacity_factor=0.5"}
+    config = make_config("etr_paper", routing, accumulation_steps=2)
     with Trainer(config, data) as trainer:
         for _ in range(3):
             (row,) = trainer.train_step()
@@ -194,7 +195,7 @@ def test_train_rows_say_what_limits_a_layer(make_config, data):
 
 
 @pytest.mark.parametrize(
-    ("router", "capacity"), [("etr", "none"), ("baseline", "factor:capacity_factor=1.1")]
+    ("router", "capacity"), [("etr_paper", "none"), ("baseline", "factor:capacity_factor=1.1")]
 )
 def test_train_rows_without_capacity_or_cosine(make_config, data, router, capacity):
     with Trainer(make_config(router, {"capacity": capacity}), data) as trainer:

@@ -22,11 +22,15 @@ def routing_stats(routing: Routing, selection: Selection, limit: Limit) -> dict[
         num_tokens_without_expert: valid tokens with no kept pair, int64 [].
         capacity_sum: summed capacity of all experts in tokens, int64 []; valid tokens times E
             where there is no limit.
+        gate_sum, kept_gate_sum: gates of all choices and of the kept ones, float [].
     """
     kept = selection.num_tokens_per_expert
     tokens = routing.num_valid_tokens()
     served = torch.zeros(routing.num_tokens, dtype=torch.int64, device=kept.device)
     served.index_add_(0, routing.token, selection.kept.long())
+    gate = routing.gate.detach()
+    kept_gates = torch.where(selection.kept, gate, 0.0).sum()
+    chosen_gates = torch.where(routing.valid, gate, 0.0).sum()
     capacity = tokens * routing.num_experts if limit.capacity is None else limit.capacity.sum()
     return {
         "num_forwards": torch.ones_like(tokens),
@@ -37,6 +41,8 @@ def routing_stats(routing: Routing, selection: Selection, limit: Limit) -> dict[
         "num_tokens_per_expert": kept,
         "num_tokens_without_expert": ((served == 0) & routing.valid_mask).sum(),
         "capacity_sum": capacity,
+        "gate_sum": chosen_gates if routing.tokens_choose else kept_gates,
+        "kept_gate_sum": kept_gates,
     }
 
 
