@@ -111,6 +111,7 @@ class System:
         package: distribution whose version is shown.
         cuda: runs on CUDA alone.
         refuses: why it does not take a case, or empty.
+        unavailable: why it cannot run on this machine at all, or None.
     """
 
     name: str
@@ -121,11 +122,15 @@ class System:
     package: str = ""
     cuda: bool = False
     refuses: Callable[[Case], str] = lambda case: ""
+    unavailable: Callable[[], str | None] = lambda: None
 
     def missing(self, device: torch.device) -> str:
         """Why it cannot run here, or empty."""
         if self.cuda and device.type != "cuda":
             return "needs a CUDA device"
+        reason = self.unavailable()
+        if reason is not None:
+            return reason
         absent = [name for name in self.requires if importlib.util.find_spec(name) is None]
         return "not installed" if absent else ""
 

@@ -87,6 +87,7 @@ LAYERS = tuple(
         summary=f"this library, linear router, dropless: {backend.summary}",
         build=partial(build, backend=name),
         package="etr-moe",
+        unavailable=backend.unavailable,
     )
     for name, backend in EXPERT_BACKENDS.items()
 )

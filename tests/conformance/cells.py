@@ -164,7 +164,10 @@ VARIANTS = _variant_cells()
 ALL = CELLS + VARIANTS
 
 WITH_BACKENDS = [
-    dataclasses.replace(cell, backend=backend) for cell in ALL for backend in EXPERT_BACKENDS
+    dataclasses.replace(cell, backend=backend.name)
+    for cell in ALL
+    for backend in EXPERT_BACKENDS.values()
+    if backend.unavailable() is None  # tests/moe say by name what is skipped
 ]
 
 ROUTER_CELLS = [

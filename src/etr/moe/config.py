@@ -46,7 +46,8 @@ class MoEConfig:
     num_shared_experts: int = 0
     """Experts of width intermediate_size that every token passes, beside the routed ones."""
     backend: str = "auto"
-    """Name in EXPERT_BACKENDS, or auto: bmm for padded presets, else grouped_mm."""
+    """Name in EXPERT_BACKENDS, or auto: bmm for padded presets, else loop on a CPU with 128 rows an
+    expert or more, else grouped_mm."""
     dispatch: str = "permute"
     """Name in DISPATCHERS."""
     eval_selection: EvalSelection = "threshold"

@@ -22,7 +22,7 @@ from etr.moe.calibration import Calibration, score_histogram
 from etr.moe.collector import Collector
 from etr.moe.config import EVAL_SELECTIONS, EvalSelection, MoEConfig
 from etr.moe.dispatch import DISPATCHERS
-from etr.moe.experts import EXPERT_BACKENDS, ExpertBackend, ExpertWeights
+from etr.moe.experts import EXPERT_BACKENDS, ExpertBackend, ExpertWeights, auto_backend
 from etr.moe.routing import Limit, MoEOutput, RouterInput, Routing, RoutingContext, Selection
 from etr.moe.select import select
 from etr.moe.state import GlobalState
@@ -258,7 +258,8 @@ class MoE(nn.Module):
         name = self.config.backend
         if name == "auto":
             bounded = selection.buffer_size < routing.num_tokens
-            name = "bmm" if self.traits.padded and bounded else "grouped_mm"
+            rows = routing.num_tokens * routing.top_k / routing.num_experts
+            name = auto_backend(routing.expert.device.type, rows, self.traits.padded and bounded)
         return EXPERT_BACKENDS[name]
 
     def has_thresholds(self) -> bool:

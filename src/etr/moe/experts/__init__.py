@@ -1,7 +1,7 @@
 """Experts: their weights, and the backends that run them."""
 
 from etr.moe.experts.activation import ACTIVATIONS, Activation, activate
-from etr.moe.experts.backends import EXPERT_BACKENDS, ExpertBackend
+from etr.moe.experts.backends import EXPERT_BACKENDS, ExpertBackend, auto_backend
 from etr.moe.experts.weights import ExpertParams, ExpertWeights
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "ExpertParams",
     "ExpertWeights",
     "activate",
+    "auto_backend",
 ]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from etr.moe.dispatch.rows import DispatchHandle
 from etr.moe.experts.feed_forward import Engine, Problem, Route, feed_forward
+from etr.moe.experts.fused import Fused, kernels_run, why_unavailable
 from etr.moe.experts.one_by_one import OneByOne
 from etr.moe.experts.products import Batched, Grouped
 from etr.moe.experts.weights import ExpertParams
@@ -76,6 +77,7 @@ def _problem(source: Tensor, route: Route | None, counts: Tensor, params: Expert
 
 LOOP = OneByOne()
 BATCHED = Whole(lambda problem: Batched(problem.up.shape[0]))
+FUSED = Fused()
 GROUPED = Whole(lambda problem: Grouped(problem.counts.cumsum(0).to(torch.int32)))
 
 
@@ -93,6 +95,18 @@ def grouped_mm_runs(problem: Problem) -> bool:
         return False
     widths = (problem.up.shape[1], problem.up.shape[2], problem.down.shape[2])
     return all(width * source.element_size() % 16 == 0 for width in widths)
+
+
+def fused_engine(problem: Problem) -> Engine:
+    """The kernels, or the loop for what they do not take: float64, and no rows at all.
+
+    Raises:
+        ValueError: Triton cannot run here.
+    """
+    reason = why_unavailable()
+    if reason is not None:
+        raise ValueError(f"backend='triton' cannot run: {reason}; choose another, or 'auto'")
+    return FUSED if kernels_run(problem) else LOOP
 
 
 EXPERT_BACKENDS: dict[str, ExpertBackend] = {
@@ -116,6 +130,39 @@ EXPERT_BACKENDS: dict[str, ExpertBackend] = {
             engine=lambda problem: GROUPED if grouped_mm_runs(problem) else LOOP,
             summary="ragged grouped GEMMs; the loop where torch has none (float64, odd widths)",
         ),
+        ExpertBackend(
+            name="triton",
+            padded=False,
+            engine=fused_engine,
+            summary="grouped GEMMs with gather, activation and combine weights fused in (GPU)",
+            unavailable=why_unavailable,
+        ),
     )
 }
 """Expert backends by name."""
+
+LOOP_ROWS = 128
+"""Rows an expert usually has from which, on a CPU, the loop is at least as fast as grouped_mm."""
+
+
+def auto_backend(device_type: str, rows_per_expert: float, padded: bool) -> str:
+    """What backend "auto" means. Measured on a CPU; a GPU gets torch's own kernels.
+
+    1. `bmm` where the router's preset asks for padded buffers and a capacity bounds them: static
+       shapes, nothing read by the host, and at a factor near 1 little is wasted.
+    2. On a CPU, `loop` from `LOOP_ROWS` rows an expert: its buffers stay in the cache and little
+       fresh memory is touched. Below, and while compiling, the calls themselves cost too much.
+    3. Else `grouped_mm`. `triton` runs where it is asked for by name.
+
+    Args:
+        device_type: of the tokens, such as "cpu".
+        rows_per_expert: pairs over experts, before any is dropped.
+        padded: rule 1 holds.
+    Returns:
+        A name in `EXPERT_BACKENDS`.
+    """
+    if padded:
+        return "bmm"
+    if device_type == "cpu" and rows_per_expert >= LOOP_ROWS and not torch.compiler.is_compiling():
+        return "loop"
+    return "grouped_mm"

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from etr.moe.experts.activation import activate_out, activation_grad_out
 from etr.moe.experts.feed_forward import Grads, Problem
-from etr.moe.experts.whole import row_products
 
 
 class _Buffer:
@@ -71,7 +70,7 @@ class OneByOne:
             activate_out(hidden[rows], problem.activation, active)
             if route is not None:
                 if grad_weight is not None:
-                    grad_weight[rows] = row_products(grad_active, active)
+                    grad_weight[rows] = (grad_active * active).sum(-1)
                 grad_active.mul_(route.weight_of_row[rows, None])
                 active.mul_(route.weight_of_row[rows, None])
             if grad_down is not None:

@@ -38,7 +38,7 @@ class Whole:
         grad_weight = grad_down = grad_up = grad_source = None
         if route is not None:
             if wanted.weight_of_row is not None:
-                grad_weight = row_products(grad_active, active)
+                grad_weight = (grad_active * active).sum(-1)
             grad_active = grad_active * route.weight_of_row[:, None]
             active = active * route.weight_of_row[:, None]
         if wanted.down is not None:
@@ -59,11 +59,3 @@ class Whole:
             if route is not None:
                 grad_source = route.sum(grad_source)
         return Grads(grad_source, grad_weight, grad_up, grad_down)
-
-
-def row_products(left: Tensor, right: Tensor) -> Tensor:
-    """Inner product of each pair of rows, [R] in the dtype of the rows, summed in float32."""
-    products = left * right
-    if products.dtype in (torch.bfloat16, torch.float16) and products.device.type == "cpu":
-        products = products.float()  # a half-precision sum along rows is very slow there
-    return products.sum(-1).to(left.dtype)

@@ -73,10 +73,11 @@ def _sums_and_norm(x: Tensor, weight: Tensor | None, num_experts: int) -> tuple[
     sums = torch.empty(x.shape[0], num_experts, dtype=dtype, device=x.device)
     norm = torch.empty(x.shape[0], 1, dtype=dtype, device=x.device)
     for rows, sums_out, norm_out in _blocks(x, sums, norm):
-        rows = rows.to(dtype)
+        if x.device.type == "cpu":  # where a half-precision sum along rows is very slow
+            rows = rows.to(dtype)
         weighted = rows if weight is None else rows * weight
-        torch.sum(weighted.unflatten(-1, shape), -1, out=sums_out)
-        torch.linalg.vector_norm(rows, dim=-1, keepdim=True, out=norm_out)
+        torch.sum(weighted.unflatten(-1, shape), -1, dtype=dtype, out=sums_out)
+        torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=dtype, out=norm_out)
     return sums, norm
 
 
