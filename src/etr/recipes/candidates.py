@@ -1,4 +1,4 @@
-"""Forms of ETR that were tried before the study, with a seed that the study does not use.
+"""Forms of ETR that were tried before the study, with seeds that the study does not use.
 
 What won became the default of `etr`; what lost stays here, so that nobody need try it again
 without knowing.
@@ -9,6 +9,8 @@ from __future__ import annotations
 from etr.study.grid import Block
 
 SEED = 90
+OTHER_SEED = 91
+"""Of what a second look had to decide."""
 
 _FREE = "etr_paper:frame=orthonormal,learn_temperature=true"
 _SHARP = f"{_FREE},temperature=20"
@@ -72,6 +74,31 @@ _ROWS: dict[int, tuple[str, ...]] = {
     ),
 }
 
+
+def _gate(temperature: float) -> str:
+    """Ranked by gate, under the rising capacity, from a temperature."""
+    return (
+        f"rank-by-gate-temperature-{temperature:.3g}-up={_FREE},score=prob,temperature={temperature}"
+        f"/{_up(0.4, 1.1)}"
+    )
+
+
+def _fixed_gate(temperature: float) -> str:
+    """The same with the fixed frame."""
+    return "fixed-" + _gate(temperature).replace("frame=orthonormal", "frame=fixed")
+
+
+_TEMPERATURE_ROWS = (f"linear-1.1={_LINEAR}/{_factor(1.1)}", *map(_gate, (2 * 96**0.5, 9.8, 6.9)))
+"""On text-x: twice, once and 0.7 times the square root of the width."""
+
+_LANGUAGE_TEMPERATURE_ROWS = (
+    f"linear-1.1={_LINEAR}/{_factor(1.1)}",
+    f"linear-up={_LINEAR}/{_up(0.4, 1.1)}",
+    *map(_gate, (2 * 128**0.5, 11.3, 8.0)),
+    *map(_fixed_gate, (2 * 128**0.5, 11.3)),
+)
+"""The same on the language model."""
+
 _LANGUAGE_ROWS = (
     f"linear-1.1={_LINEAR}/{_factor(1.1)}",
     f"fixed-1.1=etr_paper/{_factor(1.1)}",
@@ -83,13 +110,15 @@ _LANGUAGE_ROWS = (
 )
 
 
-def _block(task: str, steps: int, rows: tuple[str, ...]) -> Block:
+def _block(
+    task: str, steps: int, rows: tuple[str, ...], seeds: tuple[int, ...] = (SEED,), what: str = ""
+) -> Block:
     return Block(
-        name=f"candidates, {steps} steps",
+        name=f"candidates{what}, {steps} steps",
         task=task,
         variants=rows,
         steps=steps,
-        seeds=(SEED,),
+        seeds=seeds,
         diagnostics=False,
     )
 
@@ -97,4 +126,7 @@ def _block(task: str, steps: int, rows: tuple[str, ...]) -> Block:
 CANDIDATES = (
     *(_block("text-x", steps, rows) for steps, rows in _ROWS.items()),
     _block("lm", 150, _LANGUAGE_ROWS),
+    _block("text-x", 500, _TEMPERATURE_ROWS, (SEED, OTHER_SEED), " for the temperature"),
+    _block("lm", 400, _LANGUAGE_TEMPERATURE_ROWS, what=" for the temperature"),
+    _block("lm", 490, (_gate(2 * 128**0.5),)),
 )

@@ -151,14 +151,14 @@ FULL = Study(
         Block(
             name="language model",
             task="lm",
-            variants=(linear(1.1), ETR, "etr_paper=etr_paper", linear(0.2)),
+            variants=(linear(1.1), ETR, UP, "etr_paper=etr_paper", linear(0.2)),
             steps=LM_STEPS,
             seeds=SEEDS,
         ),
         Block(
             name="language model, timed",
             task="lm",
-            variants=(ETR,),
+            variants=(ETR, UP),
             steps=LM_STEPS,
             seeds=SEEDS,
             match="seconds",
@@ -166,7 +166,7 @@ FULL = Study(
         Block(
             name="language model, matched",
             task="lm",
-            variants=(ETR,),
+            variants=(ETR, UP),
             steps=LM_STEPS,
             seeds=SEEDS,
             match="expert_flops",

@@ -30,16 +30,13 @@ class EtrRouter(RouterConfig):
     """Tokens choose experts by cosine affinity; experts keep the choosers that resonate most.
 
     arXiv 2406.00023, eqs. 2-6, with the defaults that lost least in measurements
-    (docs/results/quality.md): dense orthonormal directions, a sharper and learned temperature,
-    choosers ranked by gate, and a capacity that rises over training. `EtrPaper` is the published
-    one.
+    (docs/results/quality.md): dense orthonormal directions, a learned temperature, choosers ranked
+    by gate, and a capacity that rises over training. `EtrPaper` is the published one.
     """
 
     name = "etr"
     paper = "2406.00023"
     summary = "cosine affinity to orthonormal expert directions; both sides choose"
-    temperature_factor: ClassVar[float] = 2.0
-    """Default temperature over sqrt(hidden_size)."""
     preset_capacity: ClassVar[str] = "schedule:start_factor=0.4,end_factor=1.1"
 
     frame: Literal["fixed", "learned", "orthonormal"] = "orthonormal"
@@ -52,7 +49,7 @@ class EtrRouter(RouterConfig):
     """With choice=both, experts rank their choosers, or all tokens (keeps fewer)."""
     temperature: float | None = None
     """Scale of the affinity before the softmax, no unit; at sqrt(hidden_size) an isotropic token
-    has logits of standard deviation 1. None: twice that, and once that in etr_paper."""
+    has logits of standard deviation 1. None: just that."""
     learn_temperature: bool = True
     """Train the temperature (its logarithm), starting from `temperature`."""
     gate: Literal["softmax", "sigmoid"] = "softmax"
@@ -77,8 +74,7 @@ class EtrRouter(RouterConfig):
                 )
         if self.temperature is not None and not self.temperature > 0:
             raise ValueError(
-                f"temperature={self.temperature} must be > 0, or None for "
-                f"{self.temperature_factor:g} * sqrt(hidden_size)"
+                f"temperature={self.temperature} must be > 0, or None for sqrt(hidden_size)"
             )
         if self.expert_pool == "all" and self.choice != "both":
             raise ValueError(
@@ -119,7 +115,7 @@ class _EtrRouter(Router):
         self.score_scale: ScoreScale = CosineScale(hidden_size)
         if config.score == "prob":
             self.score_scale = OddsScale(1 / num_experts)
-        self.temperature = config.temperature or config.temperature_factor * math.sqrt(hidden_size)
+        self.temperature = config.temperature or math.sqrt(hidden_size)
         self.weight: nn.Parameter | None = None
         self.log_temperature: nn.Parameter | None = None
         self.offset: nn.Parameter | None = None
@@ -212,7 +208,6 @@ class EtrPaper(EtrRouter):
 
     name = "etr_paper"
     summary = "preset: ETR as published (fixed GrAP frame, cosine ranking, capacity schedule)"
-    temperature_factor: ClassVar[float] = 1.0
     preset_capacity: ClassVar[str] = "schedule"
 
     frame: Literal["fixed", "learned", "orthonormal"] = "fixed"
