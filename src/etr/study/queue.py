@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,8 @@ def run_all(
     weights: Path | None = None,
     workers: int = 2,
     on_progress: Callable[[dict[Run, int]], None] = lambda steps: None,
-) -> list[dict[str, Any]]:
-    """Execute what is missing, and return all results in the order asked for.
+) -> None:
+    """Execute what is missing.
 
     Every result is on disk as soon as its run ends, so a study that is stopped, even killed, goes
     on where it was; only runs in flight begin again.
@@ -53,39 +53,28 @@ def run_all(
         on_progress: called about twice a second with the steps done of each run in flight.
     """
     missing = [run for run in runs if load(run, folder) is None]
-    if missing:
-        context = multiprocessing.get_context("spawn")
-        with context.Manager() as manager:
-            steps = manager.dict()
-            pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread)
-            futures = {
-                pool.submit(_work, run, folder, weights, steps, number): run
-                for number, run in enumerate(missing)
-            }
-            try:
-                _follow(futures, missing, steps, on_progress)
-            except BaseException:
-                for process in list((pool._processes or {}).values()):
-                    process.terminate()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-            pool.shutdown()
-    results = [load(run, folder) for run in runs]
-    return [result for result in results if result is not None]
-
-
-def _follow(
-    futures: dict[Future[None], Run],
-    missing: Sequence[Run],
-    steps: Any,
-    on_progress: Callable[[dict[Run, int]], None],
-) -> None:
-    waiting = set(futures)
-    while waiting:
-        done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-        on_progress({missing[number]: count for number, count in dict(steps).items()})
-        for future in done:
-            future.result()
+    if not missing:
+        return
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        steps = manager.dict()
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread)
+        waiting = {
+            pool.submit(_work, run, folder, weights, steps, number)
+            for number, run in enumerate(missing)
+        }
+        try:
+            while waiting:
+                done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+                on_progress({missing[number]: count for number, count in dict(steps).items()})
+                for future in done:
+                    future.result()
+        except BaseException:
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        pool.shutdown()
 
 
 def _one_thread() -> None:

@@ -16,7 +16,7 @@ import torch
 from etr.moe import attach
 from etr.moe.config import EvalSelection
 from etr.study.probe import evaluate
-from etr.study.tasks import TASKS, open_task
+from etr.study.tasks import TASKS, Task, open_task
 from etr.train import TrainConfig, parse_variant
 from etr.train.compare import environment
 from etr.train.files import write_json
@@ -73,6 +73,7 @@ def execute(
     run: Run,
     folder: Path,
     *,
+    config: TrainConfig | None = None,
     weights: Path | None = None,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> dict[str, Any]:
@@ -83,10 +84,11 @@ def execute(
     Args:
         run: what to train.
         folder: of the results.
+        config: what a stored result was made from, to replay it; by default the run's own.
         weights: folder for the trained weights, or None to drop them.
         on_step: called with the number of steps done.
     """
-    config = run.config()
+    config = config or run.config()
     task = open_task(run.task, TASKS[run.task].config(1))
     model = task.build(config).train()
     optimizer = build_optimizer(model, config.optimizer)
@@ -112,7 +114,9 @@ def execute(
         on_step(step + 1)
         if step + 1 in due:
             point = {"step": step + 1, "expert_flops": flops, "cpu_seconds": sum(seconds)}
-            curve.append({**point, "train_loss": float(loss.detach()), **_evaluate(run, model)})
+            curve.append(
+                {**point, "train_loss": float(loss.detach()), **_evaluate(task, config, model)}
+            )
     attachment.detach()
     last = rows[-max(1, round(LAST_SHARE * config.steps)) :]
     result = {
@@ -140,10 +144,8 @@ def execute(
     return result
 
 
-def _evaluate(run: Run, model: torch.nn.Module) -> dict[str, Any]:
+def _evaluate(task: Task, config: TrainConfig, model: torch.nn.Module) -> dict[str, Any]:
     """Dropless and threshold, both always; a row without thresholds has dropless alone."""
-    config = run.config()
-    task = open_task(run.task, TASKS[run.task].config(1))
     found: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="MoE layer evaluates dropless")
@@ -177,7 +179,10 @@ def load_model(run: Run, weights: Path) -> torch.nn.Module:
 
     path = weights / run.path(Path()).with_suffix(".safetensors")
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: the run's weights were not kept")
+        raise FileNotFoundError(
+            f"{path} does not exist: the run's weights were not kept; remove its result to run it "
+            "again"
+        )
     task = open_task(run.task, TASKS[run.task].config(1))
     model = task.build(run.config())
     load(model, str(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,6 @@ class Study:
     Args:
         blocks: what is run.
         reference: row that others are compared with, and that matched rows are matched to.
-        notes: file of remarks that end the page, beside the results, or None.
         timing_rounds: rounds of the interleaved timing.
     """
 
@@ -179,15 +179,12 @@ class StudyRunner:
 
     def time(self, task: str) -> None:
         """Measure the step times of every timed row of a task, interleaved, and keep them."""
+        blocks = [x for x in self.study.blocks if x.task == task and x.match == "seconds"]
+        names = [self.study.reference, *(row for block in blocks for row in block.rows), *TIMED_TOO]
         runs = []
-        for block in self.study.blocks:
-            if block.task == task and block.match == "seconds":
-                names = [self.study.reference, *block.rows, *TIMED_TOO]
-                for name in dict.fromkeys(names):
-                    try:
-                        runs.append(self._equal_steps(block, name)[0])
-                    except ValueError:
-                        continue  # the row is not run on this task
+        for name in dict.fromkeys(names):
+            with contextlib.suppress(ValueError):  # the row is not run on this task
+                runs.append(self._equal_steps(blocks[0], name)[0])
         self._load_all(runs)
         times = step_times(runs, self.weights, rounds=self.study.timing_rounds)
         write_json(self.results / task / TIMES, times)

@@ -172,7 +172,7 @@ def _schedule(study: Collection) -> Verdict | None:
     )
 
 
-def _time(study: Collection, other: str, claim: str, low: float, high: float) -> Verdict | None:
+def _time(study: Collection, other: str, claim: str, least: float) -> Verdict | None:
     for task in ("lm", "text-x"):
         own, against = study.seconds(task, "etr_paper"), study.seconds(task, other)
         if own is None or against is None:
@@ -181,7 +181,7 @@ def _time(study: Collection, other: str, claim: str, low: float, high: float) ->
         return Verdict(
             claim=claim,
             measurement=f"`{task}`, one process, mean step over the schedule: {saved:+.1%} saved",
-            verdict=HOLDS if low <= saved <= high else FAILS if saved < low else HOLDS,
+            verdict=HOLDS if saved >= least else FAILS,
             why="One process has no All-to-All; what is saved is expert compute alone.",
         )
     return None
@@ -189,11 +189,11 @@ def _time(study: Collection, other: str, claim: str, low: float, high: float) ->
 
 def _time_baseline(study: Collection) -> Verdict | None:
     claim = "5.4 to 46.6 % less training time than the baseline"
-    return _time(study, "baseline", claim, 0.054, 0.466)
+    return _time(study, "baseline", claim, 0.054)
 
 
 def _time_locmoe(study: Collection) -> Verdict | None:
-    return _time(study, "locmoe", "2.9 to 13.3 % less training time than LocMoE", 0.029, 0.133)
+    return _time(study, "locmoe", "2.9 to 13.3 % less training time than LocMoE", 0.029)
 
 
 def _balance(study: Collection) -> Verdict | None:
