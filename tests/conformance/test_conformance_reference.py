@@ -9,7 +9,8 @@ import torch
 from cells import ALL, ROUTER_CELLS, WITH_BACKENDS, Cell, E, H, I, T, context, ids, pairs, tokens
 from torch import Tensor
 
-from etr.moe import EtrRouter, MoE, reference
+from etr.moe import EXPERT_BACKENDS, EtrRouter, MoE, reference
+from etr.moe.experts import ACTIVATIONS
 from etr.moe.routing import Routing, RoutingContext
 
 
@@ -99,7 +100,7 @@ def test_the_cells_drop_tokens() -> None:
     assert dropping > len(ALL) / 2
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu2"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shared", [0, 2])
 @pytest.mark.parametrize("normalize", ["none", "chosen", "kept"])
 @pytest.mark.parametrize("backend", ["loop", "bmm", "grouped_mm"])
@@ -107,6 +108,32 @@ def test_options_of_the_layer(activation: str, shared: int, normalize: str, back
     cell = next(c for c in ALL if c.router.name == "etr")
     options = {"activation": activation, "num_shared_experts": shared, "normalize": normalize}
     compare(cell.layer(backend=backend, **options), tokens(), context())
+
+
+FAMILY_OPTIONS: list[dict[str, Any]] = [
+    {"expert_bias": True},
+    {"expert_bias": True, "activation": "gelu"},
+    {"activation": "clamped_swiglu", "swiglu_limit": 0.4, "swiglu_alpha": 1.3},
+    {"routed_scale": 2.5},
+    {"num_shared_experts": 2, "shared_intermediate_size": 3, "shared_gate": True},
+    {"expert_bias": True, "routed_scale": 0.5, "num_shared_experts": 1, "shared_gate": True},
+]
+"""Options of the layer that model families have, alone and together."""
+
+
+@pytest.mark.parametrize("options", FAMILY_OPTIONS, ids=lambda options: "-".join(options))
+@pytest.mark.parametrize("backend", EXPERT_BACKENDS)
+@pytest.mark.parametrize("name", ["etr", "token_choice"])
+def test_options_of_model_families(name: str, backend: str, options: dict[str, Any]) -> None:
+    if EXPERT_BACKENDS[backend].unavailable():
+        pytest.skip(str(EXPERT_BACKENDS[backend].unavailable()))
+    cell = next(c for c in ALL if c.router.name == name)
+    layer = cell.layer(backend=backend, **options)
+    with torch.no_grad():
+        for key, weight in layer.named_parameters():
+            if key.endswith("_bias"):
+                weight.normal_()
+    compare(layer, tokens(), context())
 
 
 @pytest.mark.parametrize("top_k", [1, 2, E])

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from etr.moe import EXPERT_BACKENDS, Routing
 from etr.moe.dispatch import DispatchHandle, Permute
-from etr.moe.experts import ACTIVATIONS, ExpertParams, activate
+from etr.moe.experts import ACTIVATIONS, GATED, Clamp, ExpertParams, activate
 from etr.moe.experts.activation import activate_out, activation_grad, activation_grad_out
 from etr.moe.routing import Limit, Selection
 from etr.moe.select import select, token_pairs, top_experts
@@ -18,13 +18,29 @@ T, H, I, E = 24, 16, 8, 4  # noqa: E741
 BACKENDS = [name for name in EXPERT_BACKENDS if EXPERT_BACKENDS[name].unavailable() is None]
 
 
-def params_of(activation: str, dtype: torch.dtype, num_experts: int = E) -> ExpertParams:
-    width = 2 * I if activation == "swiglu" else I
+def params_of(
+    activation: str, dtype: torch.dtype, num_experts: int = E, *, bias: bool = False
+) -> ExpertParams:
+    width = 2 * I if activation in GATED else I
+    biases: dict[str, Tensor] = {}
+    if bias:
+        biases = {
+            "up_bias": torch.randn(num_experts, width).to(dtype).requires_grad_(),
+            "down_bias": torch.randn(num_experts, H).to(dtype).requires_grad_(),
+        }
     return ExpertParams(
         up=torch.randn(num_experts, width, H).div(4).to(dtype).requires_grad_(),
         down=torch.randn(num_experts, H, I).div(4).to(dtype).requires_grad_(),
         activation=activation,  # type: ignore[arg-type]
+        clamp=Clamp(limit=0.75, alpha=1.5),  # so that it cuts often
+        **biases,
     )
+
+
+def leaves_of(params: ExpertParams) -> tuple[Tensor, ...]:
+    """Every weight there is."""
+    found = (params.up, params.down, params.up_bias, params.down_bias)
+    return tuple(tensor for tensor in found if tensor is not None)
 
 
 def routed(
@@ -59,7 +75,12 @@ def expected(x: Tensor, routing: Routing, selection: Selection, params: ExpertPa
     y = torch.zeros_like(x)
     for pair in selection.kept.nonzero().flatten().tolist():
         t, e = int(routing.token[pair]), int(routing.expert[pair])
-        out = activate(x[t] @ params.up[e].T, params.activation) @ params.down[e].T
+        hidden = x[t] @ params.up[e].T
+        if params.up_bias is not None:
+            hidden = hidden + params.up_bias[e]
+        out = activate(hidden, params.activation, params.clamp) @ params.down[e].T
+        if params.down_bias is not None:
+            out = out + params.down_bias[e]
         y = y.index_add(
             0, torch.tensor([t]), selection.combine_weight[pair].to(x.dtype) * out[None]
         )
@@ -77,14 +98,16 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 @pytest.mark.usefixtures("nan_filled_memory")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("capacity", [None, 9, 1])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_tokens_in_tokens_out(
-    name: str, capacity: int | None, activation: str, dtype: torch.dtype
+    name: str, capacity: int | None, bias: bool, activation: str, dtype: torch.dtype
 ) -> None:
     x = torch.randn(T, H).to(dtype).requires_grad_()
-    params, (routing, selection) = params_of(activation, dtype), routed(2, capacity, spare=2)
-    upstream, leaves = torch.randn(T, H).to(dtype), (x, routing.gate, params.up, params.down)
+    params = params_of(activation, dtype, bias=bias)
+    routing, selection = routed(2, capacity, spare=2)
+    upstream, leaves = torch.randn(T, H).to(dtype), (x, routing.gate, *leaves_of(params))
     y = Permute().run(x, routing, selection, EXPERT_BACKENDS[name], params)
     want = expected(x, routing, selection, params)
     limit = TOLERANCE[dtype]
@@ -92,19 +115,21 @@ def test_tokens_in_tokens_out(
     got_grads, want_grads = gradients(y, upstream, *leaves), gradients(want, upstream, *leaves)
     for got, wanted in zip(got_grads, want_grads, strict=True):
         torch.testing.assert_close(got, wanted, atol=limit * 4, rtol=limit)
-    assert not got_grads[2][-1].any()  # nobody chose the last expert
+    for grad in got_grads[2:]:
+        assert not grad[-1].any()  # nobody chose the last expert
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", BACKENDS)
-def test_the_fused_way_equals_dispatch_run_combine(name: str) -> None:
+def test_the_fused_way_equals_dispatch_run_combine(name: str, bias: bool) -> None:
     x = torch.randn(T, H, dtype=torch.float64, requires_grad=True)
-    params, (routing, selection) = params_of("swiglu", torch.float64), routed()
+    params, (routing, selection) = params_of("swiglu", torch.float64, bias=bias), routed()
     backend, dispatcher = EXPERT_BACKENDS[name], Permute()
     rows, handle = dispatcher.dispatch(x, routing, selection, padded=backend.padded)
     apart = dispatcher.combine(backend.run(rows, handle.num_tokens_per_expert, params), handle)
     fused = dispatcher.run(x, routing, selection, backend, params)
     torch.testing.assert_close(fused, apart)
-    upstream, leaves = torch.randn_like(x), (x, routing.gate, params.up, params.down)
+    upstream, leaves = torch.randn_like(x), (x, routing.gate, *leaves_of(params))
     torch.testing.assert_close(
         gradients(fused, upstream, *leaves), gradients(apart, upstream, *leaves)
     )
@@ -248,7 +273,7 @@ def test_backward_keeps_at_most_three_fifths_of_plain_autograd(name: str, top_k:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_closed_form_activation_gradients(activation: str) -> None:
-    hidden = torch.randn(7, 10, dtype=torch.float64, requires_grad=True)
+    hidden = torch.randn(7, 10, dtype=torch.float64).mul(8).requires_grad_()  # beyond the clamp
     active = activate(hidden, activation)  # type: ignore[arg-type]
     upstream = torch.randn_like(active)
     (want,) = torch.autograd.grad(active, hidden, upstream)

@@ -9,7 +9,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import etr
 from etr.moe import ROUTERS, RoutingContext
 from etr.moe.experts import EXPERT_BACKENDS, auto_backend
-from etr.moe.experts.backends import LOOP_ROWS
 
 T = 32
 
@@ -46,15 +45,14 @@ def test_a_ragged_path_would_be_noticed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "rows", "padded", "name"),
+    ("device", "padded", "name"),
     [
-        ("cpu", LOOP_ROWS, False, "loop"),
-        ("cpu", LOOP_ROWS - 1, False, "grouped_mm"),
-        ("cuda", LOOP_ROWS, False, "grouped_mm"),
-        ("cpu", LOOP_ROWS, True, "bmm"),
-        ("cuda", 1, True, "bmm"),
+        ("cpu", False, "grouped_mm"),
+        ("cuda", False, "grouped_mm"),
+        ("cpu", True, "grouped_mm"),
+        ("cuda", True, "bmm"),
     ],
 )
-def test_the_automatic_choice(device: str, rows: float, padded: bool, name: str) -> None:
-    assert auto_backend(device, rows, padded) == name
+def test_the_automatic_choice(device: str, padded: bool, name: str) -> None:
+    assert auto_backend(device, padded) == name
     assert name in EXPERT_BACKENDS

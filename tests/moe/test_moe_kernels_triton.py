@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_moe_experts_gradients import H, I, T, gradients, params_of, routed
+from test_moe_experts_gradients import H, I, T, gradients, leaves_of, params_of, routed
 
 from etr.moe import EXPERT_BACKENDS
 from etr.moe.affinity import grap_affinity, learned_block_affinity
@@ -44,7 +44,7 @@ def run(
     y = Permute().run(x, *chosen, EXPERT_BACKENDS[name], params)
     torch.manual_seed(7)
     upstream = torch.randn(x.shape).to(x.dtype)
-    found = gradients(y, upstream, x, chosen[0].gate, params.up, params.down)
+    found = gradients(y, upstream, x, chosen[0].gate, *leaves_of(params))
     return [y.detach(), *found]
 
 
@@ -53,9 +53,12 @@ def run(
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("capacity", [None, 9])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_kernels_equal_the_loop(activation: str, capacity: int | None, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("bias", [False, True])
+def test_kernels_equal_the_loop(
+    bias: bool, activation: str, capacity: int | None, dtype: torch.dtype
+) -> None:
     x = torch.randn(T, H).to(dtype).requires_grad_()
-    params, chosen = params_of(activation, dtype), routed(2, capacity)
+    params, chosen = params_of(activation, dtype, bias=bias), routed(2, capacity)
     limit = TOLERANCE[dtype]
     for got, want in zip(
         run("triton", x, chosen, params), run("loop", x, chosen, params), strict=True

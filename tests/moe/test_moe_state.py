@@ -191,6 +191,20 @@ def test_a_checkpoint_with_part_of_the_state_keeps_that_part() -> None:
     assert not fresh.calibration.histogram.any()
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_state_dict_without_the_layers_weights_leaves_its_state(nested: bool) -> None:
+    """As when an adapter's weights are loaded."""
+    trained = make()
+    step(trained)
+    same = copy.deepcopy(trained)
+    model = torch.nn.ModuleDict({"moe": trained}) if nested else trained
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict({}, strict=False)
+    assert trained.calibration.is_calibrated
+    assert_states_equal(trained, same)
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_half_precision_checkpoint_leaves_the_state_in_float32(assign: bool) -> None:
     trained, fresh = make(), make()

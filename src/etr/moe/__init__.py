@@ -4,6 +4,8 @@ from etr.moe import capacity
 from etr.moe.capacity import CAPACITIES
 from etr.moe.collector import Collector, moe_layers
 from etr.moe.config import MoEConfig, support_table
+from etr.moe.dispatch import DISPATCHERS
+from etr.moe.expert_parallel import ExpertParallel
 from etr.moe.experts import EXPERT_BACKENDS
 from etr.moe.layer import MoE, set_eval_selection
 from etr.moe.losses import LossConfig
@@ -20,11 +22,12 @@ from etr.moe.routers import (
 )
 from etr.moe.routing import MoEOutput, Routing, RoutingContext, Selection
 from etr.moe.state import reset_states
-from etr.moe.topology import ExpertPlacement
+from etr.moe.topology import ExpertPlacement, Topology
 from etr.moe.training import after_step, attach, set_progress
 
 __all__ = [
     "CAPACITIES",
+    "DISPATCHERS",
     "EXPERT_BACKENDS",
     "ROUTERS",
     "Baseline",
@@ -32,6 +35,7 @@ __all__ = [
     "EtrPaper",
     "EtrRouter",
     "ExpertChoice",
+    "ExpertParallel",
     "ExpertPlacement",
     "Hash",
     "LocMoERouter",
@@ -44,6 +48,7 @@ __all__ = [
     "RoutingContext",
     "Selection",
     "TokenChoice",
+    "Topology",
     "after_step",
     "attach",
     "capacity",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from etr.moe.capacity import CAPACITIES, CapacityConfig
-from etr.moe.dispatch import DISPATCHERS
+from etr.moe.dispatch import parse_dispatcher
 from etr.moe.experts import ACTIVATIONS, EXPERT_BACKENDS, Activation
 from etr.moe.losses import LossConfig
 from etr.moe.routers import ROUTERS, RouterConfig
@@ -42,14 +42,27 @@ class MoEConfig:
     losses: LossConfig = field(default_factory=LossConfig)
     """Weights of the router's losses."""
     activation: Activation = "swiglu"
-    """swiglu, gelu or relu2."""
+    """swiglu, clamped_swiglu, gelu or relu2."""
+    swiglu_limit: float = 7.0
+    """Where clamped_swiglu cuts what it multiplies, no unit."""
+    swiglu_alpha: float = 1.702
+    """Gain inside the sigmoid of clamped_swiglu."""
+    expert_bias: bool = False
+    """Both projections of the routed experts have biases."""
+    routed_scale: float = 1.0
+    """Factor on all combine weights, after any normalisation."""
     num_shared_experts: int = 0
-    """Experts of width intermediate_size that every token passes, beside the routed ones."""
+    """Experts that every token passes, beside the routed ones."""
+    shared_intermediate_size: int | None = None
+    """Width of each shared expert. None: intermediate_size."""
+    shared_gate: bool = False
+    """Weigh the shared experts by a learned sigmoid of the token."""
     backend: str = "auto"
-    """Name in EXPERT_BACKENDS, or auto: bmm for padded presets, else loop on a CPU with 128 rows an
-    expert or more, else grouped_mm."""
-    dispatch: str = "permute"
-    """Name in DISPATCHERS."""
+    """Name in EXPERT_BACKENDS, or auto: grouped_mm on a CPU, elsewhere bmm for padded presets and
+    grouped_mm for others."""
+    dispatch: str = "auto"
+    """Name in DISPATCHERS, perhaps with options (chunked:all_to_all,chunks=4), or auto: permute on
+    one rank, all_to_all on several, group_wise where ranks hold the same tokens."""
     eval_selection: EvalSelection = "threshold"
     """Selection in eval mode. threshold: causal, calibrated in training. dropless: nothing is
     dropped. batch: the training policy, in which later tokens change earlier ones."""
@@ -69,9 +82,20 @@ class MoEConfig:
             )
         if self.num_shared_experts < 0:
             raise ValueError(f"num_shared_experts={self.num_shared_experts} must be >= 0")
+        if self.shared_gate and not self.num_shared_experts:
+            raise ValueError("shared_gate=True needs num_shared_experts >= 1, an expert to weigh")
+        if self.shared_intermediate_size is not None and self.shared_intermediate_size < 1:
+            raise ValueError(
+                f"shared_intermediate_size={self.shared_intermediate_size} must be at least 1, or "
+                "None for intermediate_size"
+            )
+        for name in ("swiglu_limit", "swiglu_alpha", "routed_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be > 0")
         _check_name("activation", self.activation, ACTIVATIONS)
         _check_name("backend", self.backend, ("auto", *EXPERT_BACKENDS))
-        _check_name("dispatch", self.dispatch, DISPATCHERS)
+        if self.dispatch != "auto":
+            parse_dispatcher(self.dispatch)
         _check_name("eval_selection", self.eval_selection, EVAL_SELECTIONS)
         _check_name("rank_by", self.rank_by, (None, "score", "position"))
         _check_name("normalize", self.normalize, (None, "none", "chosen", "kept"))
@@ -132,6 +156,11 @@ class MoEConfig:
             return self.normalize
         one = self.top_k == 1 or not self.router_config.traits.tokens_choose
         return "none" if one else "chosen"
+
+    @property
+    def shared_width(self) -> int:
+        """Summed width of the shared experts."""
+        return self.num_shared_experts * (self.shared_intermediate_size or self.intermediate_size)
 
     @property
     def resolved_aux_alpha(self) -> float:

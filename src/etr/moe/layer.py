@@ -13,32 +13,33 @@ beside it: losses and statistics, pure functions of Routing and Selection
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from etr.moe import losses as loss_fns
 from etr.moe.calibration import Calibration, score_histogram
 from etr.moe.collector import Collector
 from etr.moe.config import EVAL_SELECTIONS, EvalSelection, MoEConfig
-from etr.moe.dispatch import DISPATCHERS
-from etr.moe.experts import EXPERT_BACKENDS, ExpertBackend, ExpertWeights, auto_backend
+from etr.moe.dispatch import Permute, parse_dispatcher
+from etr.moe.exchange import Traffic
+from etr.moe.expert_parallel import ExpertParallel, dispatcher_across, shard_experts
+from etr.moe.experts import (
+    EXPERT_BACKENDS,
+    Clamp,
+    ExpertBackend,
+    ExpertParams,
+    ExpertWeights,
+    auto_backend,
+)
+from etr.moe.group_selection import choosers_of, limit_over_group, token_offset
 from etr.moe.routing import Limit, MoEOutput, RouterInput, Routing, RoutingContext, Selection
 from etr.moe.select import select
-from etr.moe.state import GlobalState
-from etr.moe.stats import routing_stats
-
-
-class LayerState(GlobalState):
-    """Optimizer steps done, and the load of the last one."""
-
-    step: Tensor
-    previous_load: Tensor
-
-    def __init__(self, num_experts: int) -> None:
-        super().__init__()
-        self.register_state("step", (), 0, torch.int64)
-        self.register_state("previous_load", (num_experts,), 0.0)
+from etr.moe.state import LayerState, keep_state
+from etr.moe.stats import routing_stats, target_kept
+from etr.moe.watch import LayerView, Watcher
 
 
 class MoE(nn.Module):
@@ -62,20 +63,54 @@ class MoE(nn.Module):
         self.calibration = Calibration(config.num_experts, self.router.score_scale)
         self.state = LayerState(config.num_experts)
         self.experts = ExpertWeights(
-            config.num_experts, config.hidden_size, config.intermediate_size, config.activation
+            config.num_experts,
+            config.hidden_size,
+            config.intermediate_size,
+            config.activation,
+            config.expert_bias,
+            Clamp(config.swiglu_limit, config.swiglu_alpha),
         )
         self.shared_experts: ExpertWeights | None = None
+        self.shared_gate: nn.Linear | None = None
         if config.num_shared_experts:
             # Side by side, shared experts are one expert of their summed width.
-            width = config.num_shared_experts * config.intermediate_size
-            self.shared_experts = ExpertWeights(1, config.hidden_size, width, config.activation)
-        self.dispatcher = DISPATCHERS[config.dispatch]()
+            self.shared_experts = ExpertWeights(
+                1,
+                config.hidden_size,
+                config.shared_width,
+                config.activation,
+                clamp=self.experts.clamp,
+            )
+        if config.shared_gate:
+            self.shared_gate = nn.Linear(config.hidden_size, 1, bias=False)
+        auto = config.dispatch == "auto"
+        self.dispatcher = Permute() if auto else parse_dispatcher(config.dispatch)
+        self.parallel: ExpertParallel | None = None
         self.traits = config.router_config.traits
         self.rank_by = config.resolved_rank_by
         self.normalize = config.resolved_normalize
         self.eval_selection: EvalSelection = config.eval_selection
         self.collector: Collector | None = None
+        self.watchers: list[Watcher] = []
         self.pending: dict[str, Tensor] = {}
+        self.register_load_state_dict_pre_hook(keep_state)
+
+    def distribute(self, parallel: ExpertParallel) -> MoE:
+        """Keep this rank's experts alone, and work with the other ranks from now on.
+
+        Call it on every rank, with the same values beforehand or on the meta device. Forward and
+        backward then run on all ranks together, if only on no tokens. Router and state stay whole
+        on every rank; stats and `Routing` speak of this rank's tokens.
+
+        Args:
+            parallel: ranks and groups; may be shared by layers.
+        Raises:
+            ValueError: dispatcher, backend or sizes do not go with these ranks.
+        """
+        dispatcher = dispatcher_across(self.config, parallel)
+        shard_experts(self.experts, parallel)
+        self.dispatcher, self.parallel = dispatcher, parallel
+        return self
 
     def forward(self, hidden_states: Tensor, context: RoutingContext | None = None) -> MoEOutput:
         """Route, run the experts, combine.
@@ -89,6 +124,9 @@ class MoE(nn.Module):
             ValueError: wrong dtype, width or mask shape; with `debug`, NaN or infinite values.
         """
         context = context or RoutingContext()
+        traffic = None
+        if self.parallel is not None:
+            context, traffic = self.parallel.fill(context), Traffic(self.parallel)
         self._check(hidden_states, context)
         x = hidden_states.reshape(-1, self.config.hidden_size)
         if context.valid_mask is not None:
@@ -96,44 +134,60 @@ class MoE(nn.Module):
             x = x.masked_fill(~context.valid_mask.reshape(-1, 1), 0.0)
         collector = context.collector or self.collector
 
-        routing, limit = self.route(x, context)
+        routing, limit = self.route(x, context, traffic)
         selection = self.select(routing, limit)
-        y = self.run_experts(x, routing, selection)
+        for watcher in self.watchers:
+            watcher(LayerView(layer=self, x=x.detach(), routing=routing, selection=selection))
+        y = self.run_experts(x, routing, selection, traffic)
+        losses = self.losses(routing, context, collector) if self.training else {}
+        stats = self.stats(routing, selection, limit, traffic)
+        stats |= {f"loss_{name}": loss.detach() for name, loss in losses.items()}
         output = MoEOutput(
             hidden_states=y.to(hidden_states.dtype).view_as(hidden_states),
-            losses=self.losses(routing, context, collector) if self.training else {},
-            stats=self.stats(routing, selection, limit),
+            losses=losses,
+            stats=stats if traffic is None else traffic.add_to(stats),
         )
         if collector is not None:
             collector.add(self, output)
         return output
 
-    def route(self, x: Tensor, context: RoutingContext) -> tuple[Routing, Limit]:
+    def route(
+        self, x: Tensor, context: RoutingContext, traffic: Traffic | None = None
+    ) -> tuple[Routing, Limit]:
         """What tokens want, and what experts may keep of it.
 
         Args:
             x: tokens, float [T, H].
+            context: as in `forward`.
+            traffic: the ranks whose tokens compete; None for this rank's alone.
         """
-        inputs = self._router_input(x, context)
+        inputs = self._router_input(x, context, traffic)
         if self.training or self.eval_selection == "batch":
             routing = self.router(x, inputs)
             state = self.calibration
-            return routing, self.capacity.limit(routing, state.threshold, state.affinity_p99)
+            limit = self.capacity.limit(routing, state.threshold, state.affinity_p99)
+            return routing, limit_over_group(self, routing, limit, traffic)
         if self.eval_selection == "threshold" and self.has_thresholds():
             return self.router(x, inputs), Limit(min_score=self.calibration.threshold)
         return self.router(x, inputs, tokens_choose=True), Limit()
 
     def select(self, routing: Routing, limit: Limit) -> Selection:
         """What experts keep."""
-        return select(
+        selection = select(
             routing,
             limit,
             rank_by=self.rank_by,
             normalize=self.normalize,
             expert_pool=getattr(self.router.config, "expert_pool", "choosers"),
         )
+        if self.config.routed_scale == 1:
+            return selection
+        weight = selection.combine_weight * self.config.routed_scale
+        return replace(selection, combine_weight=weight)
 
-    def run_experts(self, x: Tensor, routing: Routing, selection: Selection) -> Tensor:
+    def run_experts(
+        self, x: Tensor, routing: Routing, selection: Selection, traffic: Traffic | None = None
+    ) -> Tensor:
         """Dispatch, experts and combine, and the shared experts, [T, H].
 
         Under autocast the experts run in its dtype, except for float64 inputs; otherwise in that
@@ -143,52 +197,57 @@ class MoE(nn.Module):
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         with torch.autocast(device_type=device, enabled=False):
-            backend = self._backend(routing, selection)
-            params = self.experts.params(x.dtype)
-            y = self.dispatcher.run(x, routing, selection, backend, params)
+
+            def run(x: Tensor, params: ExpertParams) -> Tensor:
+                backend = self._backend(routing, selection)
+                return self.dispatcher.run(x, routing, selection, backend, params, traffic)
+
+            y = self.experts(x, x.dtype, run)
             if self.shared_experts is not None:
-                params = self.shared_experts.params(x.dtype)
-                counts = selection.num_tokens_per_expert  # not read by a padded backend
-                y = y + EXPERT_BACKENDS["bmm"].run(x[None], counts, params)[0]
+                y = y + self._run_shared(x, selection)
+        return y
+
+    def _run_shared(self, x: Tensor, selection: Selection) -> Tensor:
+        """What every token gets, [T, H]."""
+        assert self.shared_experts is not None
+        counts = selection.num_tokens_per_expert  # not read by a padded backend
+
+        def run(x: Tensor, params: ExpertParams) -> Tensor:
+            return EXPERT_BACKENDS["bmm"].run(x[None], counts, params)[0]
+
+        y: Tensor = self.shared_experts(x, x.dtype, run)
+        if self.shared_gate is not None:
+            y = y * F.linear(x, self.shared_gate.weight.to(x.dtype)).sigmoid()
         return y
 
     def losses(
         self, routing: Routing, context: RoutingContext, collector: Collector | None
     ) -> dict[str, Tensor]:
         """Scaled losses of one forward; those with weight 0 are left out."""
-        config, found = self.config.losses, {}
-        alpha = self.config.resolved_aux_alpha
-        if alpha:
-            load = self._load(routing, context, collector)
-            found["aux"] = alpha * loss_fns.balance_loss(routing, load, context.data_group)
-        if config.z_beta:
-            found["z"] = config.z_beta * loss_fns.z_loss(routing, context.data_group)
-        mu = config.locality_mu
-        if mu is None:
-            many = context.placement is not None and context.placement.num_nodes > 1
-            mu = 0.01 if many and routing.probs is not None else 0.0
-        if mu:
-            if context.placement is None:
-                raise ValueError(
-                    f"losses.locality_mu={mu} needs RoutingContext(placement=ExpertPlacement(...))"
-                )
-            found["locality"] = mu * loss_fns.locality_loss(
-                routing,
-                context.placement,
-                context.rank,
-                config.locality_epsilon,
-                context.node_group,
-            )
-        return found
+        return loss_fns.scaled_losses(
+            self.config.losses,
+            self.config.resolved_aux_alpha,
+            routing,
+            context,
+            past=self.state.previous_load,
+            earlier=None if collector is None else collector.earlier_choices(self),
+        )
 
     @torch.no_grad()
-    def stats(self, routing: Routing, selection: Selection, limit: Limit) -> dict[str, Tensor]:
+    def stats(
+        self,
+        routing: Routing,
+        selection: Selection,
+        limit: Limit,
+        traffic: Traffic | None = None,
+    ) -> dict[str, Tensor]:
         """Counters of one forward; in training also what `after_step` learns from."""
         found = routing_stats(routing, selection, limit)
         if self.training:
             if routing.scores is not None:
                 found["score_histogram"] = score_histogram(routing, self.calibration.scale)
-            found.update(self.capacity.observe(routing))
+            seen = choosers_of(self, routing, limit, traffic)
+            found.update(self.capacity.observe(seen))
         return found
 
     @torch.no_grad()
@@ -212,10 +271,16 @@ class MoE(nn.Module):
             f"rank_by={self.rank_by}"
         )
 
-    def _router_input(self, x: Tensor, context: RoutingContext) -> RouterInput:
+    def _router_input(
+        self, x: Tensor, context: RoutingContext, traffic: Traffic | None
+    ) -> RouterInput:
         num_tokens, device = x.shape[0], x.device
         mask = context.valid_mask
-        index = torch.arange(num_tokens, device=device) + context.global_token_offset
+        index = torch.arange(num_tokens, device=device)
+        if self.traits.position_free or context.global_token_offset is not None:
+            index = index + (context.global_token_offset or 0)
+        else:
+            index = index + token_offset(index, traffic)
         replay = context.replay and context.replay.get(self.layer_index)
         return RouterInput(
             valid_mask=torch.ones(num_tokens, dtype=torch.bool, device=device)
@@ -237,29 +302,13 @@ class MoE(nn.Module):
         bonus[list(context.placement.experts_on_node(node))] = self.config.local_bonus
         return bonus
 
-    def _load(
-        self, routing: Routing, context: RoutingContext, collector: Collector | None
-    ) -> Tensor:
-        """Choices that the balance loss counts as load, [E]."""
-        mode = self.config.losses.aux_mode
-        if mode == "previous":
-            past = self.state.previous_load
-            # Even before the first step: no gradient, whatever the ranks and micro-batches.
-            return torch.where(past.sum() > 0, past, 1.0)
-        load = routing.num_choices_per_expert()
-        if mode == "micro":
-            return load
-        if mode == "running" and collector is not None:
-            earlier = collector.earlier_choices(self)
-            load = load if earlier is None else load + earlier
-        return loss_fns.sum_over_group(load, context.data_group)
-
     def _backend(self, routing: Routing, selection: Selection) -> ExpertBackend:
         name = self.config.backend
         if name == "auto":
-            bounded = selection.buffer_size < routing.num_tokens
-            rows = routing.num_tokens * routing.top_k / routing.num_experts
-            name = auto_backend(routing.expert.device.type, rows, self.traits.padded and bounded)
+            padded = self.dispatcher.padded
+            if not self.dispatcher.needs_ranks:
+                padded = self.traits.padded and selection.buffer_size < routing.num_tokens
+            name = auto_backend(routing.expert.device.type, padded)
         return EXPERT_BACKENDS[name]
 
     def has_thresholds(self) -> bool:
@@ -286,29 +335,13 @@ class MoE(nn.Module):
                 f"hidden_states has shape {tuple(hidden_states.shape)}; its last dimension must be "
                 f"hidden_size={self.config.hidden_size}"
             )
-        for name in ("valid_mask", "token_ids", "sequence_ids"):
-            value = getattr(context, name)
-            if value is not None and value.shape != hidden_states.shape[:-1]:
-                raise ValueError(
-                    f"context.{name} has shape {tuple(value.shape)}; it must be "
-                    f"{tuple(hidden_states.shape[:-1])}, one value per token"
-                )
-        if context.valid_mask is not None and context.valid_mask.dtype != torch.bool:
-            raise ValueError(
-                f"context.valid_mask has dtype {context.valid_mask.dtype}; it must be bool, "
-                "True = real token"
-            )
+        context.check(hidden_states.shape[:-1])
         if self.config.debug and not bool(torch.isfinite(hidden_states).all()):
             bad = int((~torch.isfinite(hidden_states)).any(-1).sum())
             raise ValueError(
                 f"hidden_states of MoE layer {self.layer_index} holds NaN or infinite values in "
                 f"{bad} of {hidden_states[..., 0].numel()} tokens"
             )
-
-
-def target_kept(stats: dict[str, Tensor]) -> Tensor:
-    """Choosers that the thresholds must keep: what the policy, or the one it imitates, kept."""
-    return stats.get("num_target_tokens_per_expert", stats["num_tokens_per_expert"])
 
 
 def set_eval_selection(model: nn.Module, selection: EvalSelection) -> None:

@@ -19,7 +19,7 @@ from etr.moe.topology import ExpertPlacement
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from etr.moe.routing import Routing
+    from etr.moe.routing import Routing, RoutingContext
 
 AuxMode = Literal["micro", "ranks", "running", "previous"]
 
@@ -52,6 +52,67 @@ class LossConfig:
             )
         if not 0 < self.locality_epsilon <= 1:
             raise ValueError(f"locality_epsilon={self.locality_epsilon} must lie in (0, 1]")
+
+
+def scaled_losses(
+    config: LossConfig,
+    alpha: float,
+    routing: Routing,
+    context: RoutingContext,
+    *,
+    past: Tensor,
+    earlier: Tensor | None,
+) -> dict[str, Tensor]:
+    """Scaled losses of one forward; those with weight 0 are left out.
+
+    Args:
+        config: the weights.
+        alpha: weight of the balance loss.
+        routing: choices of this rank's tokens.
+        context: placement and groups.
+        past: choices per expert in the last optimizer step, [E].
+        earlier: in the step's earlier micro-batches, int64 [E], or None.
+    Raises:
+        ValueError: a locality loss without a placement.
+    """
+    found = {}
+    if alpha:
+        load = _load(config.aux_mode, routing, context.data_group, past, earlier)
+        found["aux"] = alpha * balance_loss(routing, load, context.data_group)
+    if config.z_beta:
+        found["z"] = config.z_beta * z_loss(routing, context.data_group)
+    mu, placement = config.locality_mu, context.placement
+    if mu is None:
+        many = placement is not None and placement.num_nodes > 1
+        mu = 0.01 if many and routing.probs is not None else 0.0
+    if mu:
+        if placement is None:
+            raise ValueError(
+                f"losses.locality_mu={mu} needs RoutingContext(placement=ExpertPlacement(...))"
+            )
+        found["locality"] = mu * locality_loss(
+            routing, placement, context.rank, config.locality_epsilon, context.node_group
+        )
+    return found
+
+
+def _load(
+    mode: AuxMode,
+    routing: Routing,
+    group: ProcessGroup | None,
+    past: Tensor,
+    earlier: Tensor | None,
+) -> Tensor:
+    """Choices that the balance loss counts as load, [E]."""
+    if mode == "previous":
+        # Even before the first step: no gradient, whatever the ranks and micro-batches.
+        return torch.where(past.sum() > 0, past, 1.0)
+    load = routing.num_choices_per_expert()
+    if mode == "micro":
+        return load
+    if mode == "running" and earlier is not None:
+        load = load + earlier
+    return sum_over_group(load, group)
 
 
 def balance_loss(routing: Routing, load: Tensor, group: ProcessGroup | None = None) -> Tensor:

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from etr.moe.experts import ExpertParams
 from etr.moe.layer import MoE
 from etr.moe.routing import Limit, Routing
 
@@ -115,18 +116,25 @@ def weights(routing: Routing, kept: set[Pair], normalize: str) -> dict[Pair, Ten
     return result
 
 
-def feed_forward(token: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
+def feed_forward(token: Tensor, params: ExpertParams, expert: int) -> Tensor:
     """One token [H] through one expert."""
-    hidden = up @ token
-    if activation == "swiglu":
-        half = hidden.shape[0] // 2
+    hidden = params.up[expert] @ token
+    if params.up_bias is not None:
+        hidden = hidden + params.up_bias[expert]
+    half = hidden.shape[0] // 2
+    if params.activation == "swiglu":
         gate = hidden[:half]
         hidden = gate * torch.sigmoid(gate) * hidden[half:]
-    elif activation == "gelu":
+    elif params.activation == "clamped_swiglu":
+        limit, alpha = params.clamp
+        gate, linear = hidden[:half].clamp(max=limit), hidden[half:].clamp(-limit, limit)
+        hidden = gate * torch.sigmoid(alpha * gate) * (linear + 1)
+    elif params.activation == "gelu":
         hidden = 0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2)))
     else:
         hidden = torch.clamp(hidden, min=0) ** 2
-    return down @ hidden
+    out = params.down[expert] @ hidden
+    return out if params.down_bias is None else out + params.down_bias[expert]
 
 
 def moe(layer: MoE, x: Tensor, routing: Routing, limit: Limit) -> tuple[Tensor, set[Pair]]:
@@ -144,11 +152,13 @@ def moe(layer: MoE, x: Tensor, routing: Routing, limit: Limit) -> tuple[Tensor, 
         total = torch.zeros_like(x[t])
         for e in range(routing.num_experts):
             if (t, e) in kept:
-                output = feed_forward(x[t], params.up[e], params.down[e], params.activation)
-                total = total + weight[t, e].to(x.dtype) * output
+                scale = weight[t, e].to(x.dtype) * layer.config.routed_scale
+                total = total + scale * feed_forward(x[t], params, e)
         if layer.shared_experts is not None:
-            shared = layer.shared_experts.params(x.dtype)
-            total = total + feed_forward(x[t], shared.up[0], shared.down[0], shared.activation)
+            shared = feed_forward(x[t], layer.shared_experts.params(x.dtype), 0)
+            if layer.shared_gate is not None:
+                shared = torch.sigmoid(layer.shared_gate.weight[0] @ x[t]) * shared
+            total = total + shared
         rows.append(total)
     return (torch.stack(rows) if rows else x.new_zeros(x.shape)), kept
 

@@ -88,6 +88,16 @@ class Routing:
         """Pairs that ask for each expert before anything is dropped, int64 [E]."""
         return count_experts(self.expert, self.num_experts)
 
+    def pair_probs(self) -> Tensor:
+        """Probability of each pair, float [P]; unused pairs read expert E - 1. No gradient.
+
+        Raises:
+            ValueError: the router has no probabilities.
+        """
+        if self.probs is None:
+            raise ValueError("affinity mass needs probabilities, and this router has none")
+        return self.probs.detach()[self.token, self.expert.clamp_max(self.num_experts - 1)]
+
     def routing_map(self) -> Tensor:
         """Dense view, bool [T, E]: True where the token asks for the expert."""
         dense = torch.zeros(
@@ -133,11 +143,16 @@ class Limit:
         capacity: most tokens per expert, int64 [E] in tokens, or None for no limit.
         min_score: keep a chooser only if its score is at least this, float32 [E], or None.
         buffer_size: static upper bound of tokens per expert, or None for "every token".
+        kept: what the experts' owners in the selection group keep, bool [P]. It is final, and
+            `capacity` then holds the experts that this rank owns, and 0 for the others.
+        choosers: the group's pairs for the experts that this rank owns, where they were gathered.
     """
 
     capacity: Tensor | None = None
     min_score: Tensor | None = None
     buffer_size: int | None = None
+    kept: Tensor | None = None
+    choosers: Routing | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +175,9 @@ class RoutingContext:
         token_ids: vocabulary ids, int64, same shape; needed by the `hash` router.
         sequence_ids: document number of each token in a packed batch, int64, same shape.
         global_token_offset: index of this call's first token in the global batch (rank-major).
-        placement: where experts live; needed by the locality loss and `local_bonus`.
+            None: counted over the layer's selection group, 0 without one.
+        placement: where experts live; needed by the locality loss and `local_bonus`. A layer that
+            is distributed knows its own, and the groups below too.
         rank: this rank in the placement.
         data_group: ranks that share the balance statistics (aux mode `ranks`).
         node_group: ranks of this node (locality loss).
@@ -171,13 +188,32 @@ class RoutingContext:
     valid_mask: Tensor | None = None
     token_ids: Tensor | None = None
     sequence_ids: Tensor | None = None
-    global_token_offset: int = 0
+    global_token_offset: int | None = None
     placement: ExpertPlacement | None = None
     rank: int = 0
     data_group: ProcessGroup | None = None
     node_group: ProcessGroup | None = None
     replay: dict[int, Replay] | None = None
     collector: Collector | None = None
+
+    def check(self, shape: torch.Size) -> None:
+        """Refuse a mask or ids of another shape than the tokens'.
+
+        Raises:
+            ValueError: names the field, its shape or dtype and what would be right.
+        """
+        for name in ("valid_mask", "token_ids", "sequence_ids"):
+            value = getattr(self, name)
+            if value is not None and value.shape != shape:
+                raise ValueError(
+                    f"context.{name} has shape {tuple(value.shape)}; it must be "
+                    f"{tuple(shape)}, one value per token"
+                )
+        if self.valid_mask is not None and self.valid_mask.dtype != torch.bool:
+            raise ValueError(
+                f"context.valid_mask has dtype {self.valid_mask.dtype}; it must be bool, "
+                "True = real token"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

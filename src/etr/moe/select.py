@@ -76,13 +76,13 @@ def mass_prefix(routing: Routing, rho: float) -> Tensor:
     Returns:
         int64 [E], tokens.
     """
-    if routing.score is None or routing.probs is None:
-        raise ValueError("affinity mass needs scores and probabilities, and this router has none")
+    if routing.score is None:
+        raise ValueError("affinity mass needs selection scores, and this router has none")
     order = _expert_order(routing.expert, routing.score)
     expert = routing.expert[order]
     # Float64, so that the running sum of many small ones does not depend on the device's order.
-    prob = routing.probs.detach()[routing.token, routing.expert.clamp_max(routing.num_experts - 1)]
-    prob = torch.where(expert < routing.num_experts, prob[order].double(), 0.0)
+    prob = routing.pair_probs()[order].double()
+    prob = torch.where(expert < routing.num_experts, prob, 0.0)
     running = prob.cumsum(0)
     mass = torch.zeros(routing.num_experts + 1, dtype=prob.dtype, device=prob.device)
     mass = mass.scatter_add(0, expert, prob)
@@ -117,6 +117,9 @@ def select(
     """
     kept = routing.valid
     with torch.no_grad():
+        if limit.kept is not None:
+            kept = kept & limit.kept
+            limit = Limit(buffer_size=limit.buffer_size)
         if limit.min_score is not None:
             kept = kept & (pair_scores(routing) >= _per_pair(limit.min_score, routing, -torch.inf))
         if expert_pool == "all" and limit.capacity is not None:
@@ -135,6 +138,26 @@ def select(
         combine_weight=combine_weights(routing, kept, normalize),
         num_tokens_per_expert=counts,
         buffer_size=routing.num_tokens if limit.buffer_size is None else limit.buffer_size,
+    )
+
+
+def selection_of(
+    routing: Routing, kept: Tensor, combine_weight: Tensor, buffer_size: int | None = None
+) -> Selection:
+    """Selection of given pairs, which queue in their order.
+
+    Args:
+        kept: bool [P].
+        combine_weight: float [P], zero where not kept.
+        buffer_size: as in `Selection`; None for every token.
+    """
+    expert = torch.where(kept, routing.expert, routing.num_experts)
+    return Selection(
+        kept=kept,
+        position_in_expert=queue_positions(expert, None, routing.num_experts),
+        combine_weight=combine_weight,
+        num_tokens_per_expert=count_experts(expert, routing.num_experts),
+        buffer_size=routing.num_tokens if buffer_size is None else buffer_size,
     )
 
 

@@ -17,7 +17,8 @@ class GlobalState(nn.Module):
       bfloat16 would no longer keep the calibrated share.
     - `reset_state` writes the initial values; a model's weight initialisation must call it after
       a meta-device start, or for a checkpoint that lacks the state.
-    - Loading a state dict without the state keeps the initial values and warns.
+    - Loading a state dict without the state keeps the initial values and warns, unless the layer's
+      weights are not in it either (an adapter's): then nothing changes.
     - State changes in `after_step` alone, never in a forward.
     """
 
@@ -38,6 +39,13 @@ class GlobalState(nn.Module):
         for name, initial in self._initial.items():
             self.get_buffer(name).fill_(initial)
         self.state_changed()
+
+    def initial_state(self) -> dict[str, Tensor]:
+        """The initial values by name, on the CPU, wherever the module itself is."""
+        return {
+            name: torch.full_like(self.get_buffer(name), initial, device="cpu")
+            for name, initial in self._initial.items()
+        }
 
     def state_changed(self) -> None:
         """Called when buffers may have been written from outside.
@@ -88,6 +96,31 @@ class GlobalState(nn.Module):
         }
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.state_changed()
+
+
+def keep_state(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let the state inside `module` be, while a state dict without the module's weights is loaded.
+
+    A hook for `register_load_state_dict_pre_hook`. Adapters' weights come that way.
+    """
+    if any(key.startswith(prefix) and key.endswith("down_proj") for key in state_dict):
+        return
+    for path, child in module.named_modules(prefix=prefix.removesuffix(".")):
+        if isinstance(child, GlobalState):
+            for name, value in child.named_buffers(prefix=path, recurse=False):
+                state_dict.setdefault(name, value)
+
+
+class LayerState(GlobalState):
+    """Optimizer steps that a layer has done, and its load in the last one."""
+
+    step: Tensor
+    previous_load: Tensor
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.register_state("step", (), 0, torch.int64)
+        self.register_state("previous_load", (num_experts,), 0.0)
 
 
 def reset_states(module: nn.Module) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,11 @@ def routing_stats(routing: Routing, selection: Selection, limit: Limit) -> dict[
     }
 
 
+def target_kept(stats: dict[str, Tensor]) -> Tensor:
+    """Choosers that the thresholds must keep: what the policy, or the one it imitates, kept."""
+    return stats.get("num_target_tokens_per_expert", stats["num_tokens_per_expert"])
+
+
 def max_violation(num_choices_per_expert: Tensor) -> Tensor:
     """MaxVio: largest over mean load, minus 1; 0 is perfect balance, E - 1 is collapse.
 
@@ -57,6 +64,46 @@ def max_violation(num_choices_per_expert: Tensor) -> Tensor:
     load = num_choices_per_expert.double()
     mean = load.mean(-1)
     return torch.where(mean > 0, load.amax(-1) / mean.clamp_min(1e-30) - 1, 0.0)
+
+
+def routing_shares(stats: Iterable[dict[str, Tensor]], top_k: int) -> dict[str, float]:
+    """Counters of one step as plain numbers, all layers together; empty where none ran.
+
+    Args:
+        stats: what `after_step` returned, one dictionary per layer.
+        top_k: experts a token may choose.
+    Returns:
+        kept_fraction: kept pairs over valid tokens * top_k.
+        drop_rate: share of choices that were dropped.
+        tokens_without_expert: share of valid tokens.
+        capacity_mean: mean limit of an expert in one forward, tokens.
+        capacity_factor: summed limits over valid tokens * top_k.
+        max_violation: mean over layers of `max_violation` of the choices.
+        router_loss_NAME: mean over forwards, ranks and layers of each scaled loss.
+    """
+    layers = [{k: v.cpu() for k, v in layer.items() if v.dim() < 2} for layer in stats if layer]
+    if not layers:
+        return {}
+    choices = torch.stack([layer["num_choices_per_expert"] for layer in layers])
+    kept = sum(int(layer["num_tokens_per_expert"].sum()) for layer in layers)
+    tokens = sum(int(layer["num_valid_tokens"]) for layer in layers)
+    capacity = sum(int(layer["capacity_sum"]) for layer in layers)
+    forwards = sum(int(layer["num_forwards"]) for layer in layers)
+    alone = sum(int(layer["num_tokens_without_expert"]) for layer in layers)
+    slots = max(tokens * top_k, 1)
+    return {
+        "kept_fraction": kept / slots,
+        "drop_rate": 1 - kept / max(int(choices.sum()), 1),
+        "tokens_without_expert": alone / max(tokens, 1),
+        "capacity_mean": capacity / (forwards * choices.shape[1]),
+        "capacity_factor": capacity / slots,
+        "max_violation": float(max_violation(choices).mean()),
+        **{
+            f"router_{name}": sum(float(x[name] / x["num_forwards"]) for x in layers) / len(layers)
+            for name in layers[0]
+            if name.startswith("loss_")
+        },
+    }
 
 
 def add_stats(total: dict[str, Tensor], more: dict[str, Tensor]) -> dict[str, Tensor]:

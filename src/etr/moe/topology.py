@@ -1,8 +1,46 @@
-"""Where experts live: expert -> rank -> node, as an explicit value."""
+"""Where experts live: expert -> rank -> node, as explicit values."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Topology:
+    """On which node each rank of the world runs.
+
+    Args:
+        node_of_rank: node of each rank, length of the world.
+    """
+
+    node_of_rank: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.node_of_rank:
+            raise ValueError("node_of_rank=() is empty; it needs the node of every rank")
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str] | None = None) -> Topology:
+        """What the launcher says: WORLD_SIZE and LOCAL_WORLD_SIZE, as torchrun sets them.
+
+        Args:
+            env: the variables; None takes this process's. Without WORLD_SIZE: one rank.
+        Raises:
+            ValueError: nodes have different numbers of ranks, or RANK does not lie on node
+                GROUP_RANK; give `node_of_rank` then.
+        """
+        env = os.environ if env is None else env
+        world = int(env.get("WORLD_SIZE", 1))
+        local = int(env.get("LOCAL_WORLD_SIZE", world))
+        rank, node = int(env.get("RANK", 0)), env.get("GROUP_RANK")
+        if world % local or (node is not None and rank // local != int(node)):
+            raise ValueError(
+                f"WORLD_SIZE={world}, LOCAL_WORLD_SIZE={local}, RANK={rank}, GROUP_RANK={node} do "
+                "not describe equal nodes of consecutive ranks; give Topology(node_of_rank=...)"
+            )
+        return cls(tuple(r // local for r in range(world)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from etr.moe.collector import Collector, moe_layers
-from etr.moe.layer import MoE, target_kept
+from etr.moe.layer import MoE
+from etr.moe.stats import target_kept
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -44,14 +45,14 @@ def after_step(model: nn.Module, group: ProcessGroup | None = None) -> list[dict
         Counters of each MoE layer, summed over micro-batches and ranks; empty for a layer that
         did not run in training since the last call.
     """
-    found = []
-    for layer in moe_layers(model):
-        stats, layer.pending = layer.pending, {}
-        if stats and group is not None:
-            stats = {name: _reduced(value, group) for name, value in stats.items()}
+    layers = moe_layers(model)
+    found = [layer.pending for layer in layers]
+    if group is not None:
+        found = _reduced(found, group)
+    for layer, stats in zip(layers, found, strict=True):
+        layer.pending = {}
         if stats:
             _learn(layer, stats)
-        found.append(stats)
     return found
 
 
@@ -147,7 +148,15 @@ def _learn(layer: MoE, stats: dict[str, Tensor]) -> None:
     layer.state.step += 1
 
 
-def _reduced(value: Tensor, group: ProcessGroup) -> Tensor:
-    value = value.clone()
-    dist.all_reduce(value, group=group)
-    return value
+def _reduced(found: list[dict[str, Tensor]], group: ProcessGroup) -> list[dict[str, Tensor]]:
+    """Counters of all layers summed over ranks, in one message for each dtype."""
+    values = [value for stats in found for value in stats.values()]
+    for dtype in sorted({value.dtype for value in values}, key=str):
+        places = [i for i, value in enumerate(values) if value.dtype == dtype]
+        flat = torch.cat([values[i].flatten() for i in places])
+        dist.all_reduce(flat, group=group)
+        parts = flat.split([values[i].numel() for i in places])
+        for i, part in zip(places, parts, strict=True):
+            values[i] = part.view_as(values[i])
+    rest = iter(values)
+    return [{name: next(rest) for name in stats} for stats in found]

@@ -62,6 +62,10 @@ class _AffinityMassPolicy(CapacityPolicy):
         if not self.mass_factor.is_meta:
             self._factor = float(self.mass_factor)
 
+    @property
+    def observes_choosers(self) -> bool:
+        return self.config.mode == "common"
+
     def observe(self, routing: Routing) -> dict[str, Tensor]:
         if self.config.mode == "ragged":
             return {}

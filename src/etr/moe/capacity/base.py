@@ -84,6 +84,16 @@ class CapacityPolicy(GlobalState):
         self.config = config
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
 
+    @property
+    def needs_probs(self) -> bool:
+        """Whether it sums choosers' probabilities."""
+        return self.config.needs_probs
+
+    @property
+    def observes_choosers(self) -> bool:
+        """Whether `observe` must see every chooser of an expert, those of other ranks too."""
+        return False
+
     def limit(self, routing: Routing, threshold: Tensor, affinity_p99: Tensor) -> Limit:
         """What experts may keep of `routing`.
 

@@ -59,6 +59,14 @@ class _ThresholdPolicy(CapacityPolicy):
         if not self.num_updates.is_meta:
             self._calibrated = bool(self.num_updates > 0)
 
+    @property
+    def needs_probs(self) -> bool:
+        return self.target.needs_probs
+
+    @property
+    def observes_choosers(self) -> bool:
+        return True
+
     @torch.no_grad()
     def observe(self, routing: Routing) -> dict[str, Tensor]:
         kept = select(routing, self._target_limit(routing), rank_by="score").num_tokens_per_expert

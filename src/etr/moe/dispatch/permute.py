@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from etr.moe.dispatch.base import Dispatcher
 from etr.moe.dispatch.rows import DispatchHandle, GatherRows, SumRows
 from etr.moe.routing import Routing, Selection
 
 if TYPE_CHECKING:
+    from etr.moe.exchange import Traffic
+    from etr.moe.expert_parallel import ExpertParallel
     from etr.moe.experts import ExpertBackend, ExpertParams
 
 
-class Permute:
+@dataclass(frozen=True, kw_only=True)
+class Permute(Dispatcher):
     """Dispatch on one rank: no communication."""
 
     name = "permute"
+    summary = "one rank holds every expert: nothing travels"
+    needs_ranks = False
+
+    @property
+    def padded(self) -> bool:
+        return True
+
+    def check(self, parallel: ExpertParallel) -> None:
+        if parallel.expert_peers.size > 1:
+            raise ValueError(
+                f"dispatch='permute' moves no rows, and the experts are spread over "
+                f"{parallel.expert_peers.size} ranks; use 'auto' or 'all_to_all'"
+            )
 
     def run(
         self,
@@ -27,6 +45,7 @@ class Permute:
         selection: Selection,
         backend: ExpertBackend,
         params: ExpertParams,
+        traffic: Traffic | None = None,
     ) -> Tensor:
         """Dispatch, experts and combine in one, [T, H].
 
@@ -38,6 +57,7 @@ class Permute:
             routing, selection: the pairs and what is kept of them.
             backend: how the experts run.
             params: their weights.
+            traffic: not used, nothing is sent.
         """
         handle = self.plan(routing, selection, padded=backend.padded)
         return backend.run_routed(x, handle, params)

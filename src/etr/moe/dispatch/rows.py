@@ -82,16 +82,18 @@ class SumRows(torch.autograd.Function):
     def forward(
         ctx: Any,
         rows: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         token_of_row: Tensor,
         rows_by_token: Tensor,
         start_of_token: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(rows, weight, token_of_row)
+        ctx.save_for_backward(None if weight is None else rows, weight, token_of_row)
         return sum_rows(rows, weight, rows_by_token, start_of_token)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         rows, weight, token_of_row = ctx.saved_tensors
         grad = gather_rows(grad.contiguous(), token_of_row)
+        if weight is None:
+            return grad, None, None, None, None
         return grad * weight[:, None], (grad * rows).sum(-1), None, None, None

@@ -51,7 +51,11 @@ class ExpertBackend:
         """
         flat = rows.flatten(0, -2)
         problem = _problem(flat, None, num_tokens_per_expert, params)
-        return feed_forward(self.engine(problem), problem).view_as(rows)
+        out = feed_forward(self.engine(problem), problem)
+        if params.down_bias is not None:
+            expert = self._expert_of_row(problem)
+            out = out + params.down_bias[expert]
+        return out.view_as(rows)
 
     def run_routed(self, x: Tensor, handle: DispatchHandle, params: ExpertParams) -> Tensor:
         """Gather, experts and weighted sum at once: tokens [T, H] in, tokens [T, H] out.
@@ -68,17 +72,40 @@ class ExpertBackend:
             handle.start_of_token,
         )
         problem = _problem(x, route, handle.num_tokens_per_expert, params)
-        return feed_forward(self.engine(problem), problem)
+        out = feed_forward(self.engine(problem), problem)
+        if params.down_bias is not None:
+            # The bias weighs as its expert does: a table of weights times the biases.
+            index = (route.token_of_row, self._expert_of_row(problem))
+            table = x.new_zeros(x.shape[0] + 1, problem.counts.shape[0])  # a row for unused ones
+            table = table.index_put(index, route.weight_of_row, accumulate=True)
+            out = out + table[:-1] @ params.down_bias
+        return out
+
+    def _expert_of_row(self, problem: Problem) -> Tensor:
+        """Expert that each row belongs to, int64 [R]."""
+        expert = torch.arange(problem.up.shape[0], device=problem.counts.device)
+        if self.padded:
+            return expert.repeat_interleave(problem.num_rows // problem.up.shape[0])
+        return expert.repeat_interleave(problem.counts, output_size=problem.num_rows)
 
 
 def _problem(source: Tensor, route: Route | None, counts: Tensor, params: ExpertParams) -> Problem:
-    return Problem(source, route, counts, params.up, params.down, params.activation)
+    return Problem(
+        source,
+        route,
+        counts,
+        params.up,
+        params.down,
+        params.up_bias,
+        params.activation,
+        params.clamp,
+    )
 
 
 LOOP = OneByOne()
 BATCHED = Whole(lambda problem: Batched(problem.up.shape[0]))
 FUSED = Fused()
-GROUPED = Whole(lambda problem: Grouped(problem.counts.cumsum(0).to(torch.int32)))
+GROUPED = Whole(lambda problem: Grouped(problem.counts, problem.counts.cumsum(0).int()))
 
 
 def grouped_mm_runs(problem: Problem) -> bool:
@@ -141,28 +168,22 @@ EXPERT_BACKENDS: dict[str, ExpertBackend] = {
 }
 """Expert backends by name."""
 
-LOOP_ROWS = 128
-"""Rows an expert usually has from which, on a CPU, the loop is at least as fast as grouped_mm."""
 
+def auto_backend(device_type: str, padded: bool) -> str:
+    """What backend "auto" means: one rule a device, from measurements (docs/results/speed.md).
 
-def auto_backend(device_type: str, rows_per_expert: float, padded: bool) -> str:
-    """What backend "auto" means. Measured on a CPU; a GPU gets torch's own kernels.
+    - On a CPU `grouped_mm`: of the three it is fastest or nearly so at every size. `bmm` multiplies
+      empty rows, and `loop` gains nothing that an allocator which keeps its memory does not give.
+    - Elsewhere, and while compiling, `bmm` where the router's preset asks for padded buffers and a
+      capacity bounds them: static shapes, nothing read by the host. Otherwise `grouped_mm`.
 
-    1. `bmm` where the router's preset asks for padded buffers and a capacity bounds them: static
-       shapes, nothing read by the host, and at a factor near 1 little is wasted.
-    2. On a CPU, `loop` from `LOOP_ROWS` rows an expert: its buffers stay in the cache and little
-       fresh memory is touched. Below, and while compiling, the calls themselves cost too much.
-    3. Else `grouped_mm`. `triton` runs where it is asked for by name.
+    `triton` runs where it is asked for by name.
 
     Args:
         device_type: of the tokens, such as "cpu".
-        rows_per_expert: pairs over experts, before any is dropped.
-        padded: rule 1 holds.
+        padded: buffers of a fixed capacity are wanted and bounded.
     Returns:
         A name in `EXPERT_BACKENDS`.
     """
-    if padded:
-        return "bmm"
-    if device_type == "cpu" and rows_per_expert >= LOOP_ROWS and not torch.compiler.is_compiling():
-        return "loop"
-    return "grouped_mm"
+    static = device_type != "cpu" or torch.compiler.is_compiling()
+    return "bmm" if padded and static else "grouped_mm"

@@ -1,6 +1,6 @@
 """The expert feed-forward as one autograd function, whatever runs it.
 
-    y = sum over a token's rows of  weight * down(activate(up(x)))
+    y = sum over a token's rows of  weight * down(activate(up(x) + up_bias))
 
 For the backward pass it keeps the input and the pre-activation ("hidden") alone, next to the
 weights. Gathered rows are gathered again, the activation is computed again, and the experts'
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from etr.moe.dispatch.rows import gather_rows, sum_rows
-from etr.moe.experts.activation import Activation
+from etr.moe.experts.activation import CLAMP, Activation, Clamp
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,11 @@ class Problem:
         source: tokens [T, H] with a route, else rows [R, H] in expert order.
         route: how tokens become rows and back, or None for rows in, rows out.
         counts: rows of each expert, int64 [E].
-        up: [E, 2I, H] for swiglu, else [E, I, H].
+        up: [E, 2I, H] where gated, else [E, I, H].
         down: [E, H, I].
+        up_bias: [E, 2I] or [E, I], or None.
         activation: name in `ACTIVATIONS`.
+        clamp: numbers of a clamped activation.
     """
 
     source: Tensor
@@ -57,7 +59,9 @@ class Problem:
     counts: Tensor
     up: Tensor
     down: Tensor
+    up_bias: Tensor | None
     activation: Activation
+    clamp: Clamp = CLAMP
 
     @property
     def num_rows(self) -> int:
@@ -72,6 +76,7 @@ class Grads(NamedTuple):
     weight_of_row: Tensor | None
     up: Tensor | None
     down: Tensor | None
+    up_bias: Tensor | None
 
 
 class Engine(Protocol):
@@ -94,32 +99,33 @@ def feed_forward(engine: Engine, problem: Problem) -> Tensor:
     """
     route = problem.route
     weight = None if route is None else route.weight_of_row
-    inputs = (problem.source, weight, problem.up, problem.down)
+    inputs = (problem.source, weight, problem.up, problem.down, problem.up_bias)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     if not wanted:
         return engine.forward(problem, keep=False)[0]
     index: tuple[Tensor | None, ...] = (None, None, None)
     if route is not None:
         index = (route.token_of_row, route.rows_by_token, route.start_of_token)
-    return _FeedForward.apply(*inputs, problem.counts, *index, engine, problem.activation)
+    options = (problem.activation, problem.clamp)
+    return _FeedForward.apply(*inputs, problem.counts, *index, engine, options)
 
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        *tensors, engine, activation = args
-        result, hidden = engine.forward(_problem(tensors, activation), keep=True)
+        *tensors, engine, options = args
+        result, hidden = engine.forward(_problem(tensors, *options), keep=True)
         ctx.save_for_backward(*tensors, hidden)
-        ctx.engine, ctx.activation = engine, activation
+        ctx.engine, ctx.options = engine, options
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, hidden = ctx.saved_tensors
-        wanted = zip(tensors[:4], ctx.needs_input_grad[:4], strict=True)
+        wanted = zip(tensors[:5], ctx.needs_input_grad[:5], strict=True)
         grads = ctx.engine.backward(
-            _problem(tensors, ctx.activation),
+            _problem(tensors, *ctx.options),
             hidden,
             grad.contiguous(),
             Grads(*(tensor if needed else None for tensor, needed in wanted)),
@@ -127,9 +133,10 @@ class _FeedForward(torch.autograd.Function):
         return *grads, *([None] * 6)
 
 
-def _problem(tensors: list[Tensor], activation: Activation) -> Problem:
-    source, weight, up, down, counts, token_of_row, rows_by_token, start_of_token = tensors
+def _problem(tensors: list[Tensor], activation: Activation, clamp: Clamp) -> Problem:
+    source, weight, up, down, up_bias, counts, *index = tensors
+    token_of_row, rows_by_token, start_of_token = index
     route = None
     if token_of_row is not None:
         route = Route(weight, token_of_row, rows_by_token, start_of_token)
-    return Problem(source, route, counts, up, down, activation)
+    return Problem(source, route, counts, up, down, up_bias, activation, clamp)

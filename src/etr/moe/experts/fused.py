@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from etr.moe.experts.activation import GATED
 from etr.moe.experts.feed_forward import Grads, Problem
+from etr.moe.experts.products import ONES
 
 
 def why_unavailable() -> str | None:
@@ -42,8 +44,11 @@ class Fused:
         launch.by_rows(
             "up_kernel",
             width,
-            *(problem.source.contiguous(), problem.up.contiguous(), launch.source, problem.counts),
+            *(problem.source.contiguous(), problem.up.contiguous(), launch.bias),
+            *(launch.source, problem.counts),
             *(hidden, active, launch.num_experts, problem.up.shape[2], width),
+            *problem.clamp,
+            BIAS=problem.up_bias is not None,
             GATED=launch.gated,
             ACTIVATION=problem.activation,
             KEEP=keep,
@@ -64,11 +69,12 @@ class Fused:
             *(grad, problem.down.contiguous(), launch.source, launch.scale, problem.counts),
             *(hidden, grad_hidden, active, parts),
             *(launch.num_experts, problem.down.shape[1], width, num_tiles),
+            *problem.clamp,
             GATED=launch.gated,
             SCALED=problem.route is not None,
             ACTIVATION=problem.activation,
         )
-        grad_weight = grad_up = grad_down = grad_source = None
+        grad_weight = grad_up = grad_down = grad_source = grad_bias = None
         if wanted.weight_of_row is not None:
             grad_weight = parts.sum(1).to(wanted.weight_of_row.dtype)
         if wanted.down is not None:
@@ -77,10 +83,13 @@ class Fused:
         if wanted.up is not None:
             source = problem.source.contiguous()
             grad_up = launch.outer(grad_hidden, launch.every, source, launch.source)
+        if wanted.up_bias is not None:
+            ones = hidden.new_ones(rows, ONES)
+            grad_bias = launch.outer(grad_hidden, launch.every, ones, launch.every)[:, :, 0]
         if wanted.source is not None:
             grad_rows = launch.times(grad_hidden, problem.up, transposed=False, scaled=False)
             grad_source = launch.to_tokens(grad_rows)
-        return Grads(grad_source, grad_weight, grad_up, grad_down)
+        return Grads(grad_source, grad_weight, grad_up, grad_down, grad_bias)
 
 
 class _Launch:
@@ -92,7 +101,9 @@ class _Launch:
         self.kernels: Any = triton_experts
         self.problem = problem
         self.num_experts = problem.up.shape[0]
-        self.gated = problem.activation == "swiglu"
+        self.gated = problem.activation in GATED
+        bias = problem.up_bias
+        self.bias = problem.up if bias is None else bias.contiguous()  # some tensor, not read
         device = problem.source.device
         self.every = torch.arange(problem.num_rows, device=device)
         self.source, self.scale = self.every, self.every

@@ -43,8 +43,10 @@ class OneByOne:
             size = rows.stop - rows.start
             mine = buffer.take("hidden", size, up.shape[1]) if hidden is None else hidden[rows]
             torch.mm(_rows(problem, source, rows, buffer, "rows"), up[e].T, out=mine)
+            if problem.up_bias is not None:
+                mine.add_(problem.up_bias[e])
             active = buffer.take("active", size, down.shape[2])
-            activate_out(mine, problem.activation, active)
+            activate_out(mine, problem.activation, active, problem.clamp)
             torch.mm(active, down[e].T, out=out[rows])
         route = problem.route
         return (out if route is None else route.sum(out, route.weight_of_row)), hidden
@@ -55,10 +57,11 @@ class OneByOne:
         grad_weight = None if wanted.weight_of_row is None else hidden.new_empty(len(hidden))
         grad_up = None if wanted.up is None else torch.empty_like(up)
         grad_down = None if wanted.down is None else torch.empty_like(down)
+        grad_bias = None if wanted.up_bias is None else torch.empty_like(wanted.up_bias)
         counts = problem.counts.tolist()
         buffer = _Buffer(problem, max(counts))
         for e in (e for e, count in enumerate(counts) if count == 0):
-            for full in (grad_up, grad_down):
+            for full in (grad_up, grad_down, grad_bias):
                 if full is not None:
                     full[e].zero_()
         for e, rows in _spans(counts):
@@ -67,7 +70,7 @@ class OneByOne:
             grad_active = buffer.take("grad_active", size, down.shape[2])
             torch.mm(grad_rows, down[e], out=grad_active)
             active = buffer.take("active", size, down.shape[2])
-            activate_out(hidden[rows], problem.activation, active)
+            activate_out(hidden[rows], problem.activation, active, problem.clamp)
             if route is not None:
                 if grad_weight is not None:
                     grad_weight[rows] = (grad_active * active).sum(-1)
@@ -76,7 +79,11 @@ class OneByOne:
             if grad_down is not None:
                 torch.mm(grad_rows.T, active, out=grad_down[e])
             grad_hidden = buffer.take("grad_hidden", size, up.shape[1])
-            activation_grad_out(hidden[rows], grad_active, problem.activation, grad_hidden)
+            activation_grad_out(
+                hidden[rows], grad_active, problem.activation, grad_hidden, problem.clamp
+            )
+            if grad_bias is not None:
+                torch.sum(grad_hidden, 0, out=grad_bias[e])
             if grad_up is not None:
                 own = _rows(problem, source, rows, buffer, "rows")
                 torch.mm(grad_hidden.T, own, out=grad_up[e])
@@ -84,7 +91,7 @@ class OneByOne:
                 torch.mm(grad_hidden, up[e], out=grad_source[rows])
         if grad_source is not None and route is not None:
             grad_source = route.sum(grad_source)
-        return Grads(grad_source, grad_weight, grad_up, grad_down)
+        return Grads(grad_source, grad_weight, grad_up, grad_down, grad_bias)
 
 
 def _spans(counts: list[int]) -> Iterator[tuple[int, slice]]:

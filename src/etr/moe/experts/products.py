@@ -4,6 +4,7 @@ Every class does the same arithmetic over [R, .] rows grouped by expert:
 
     times(rows [R, K], weight [E, K, N]) -> [R, N]     rows of expert e times its matrix
     outer(left [R, N], right [R, K])     -> [E, N, K]  left^T right over the rows of expert e
+    spread(values [E, N], num_rows)      -> [R, N]     each row the values of its expert
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import Protocol
 from torch import Tensor
 from torch.nn import functional as F
 
+ONES = 16
+"""Columns of the matrix of ones that sums rows: enough bytes for aligned products of any dtype."""
+
 
 class Products(Protocol):
     """See the module's docstring."""
@@ -21,6 +25,13 @@ class Products(Protocol):
     def times(self, rows: Tensor, weight: Tensor) -> Tensor: ...
 
     def outer(self, left: Tensor, right: Tensor) -> Tensor: ...
+
+    def spread(self, values: Tensor, num_rows: int) -> Tensor: ...
+
+
+def sum_rows_of_experts(products: Products, rows: Tensor) -> Tensor:
+    """Sum of each expert's rows, [E, N]: a product with ones, which has a fixed order."""
+    return products.outer(rows, rows.new_ones(rows.shape[0], ONES))[:, :, 0]
 
 
 @dataclass(frozen=True)
@@ -38,11 +49,15 @@ class Batched:
     def outer(self, left: Tensor, right: Tensor) -> Tensor:
         return self._split(left).transpose(1, 2).bmm(self._split(right))
 
+    def spread(self, values: Tensor, num_rows: int) -> Tensor:
+        return values.repeat_interleave(num_rows // self.num_experts, 0)
+
 
 @dataclass(frozen=True)
 class Grouped:
-    """Rows sorted by expert; `ends` [E] int32 holds the running sum of rows per expert."""
+    """Rows sorted by expert: `counts` [E] int64 of each, and their running sum `ends` [E] int32."""
 
+    counts: Tensor
     ends: Tensor
 
     def times(self, rows: Tensor, weight: Tensor) -> Tensor:
@@ -50,3 +65,6 @@ class Grouped:
 
     def outer(self, left: Tensor, right: Tensor) -> Tensor:
         return F.grouped_mm(left.T, right, offs=self.ends)
+
+    def spread(self, values: Tensor, num_rows: int) -> Tensor:
+        return values.repeat_interleave(self.counts, 0, output_size=num_rows)

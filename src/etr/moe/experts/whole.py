@@ -10,7 +10,7 @@ from torch import Tensor
 
 from etr.moe.experts.activation import activate, activation_grad, activation_grad_out
 from etr.moe.experts.feed_forward import Grads, Problem
-from etr.moe.experts.products import Products
+from etr.moe.experts.products import Products, sum_rows_of_experts
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,9 @@ class Whole:
         rows = problem.source if route is None else route.gather(problem.source)
         hidden = products.times(rows, problem.up.transpose(1, 2))
         del rows
-        active = activate(hidden, problem.activation).contiguous()
+        if problem.up_bias is not None:
+            hidden = hidden + products.spread(problem.up_bias, len(hidden))
+        active = activate(hidden, problem.activation, problem.clamp).contiguous()
         out = products.times(active, problem.down.transpose(1, 2))
         if route is not None:
             out = route.sum(out, route.weight_of_row)
@@ -34,8 +36,8 @@ class Whole:
         products, route = self.products(problem), problem.route
         grad_rows = grad if route is None else route.gather(grad)
         grad_active = products.times(grad_rows, problem.down)
-        active = activate(hidden, problem.activation)
-        grad_weight = grad_down = grad_up = grad_source = None
+        active = activate(hidden, problem.activation, problem.clamp)
+        grad_weight = grad_down = grad_up = grad_source = grad_bias = None
         if route is not None:
             if wanted.weight_of_row is not None:
                 grad_weight = (grad_active * active).sum(-1)
@@ -45,11 +47,14 @@ class Whole:
             grad_down = products.outer(grad_rows, active.contiguous())
         del grad_rows, active
         if torch.compiler.is_compiling():  # which fuses this, and refuses to write into halves
-            grad_hidden = activation_grad(hidden, grad_active, problem.activation)
+            grad_hidden = activation_grad(hidden, grad_active, problem.activation, problem.clamp)
         else:
-            out = torch.empty_like(hidden)
-            grad_hidden = activation_grad_out(hidden, grad_active, problem.activation, out)
+            grad_hidden = activation_grad_out(
+                hidden, grad_active, problem.activation, torch.empty_like(hidden), problem.clamp
+            )
         del grad_active
+        if wanted.up_bias is not None:
+            grad_bias = sum_rows_of_experts(products, grad_hidden)
         if wanted.up is not None:
             rows = problem.source if route is None else route.gather(problem.source)
             grad_up = products.outer(grad_hidden, rows)
@@ -58,4 +63,4 @@ class Whole:
             grad_source = products.times(grad_hidden, problem.up)
             if route is not None:
                 grad_source = route.sum(grad_source)
-        return Grads(grad_source, grad_weight, grad_up, grad_down)
+        return Grads(grad_source, grad_weight, grad_up, grad_down, grad_bias)

@@ -79,9 +79,13 @@ def _product(
 
 
 @triton.jit
-def _activate(gate, up, ACTIVATION: tl.constexpr):
+def _activate(gate, up, limit, alpha, ACTIVATION: tl.constexpr):
     if ACTIVATION == "swiglu":
         return gate * tl.sigmoid(gate) * up
+    elif ACTIVATION == "clamped_swiglu":
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit)
+        return gate * tl.sigmoid(alpha * gate) * (up + 1.0)
     elif ACTIVATION == "gelu":
         return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
     else:
@@ -90,22 +94,31 @@ def _activate(gate, up, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _slope(gate, ACTIVATION: tl.constexpr):
-    """Derivative of the activation by its first argument (for swiglu, that of silu)."""
+def _slopes(gate, up, limit, alpha, ACTIVATION: tl.constexpr):
+    """Derivatives of the activation by its two arguments (the second: of gated ones alone)."""
     if ACTIVATION == "swiglu":
         s = tl.sigmoid(gate)
-        return s * (1.0 + gate * (1.0 - s))
+        return s * (1.0 + gate * (1.0 - s)) * up, gate * s
+    elif ACTIVATION == "clamped_swiglu":
+        g = tl.minimum(gate, limit)
+        s = tl.sigmoid(alpha * g)
+        u = tl.minimum(tl.maximum(up, -limit), limit)
+        of_gate = s * (1.0 + alpha * g * (1.0 - s)) * (u + 1.0)
+        return tl.where(gate <= limit, of_gate, 0.0), tl.where(u == up, g * s, 0.0)
     elif ACTIVATION == "gelu":
         below = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
-        return below + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327
+        slope = below + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327
+        return slope, slope
     else:
-        return 2.0 * tl.maximum(gate, 0.0)
+        slope = 2.0 * tl.maximum(gate, 0.0)
+        return slope, slope
 
 
 @triton.jit
 def up_kernel(
     x,
     up,
+    bias,
     source,
     counts,
     hidden,
@@ -113,6 +126,9 @@ def up_kernel(
     num_experts,
     depth,
     width,
+    limit,
+    alpha,
+    BIAS: tl.constexpr,
     GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     KEEP: tl.constexpr,
@@ -123,9 +139,10 @@ def up_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """active = activate(x[source] @ up^T), keeping what was activated in `hidden` if asked.
+    """active = activate(x[source] @ up^T + bias), keeping what is activated in `hidden` if asked.
 
-    x [., depth], up [E, 2 width or width, depth], hidden [R, the same], active [R, width].
+    x [., depth], up [E, 2 width or width, depth], bias [E, 2 width or width], hidden [R, the
+    same], active [R, width].
     """
     expert, rows, row_mask = _row_tile(counts, num_experts, BLOCK_E, BLOCK_M)
     if expert >= num_experts:
@@ -147,6 +164,12 @@ def up_kernel(
         if GATED:
             b = tl.load(place + width * depth, mask=mask, other=0.0)
             second = _dot(a, b, second, PRECISION, UPCAST)
+    if BIAS:
+        place = bias + expert * num_hidden + columns
+        total += tl.load(place, mask=columns < width, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            place += width
+            second += tl.load(place, mask=columns < width, other=0.0).to(tl.float32)[None, :]
     # Backward activates what is kept, so forward does too.
     kept = active.dtype.element_ty
     gate, linear = total.to(kept), second.to(kept)
@@ -154,7 +177,7 @@ def up_kernel(
         _store(hidden, rows, row_mask, columns, num_hidden, width, gate)
         if GATED:
             _store(hidden + width, rows, row_mask, columns, num_hidden, width, linear)
-    value = _activate(gate.to(tl.float32), linear.to(tl.float32), ACTIVATION)
+    value = _activate(gate.to(tl.float32), linear.to(tl.float32), limit, alpha, ACTIVATION)
     _store(active, rows, row_mask, columns, width, width, value)
 
 
@@ -208,6 +231,8 @@ def hidden_grad_kernel(
     depth,
     width,
     num_tiles,
+    limit,
+    alpha,
     GATED: tl.constexpr,
     SCALED: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -242,7 +267,7 @@ def hidden_grad_kernel(
     linear = gate
     if GATED:
         linear = tl.load(hidden + place + width, mask=mask, other=0.0).to(tl.float32)
-    value = _activate(gate, linear, ACTIVATION)
+    value = _activate(gate, linear, limit, alpha, ACTIVATION)
     if SCALED:
         part = tl.sum(g * value, 1)
         tl.store(grad_scale + rows * num_tiles + tl.program_id(0), part, mask=row_mask)
@@ -250,11 +275,9 @@ def hidden_grad_kernel(
         g *= weight
         value *= weight
     _store(active, rows, row_mask, columns, width, width, value)
-    slope = _slope(gate, ACTIVATION)
+    slope, slope_up = _slopes(gate, linear, limit, alpha, ACTIVATION)
     if GATED:
-        up_part = g * gate * tl.sigmoid(gate)
-        _store(grad_hidden + width, rows, row_mask, columns, num_hidden, width, up_part)
-        slope *= linear
+        _store(grad_hidden + width, rows, row_mask, columns, num_hidden, width, g * slope_up)
     _store(grad_hidden, rows, row_mask, columns, num_hidden, width, g * slope)
 
 

@@ -138,10 +138,14 @@ class Router(nn.Module):
 
     def choose(self, scores: Scores, inputs: RouterInput) -> Routing:
         """Turn scores into choices; by default each token's `top_k` best (token choice)."""
-        table = scores.scores.detach()
+        table = self.preferences(scores)
         if inputs.bonus is not None:
             table = table + inputs.bonus
         return self.routing_of(scores, top_experts(table, self.top_k), inputs)
+
+    def preferences(self, scores: Scores) -> Tensor:
+        """What tokens rank experts by, without gradient, [T, E]; by default the selection score."""
+        return scores.scores.detach()
 
     def routing_of(self, scores: Scores, expert: Tensor, inputs: RouterInput) -> Routing:
         """Routing of given choices.

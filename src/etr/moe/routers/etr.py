@@ -15,6 +15,7 @@ from etr.moe.affinity import (
     grap_affinity,
     learned_block_affinity,
     router_dtype,
+    token_norm,
 )
 from etr.moe.polar import condition_number, orthonormal_start, polar_factor
 from etr.moe.routers.base import Router, RouterConfig, RouterTraits
@@ -59,6 +60,10 @@ class EtrRouter(RouterConfig):
     score: Literal["cosine", "prob"] = "prob"
     """What experts rank their choosers by: the affinity, or its softmax over experts, which is high
     where a token resonates with one expert alone."""
+    norm: Literal["token", "assumed"] = "token"
+    """Norm that makes the product with a direction a cosine. token: each token's own. assumed:
+    sqrt(hidden_size), that of RMS-normalised tokens; the router is then linear, and engines that
+    know only linear routers can serve it as it is (`etr export --plain`). Needs score=prob."""
 
     def __post_init__(self) -> None:
         for field, allowed in (
@@ -67,6 +72,7 @@ class EtrRouter(RouterConfig):
             ("expert_pool", ("choosers", "all")),
             ("gate", ("softmax", "sigmoid")),
             ("score", ("cosine", "prob")),
+            ("norm", ("token", "assumed")),
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(
@@ -75,6 +81,11 @@ class EtrRouter(RouterConfig):
         if self.temperature is not None and not self.temperature > 0:
             raise ValueError(
                 f"temperature={self.temperature} must be > 0, or None for sqrt(hidden_size)"
+            )
+        if self.norm == "assumed" and self.score != "prob":
+            raise ValueError(
+                f"norm='assumed' with score={self.score!r}: scores would be no cosines; use "
+                "score='prob'"
             )
         if self.expert_pool == "all" and self.choice != "both":
             raise ValueError(
@@ -169,6 +180,8 @@ class _EtrRouter(Router):
 
     def scores(self, x: Tensor, inputs: RouterInput) -> Scores:
         affinity = self.affinity(x)
+        if self.config.norm == "assumed":
+            affinity = affinity * (token_norm(router_dtype(x)) / math.sqrt(self.hidden_size))
         scale: Tensor | float = self.temperature
         if self.log_temperature is not None:
             scale = self.log_temperature.to(affinity.dtype).exp()

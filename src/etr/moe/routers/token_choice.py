@@ -12,6 +12,10 @@ from torch.nn.functional import logsigmoid
 from etr.moe.routers.base import Router, RouterConfig, RouterTraits, one_best
 from etr.moe.routing import RouterInput, Scores
 from etr.moe.score_scale import OddsScale
+from etr.moe.select import top_experts
+from etr.moe.state import GlobalState
+
+GROUP_SCORES = ("best", "best_two")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +31,44 @@ class TokenChoice(RouterConfig):
 
     gate: Literal["softmax", "sigmoid"] = "softmax"
     """Logits to combine weights: softmax over experts, or a sigmoid for each."""
+    bias: bool = False
+    """Add a learned bias to the logits."""
+    selection_bias: bool = False
+    """Add a bias to the scores by which tokens choose, not to the combine weights. It is state
+    outside the gradient that checkpoints bring along (arXiv 2412.19437); nothing here changes it.
+    """
+    num_groups: int = 1
+    """Groups of neighbouring experts, of which a token chooses some before it chooses experts."""
+    top_groups: int = 1
+    """Groups that a token may choose from."""
+    group_score: Literal["best", "best_two"] = "best"
+    """A group counts as much as its best expert, or as the sum of its two best."""
 
     def __post_init__(self) -> None:
-        if self.gate not in ("softmax", "sigmoid"):
-            raise ValueError(f"gate={self.gate!r} must be 'softmax' or 'sigmoid'")
+        for field, allowed in (("gate", ("softmax", "sigmoid")), ("group_score", GROUP_SCORES)):
+            if getattr(self, field) not in allowed:
+                raise ValueError(
+                    f"{field}={getattr(self, field)!r} must be one of {', '.join(allowed)}"
+                )
+        if not 1 <= self.top_groups <= self.num_groups:
+            raise ValueError(
+                f"top_groups={self.top_groups} must lie between 1 and num_groups={self.num_groups}"
+            )
+
+    def check(self, hidden_size: int, num_experts: int, top_k: int) -> None:
+        if num_experts % self.num_groups:
+            raise ValueError(f"num_groups={self.num_groups} must divide num_experts={num_experts}")
+        size = num_experts // self.num_groups
+        if top_k > self.top_groups * size:
+            raise ValueError(
+                f"top_groups={self.top_groups} groups of {size} experts hold fewer than "
+                f"top_k={top_k}"
+            )
+        if self.num_groups > 1 and self.group_score == "best_two" and size < 2:
+            raise ValueError(
+                f"group_score='best_two' needs two experts a group: num_groups={self.num_groups} "
+                f"leaves {size}"
+            )
 
     @property
     def traits(self) -> RouterTraits:
@@ -53,7 +91,18 @@ class Baseline(TokenChoice):
         return RouterTraits(rank_by=("position",), padded=True)
 
     def check(self, hidden_size: int, num_experts: int, top_k: int) -> None:
+        super().check(hidden_size, num_experts, top_k)
         one_best(self.name, top_k)
+
+
+class SelectionBias(GlobalState):
+    """What makes an expert more or less likely to be chosen, float32 [E]."""
+
+    bias: Tensor
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.register_state("bias", (num_experts,), 0.0)
 
 
 class LinearRouter(Router):
@@ -65,13 +114,19 @@ class LinearRouter(Router):
         super().__init__(config, hidden_size, num_experts, top_k)
         self.score_scale = OddsScale(1 / num_experts if config.gate == "softmax" else 0.5)
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.bias = nn.Parameter(torch.empty(num_experts)) if config.bias else None
+        self.selection = SelectionBias(num_experts) if config.selection_bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.hidden_size**-0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def scores(self, x: Tensor, inputs: RouterInput) -> Scores:
         logits = x @ self.weight.to(x.dtype).T
+        if self.bias is not None:
+            logits = logits + self.bias.to(x.dtype)
         if self.config.gate == "softmax":
             gates = probs = logits.softmax(-1)
         else:
@@ -79,3 +134,20 @@ class LinearRouter(Router):
             # gates / gates.sum(), in a form that does not become 0 / 0 where all gates underflow
             probs = logsigmoid(logits).softmax(-1)
         return Scores(scores=gates, logits=logits, gates=gates, probs=probs)
+
+    def preferences(self, scores: Scores) -> Tensor:
+        table = super().preferences(scores)
+        if self.selection is not None:
+            table = table + self.selection.bias.to(table.dtype)
+        if self.config.num_groups > 1:
+            table = self._within_best_groups(table)
+        return table
+
+    def _within_best_groups(self, table: Tensor) -> Tensor:
+        """`table` [T, E] with minus infinity outside each token's best groups."""
+        groups = table.unflatten(-1, (self.config.num_groups, -1))
+        best = groups.topk(2 if self.config.group_score == "best_two" else 1, dim=-1).values
+        chosen = top_experts(best.sum(-1), self.config.top_groups)
+        outside = torch.ones(groups.shape[:2], dtype=torch.bool, device=table.device)
+        outside = outside.scatter(1, chosen, False)
+        return groups.masked_fill(outside[:, :, None], -torch.inf).flatten(1)

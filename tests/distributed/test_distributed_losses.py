@@ -1,17 +1,14 @@
-"""Two ranks against one that holds all tokens: losses, their gradients, and counters.
-
-The ranks are spawned once; they compute every case and write it down, and the tests compare.
-"""
+"""Losses, their gradients, and counters: ranks against one rank that holds all tokens."""
 
 from __future__ import annotations
 
-from datetime import timedelta
-from pathlib import Path
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from layouts import LAYOUTS, Batch, Layout, parallel
 from torch import Tensor
 
 from etr.moe import (
@@ -25,7 +22,7 @@ from etr.moe import (
 )
 from etr.moe.capacity import AffinityMass, Factor, LocMoE, Threshold
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1000)]
 
 H, E, T = 16, 4, 12
 WORLD = 2
@@ -107,16 +104,16 @@ def state_case(name: str, chunks: list[Tensor], masks: list[Tensor], group: Any)
     return {"state": layer.state_dict(), "stats": stats}
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=WORLD,
-        timeout=timedelta(seconds=60),
-    )
-    group, x, found = dist.group.WORLD, tokens()[rank], {}
+def on_rank(world: int) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for layout in LAYOUTS:
+        if layout.world == world:
+            for name in LOSSES:
+                found["layout", name, layout.id] = layout_case(name, layout)
+    if world != WORLD:
+        return found
+    group, rank = dist.group.WORLD, dist.get_rank()
+    x = tokens()[rank]
     for past in (False, True):
         for name in LOSSES:
             for case, mask in MASKS.items():
@@ -125,9 +122,7 @@ def worker(rank: int, folder: str) -> None:
         for case, mask in MASKS.items():
             found["state", name, case] = state_case(name, [x], [mask[rank]], group)
     found["accumulate"] = accumulate(x.chunk(2), group)
-    torch.save(found, f"{folder}/rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 def accumulate(chunks: Any, group: Any) -> Tensor:
@@ -143,43 +138,25 @@ def accumulate(chunks: Any, group: Any) -> Tensor:
     return gradient
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    """What each rank found."""
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=worker, args=(r, str(folder))) for r in range(WORLD)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=120)
-    stuck = [process for process in processes if process.is_alive()]
-    for process in stuck:
-        process.kill()
-    assert not stuck, "a rank hangs"
-    assert [process.exitcode for process in processes] == [0] * WORLD
-    return [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in range(WORLD)]
-
-
 @pytest.mark.parametrize("past", [False, True])
 @pytest.mark.parametrize("case", list(MASKS))
 @pytest.mark.parametrize("name", list(LOSSES))
 def test_the_average_over_ranks_equals_one_rank_with_all_tokens(
-    ranks: list[dict[Any, Any]], name: str, case: str, past: bool
+    ranks: Any, name: str, case: str, past: bool
 ) -> None:
     """Value and gradient: what data parallelism computes is what one rank would."""
     want = loss_case(name, tokens(), MASKS[case], None, past)
     for part in ("loss", "grad"):
-        got = sum(found["loss", name, case, past][part] for found in ranks) / WORLD
+        got = sum(found["loss", name, case, past][part] for found in ranks(WORLD)) / WORLD
         torch.testing.assert_close(got, want[part].to(got), rtol=1e-9, atol=1e-12)
     nothing = case == "none at all" or (name == "previous" and not past)
     assert bool(want["grad"].abs().max() > 1e-12) != nothing
 
 
-def test_the_ranks_differ(ranks: list[dict[Any, Any]]) -> None:
+def test_the_ranks_differ(ranks: Any) -> None:
     """Each rank's own load would give another gradient, so the averages say something."""
     for name in ("ranks", "z"):
-        first, second = (found["loss", name, "unequal", True]["grad"] for found in ranks)
+        first, second = (found["loss", name, "unequal", True]["grad"] for found in ranks(WORLD))
         assert not torch.allclose(first, second)
     layer = layer_of(LossConfig(aux_mode="micro"))
     grads = []
@@ -190,9 +167,9 @@ def test_the_ranks_differ(ranks: list[dict[Any, Any]]) -> None:
     assert not torch.allclose(sum(grads) / WORLD, want)
 
 
-def test_previous_is_invariant_to_ranks_and_accumulation(ranks: list[dict[Any, Any]]) -> None:
+def test_previous_is_invariant_to_ranks_and_accumulation(ranks: Any) -> None:
     want = loss_case("previous", tokens(), MASKS["all valid"], None, True)["grad"]
-    got = sum(found["accumulate"] for found in ranks) / WORLD
+    got = sum(found["accumulate"] for found in ranks(WORLD)) / WORLD
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
     one_rank = accumulate(tokens().flatten(0, 1).chunk(4), None)
     torch.testing.assert_close(one_rank, want, rtol=1e-9, atol=1e-12)
@@ -201,11 +178,11 @@ def test_previous_is_invariant_to_ranks_and_accumulation(ranks: list[dict[Any, A
 @pytest.mark.parametrize("case", list(MASKS))
 @pytest.mark.parametrize("name", list(POLICIES))
 def test_after_step_learns_alike_on_every_rank_and_as_one_rank_would(
-    ranks: list[dict[Any, Any]], name: str, case: str
+    ranks: Any, name: str, case: str
 ) -> None:
     """One rank sees the other's batch as a second micro-batch."""
     want = state_case(name, list(tokens()), list(MASKS[case]), None)
-    for found in ranks:
+    for found in ranks(WORLD):
         got = found["state", name, case]
         assert got["state"].keys() == want["state"].keys()
         for part in ("state", "stats"):
@@ -214,3 +191,86 @@ def test_after_step_learns_alike_on_every_rank_and_as_one_rank_would(
                     got[part][key], value, rtol=0, atol=0, equal_nan=True, msg=key
                 )
     assert int(want["stats"]["num_valid_tokens"]) == int(MASKS[case].sum())
+
+
+# --- layers spread over ranks, which know their groups themselves ---------------------------------
+
+
+def layout_batch(layout: Layout) -> Batch:
+    batch = Batch.make(sum(layout.sizes), H, seed=4)
+    batch.x[: layout.sizes[0], 8:12] += 1  # ranks differ in what they like
+    return batch
+
+
+def measured(layer: MoE, batch: Batch, **fields: Any) -> dict[str, Tensor]:
+    """Sum of the losses, and its gradient with respect to the router."""
+    losses = layer(batch.x, batch.context(**fields)).losses
+    weight = layer.router.get_parameter("weight")
+    loss = sum(losses.values(), start=0.0 * weight.sum())
+    return {"loss": loss.detach(), "grad": torch.autograd.grad(loss, weight)[0]}
+
+
+def layout_case(name: str, layout: Layout) -> dict[str, Tensor]:
+    """On a rank: the second micro-batch of a run, whose first gave mode `previous` its load."""
+    layer = layer_of(LOSSES[name]).distribute(parallel(layout))
+    batch = layout_batch(layout).of(layout, dist.get_rank())
+    with Collector(layer):
+        layer(batch.x, batch.context())
+    after_step(layer, dist.group.WORLD)
+    return measured(layer, batch)
+
+
+def one_rank_case(name: str, layout: Layout) -> dict[str, Tensor]:
+    """The same on one rank; the locality loss is a mean over nodes, of the tokens there."""
+    layer, batch, config = layer_of(LOSSES[name]), layout_batch(layout), LOSSES[name]
+    with Collector(layer):
+        layer(batch.x, batch.context(placement=placement_of(layout, 0)))
+    after_step(layer)
+    layer.config = dataclasses.replace(
+        layer.config, losses=dataclasses.replace(config, locality_mu=0.0)
+    )
+    found = measured(layer, batch)
+    only = LossConfig(aux_alpha=0.0, locality_mu=config.locality_mu)
+    layer.config = dataclasses.replace(layer.config, losses=only)
+    for node in set(layout.nodes):
+        parts = [batch.of(layout, r) for r in layout.holders if layout.nodes[r] == node]
+        here = Batch(*(torch.cat(t) for t in zip(*(astuple(p) for p in parts), strict=True)))
+        placement = placement_of(layout, layout.nodes.index(node))
+        rank = placement.node_of_rank.index(node)
+        more = measured(layer, here, placement=placement, rank=rank)
+        share = len(parts) / len(layout.holders)
+        found = {key: found[key] + share * more[key] for key in found}
+    return found
+
+
+def placement_of(layout: Layout, rank: int) -> ExpertPlacement:
+    """Where the experts are of the expert group that a rank belongs to."""
+    same = [
+        other
+        for other in range(layout.world)
+        if all(layout.place(other, dim) == layout.place(rank, dim) for dim in ("data", "tensor"))
+    ]
+    return ExpertPlacement(
+        rank_of_expert=tuple(e * len(same) // E for e in range(E)),
+        node_of_rank=tuple(layout.nodes[other] for other in same),
+    )
+
+
+def astuple(batch: Batch) -> tuple[Tensor, ...]:
+    return batch.x, batch.cotangent, batch.token_ids, batch.valid_mask
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.id)
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_losses_of_a_spread_layer_are_those_of_one_rank(
+    ranks: Any, name: str, layout: Layout
+) -> None:
+    """Value and gradient, for data and expert ranks, nodes, and ranks with the same tokens."""
+    found = [part["layout", name, layout.id] for part in ranks(layout.world)]
+    want = one_rank_case(name, layout)
+    for key, value in want.items():
+        got = torch.stack([found[rank][key] for rank in layout.holders]).mean(0)
+        torch.testing.assert_close(got, value, rtol=1e-9, atol=1e-12)
+        for rank, part in enumerate(found):
+            twin = found[layout.holders[layout.holder(rank)]]
+            torch.testing.assert_close(part[key], twin[key], rtol=1e-9, atol=1e-12)

@@ -1,0 +1,200 @@
+"""Rows between ranks: who exchanges with whom, what is under way, and how many bytes of it.
+
+An exchange is a pair of autograd functions. `depart` starts it and `arrive` waits for it, and in
+the backward pass `arrive` starts the way back and `depart` waits: what is computed between the two
+is computed while rows travel, in both passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from etr.moe.capacity import capacity_tokens
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from etr.moe.expert_parallel import ExpertParallel
+    from etr.moe.routing import Routing
+    from etr.moe.topology import Topology
+
+BASELINE_FACTOR = 1.1
+"""Capacity factor of the padded baseline that traffic is compared with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peers:
+    """Ranks that exchange with each other.
+
+    Args:
+        group: their process group.
+        rank: this rank's number in the group.
+        node_of_rank: node of each rank of the group.
+    """
+
+    group: ProcessGroup
+    rank: int
+    node_of_rank: tuple[int, ...]
+
+    @classmethod
+    def of(cls, group: ProcessGroup, topology: Topology) -> Peers:
+        """The ranks of `group`, on the nodes that the topology gives them."""
+        ranks = dist.get_process_group_ranks(group)
+        return cls(
+            group=group,
+            rank=dist.get_rank(group),
+            node_of_rank=tuple(topology.node_of_rank[r] for r in ranks),
+        )
+
+    @property
+    def size(self) -> int:
+        return len(self.node_of_rank)
+
+
+class Traffic:
+    """One forward's use of the ranks of `parallel`: bytes that this rank sends to others.
+
+    Attributes:
+        within_node, between_nodes: bytes sent so far; what a rank sends to itself is free.
+        between_nodes_padded: what the baseline would have sent between nodes instead.
+    """
+
+    def __init__(self, parallel: ExpertParallel) -> None:
+        self.parallel = parallel
+        self.within_node = self.between_nodes = self.between_nodes_padded = 0
+
+    def count(self, rows: Sequence[int], row_bytes: int, peers: Peers) -> None:
+        """Count `rows[r]` rows sent to each rank r."""
+        own = peers.node_of_rank[peers.rank]
+        for rank, (number, node) in enumerate(zip(rows, peers.node_of_rank, strict=True)):
+            if node != own:
+                self.between_nodes += number * row_bytes
+            elif rank != peers.rank:
+                self.within_node += number * row_bytes
+
+    def count_padded(self, x: Tensor, routing: Routing) -> None:
+        """Count what the baseline would send between nodes for the tokens [T, H], both ways.
+
+        It pads each expert's rows from this rank to `BASELINE_FACTOR` times the mean load.
+        """
+        placement, own = self.parallel.placement, self.parallel.expert_peers
+        node = own.node_of_rank[own.rank]
+        far = routing.num_experts - len(placement.experts_on_node(node))
+        slot = capacity_tokens(
+            BASELINE_FACTOR, routing.num_tokens, routing.top_k, routing.num_experts
+        )
+        self.between_nodes_padded += 2 * far * slot * x.shape[1] * x.element_size()
+
+    def add_to(self, stats: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Counters of this rank so that the sum over all ranks is that of one rank.
+
+        A forward counts once for its selection group, over which losses are means. Ranks that hold
+        the same tokens count them once, but the bytes of each.
+        """
+        group, twins = self.parallel.selection_peers, self.parallel.tensor_peers
+        like = stats["num_forwards"]
+        found = dict(stats)
+        if group is not None:
+            found["num_forwards"] = like * int(group.rank == 0)
+            found |= {k: v / group.size for k, v in stats.items() if k.startswith("loss_")}
+        if twins is not None and twins.rank > 0:
+            found = {name: torch.zeros_like(value) for name, value in found.items()}
+        return found | {
+            "bytes_within_node": like.new_tensor(self.within_node),
+            "bytes_between_nodes": like.new_tensor(self.between_nodes),
+            "bytes_between_nodes_padded": like.new_tensor(self.between_nodes_padded),
+        }
+
+
+class Pending(NamedTuple):
+    """Rows under way: memory that is being filled, and the exchange that fills it."""
+
+    rows: Tensor
+    flight: _Flight
+
+
+def depart(
+    rows: Tensor, sends: list[int], receives: list[int], peers: Peers, traffic: Traffic
+) -> Pending:
+    """Start sending rows; the ranks' shares may be uneven or empty.
+
+    Args:
+        rows: [sum(sends), ...], by rank that they go to.
+        sends, receives: rows to and from each rank.
+    """
+    traffic.count(sends, rows[:1].numel() * rows.element_size() if len(rows) else 0, peers)
+    flight = _Flight(sends, receives, peers)
+    return Pending(_Depart.apply(rows, flight), flight)
+
+
+def arrive(pending: Pending) -> Tensor:
+    """Wait for the rows of `depart`, [sum(receives), ...] by rank that they come from."""
+    return _Arrive.apply(*pending)
+
+
+def exchange_evenly(values: Tensor, peers: Peers, traffic: Traffic) -> Tensor:
+    """Send `values[r]` to each rank r at once; no gradient.
+
+    Args:
+        values: [ranks, ...].
+    Returns:
+        The same shape: what each rank sent here.
+    """
+    traffic.count([1] * peers.size, values[0].numel() * values.element_size(), peers)
+    found = torch.empty_like(values, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(found, values.contiguous(), group=peers.group)
+    return found
+
+
+class _Flight:
+    """One exchange, there in the forward pass and back in the backward pass."""
+
+    def __init__(self, sends: list[int], receives: list[int], peers: Peers) -> None:
+        self.sends, self.receives, self.group = sends, receives, peers.group
+        self.under_way: Any = None
+
+    def start(self, rows: Tensor, *, back: bool) -> Tensor:
+        sends, receives = (self.receives, self.sends) if back else (self.sends, self.receives)
+        rows = rows.contiguous()
+        found = rows.new_empty(sum(receives), *rows.shape[1:])
+        work = dist.all_to_all_single(found, rows, receives, sends, group=self.group, async_op=True)
+        self.under_way = work, rows, found  # the rows must live until they are sent
+        return found
+
+    def wait(self) -> Tensor:
+        work, _, found = self.under_way
+        self.under_way = None
+        work.wait()
+        return found
+
+
+class _Depart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.start(rows, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.flight.wait(), None  # not `grad`: see `_Arrive`
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        flight.wait()
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.flight.start(grad, back=True)
+        # What is on its way has another number of rows than autograd expects here, so `_Depart`
+        # takes it from the flight.
+        return grad, None

@@ -1,0 +1,61 @@
+"""Watching layers: every observer sees input, routing and selection, and leaves no trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import etr
+from etr.moe.watch import LayerView, watch
+
+CONFIG = etr.MoEConfig(hidden_size=16, intermediate_size=8, num_experts=4, top_k=2)
+
+
+def two_layers() -> torch.nn.Sequential:
+    class Block(torch.nn.Module):
+        def __init__(self, index: int) -> None:
+            super().__init__()
+            self.moe = etr.MoE(CONFIG, index)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.moe(x).hidden_states
+
+    return torch.nn.Sequential(Block(0), Block(1))
+
+
+def test_every_layer_is_seen_with_what_it_decided() -> None:
+    model, x = two_layers(), torch.randn(2, 5, 16)
+    views: dict[int, LayerView] = {}
+    with watch(model, views.__setitem__):
+        model(x)
+    assert list(views) == [0, 1]
+    assert views[0].x.shape == (10, 16)
+    assert torch.equal(views[0].x, x.view(10, 16))
+    for place, layer in enumerate(etr.moe_layers(model)):
+        view = views[place]
+        assert view.layer is layer
+        assert view.routing.expert.shape == view.selection.kept.shape == (20,)
+        assert not view.x.requires_grad
+
+
+def test_watchers_nest_and_leave_no_trace() -> None:
+    model, x = two_layers(), torch.randn(3, 16)
+    outer, inner = list[int](), list[int]()
+
+    def see(place: int, view: LayerView) -> None:
+        inner.append(place)
+
+    with watch(model, lambda place, view: outer.append(place)):
+        with watch(model, see), watch(model, see):
+            model(x)
+        model(x)
+    model(x)
+    assert outer == [0, 1, 0, 1]
+    assert inner == [0, 0, 1, 1]
+
+
+def test_watchers_go_when_a_forward_fails() -> None:
+    model = two_layers()
+    with pytest.raises(ValueError, match="hidden_size"), watch(model, lambda place, view: None):
+        model(torch.randn(3, 15))
+    assert all(not layer.watchers for layer in etr.moe_layers(model))
