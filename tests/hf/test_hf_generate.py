@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import PAD, calibrated, make_model, tokens, traits
+from tiny_models import PAD, calibrated, make_model, router_and_family, tokens, traits
 
 import etr
-from etr.hf import FAMILIES
 from etr.moe import moe_layers
 
 pytestmark = pytest.mark.filterwarnings(
@@ -60,8 +59,7 @@ def greedy(model, x, mask, steps):
     return x
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("router", POSITION_FREE)
+@pytest.mark.parametrize(("router", "family"), router_and_family(POSITION_FREE))
 def test_decoding_with_a_cache_equals_one_forward(router, family):
     model = calibrated(make_model(router, family))
     x, mask = left_padded()
@@ -83,8 +81,7 @@ def test_padding_changes_nothing(router):
     torch.testing.assert_close(padded, alone, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("router", POSITION_FREE)
+@pytest.mark.parametrize(("router", "family"), router_and_family(POSITION_FREE))
 def test_greedy_generation(router, family):
     model = calibrated(make_model(router, family))
     x, mask = left_padded(8, 3)
@@ -103,6 +100,32 @@ def test_sampling_and_beams_run(router, options):
     assert found.shape == (2, 12)
     assert torch.equal(found[:, :8], x)
     assert all(layer.pending == {} for layer in moe_layers(model))
+
+
+@pytest.mark.parametrize("selection", ["threshold", "dropless"])
+@pytest.mark.parametrize("router", POSITION_FREE)
+def test_beams_with_a_cache_equal_beams_without(router, selection):
+    """Beams change places in the batch, and so do the rows of the cache."""
+    model = calibrated(make_model(router))
+    etr.set_eval_selection(model, selection)
+    x, mask = left_padded(8, 3)
+    options = {"attention_mask": mask, "num_beams": 3, "max_new_tokens": 4, "eos_token_id": None}
+    found = model.generate(x, **options)
+    assert torch.equal(found, model.generate(x, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("selection", ["threshold", "dropless"])
+@pytest.mark.parametrize("router", POSITION_FREE)
+def test_a_batch_generates_what_each_prompt_does_alone(router, selection):
+    model = calibrated(make_model(router))
+    etr.set_eval_selection(model, selection)
+    x, mask = left_padded(8, 3)
+    options = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None}
+    both = model.generate(x, attention_mask=mask, **options)
+    for row, padding in enumerate((0, 3)):
+        prompt = x[row : row + 1, padding:]
+        alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+        assert torch.equal(both[row, 8:], alone[0, 8 - padding :])
 
 
 def test_static_cache():

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from tiny_models import (
     VOCAB,
     base_config,
     calibrated,
-    etr_config,
     make_model,
     pending,
     quiet_eval,
+    router_and_family,
     tokens,
     traits,
 )
@@ -21,62 +19,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import etr
-from etr.hf import FAMILIES, EtrConfig, EtrForCausalLM, MoEBlock
+from etr.hf import EtrConfig, EtrForCausalLM, MoEBlock
 from etr.moe import LossConfig, RoutingContext, moe_layers, set_eval_selection
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
 TOLERANCE = {"rtol": 0, "atol": 1e-9}
-
-
-def copy_family_weights(family_model, model):
-    """Give `model` the weights of a transformers model with the linear router."""
-    weights = {
-        name.replace("mlp.gate.weight", "mlp.router.weight"): value
-        for name, value in family_model.state_dict().items()
-    }
-    missing, unexpected = model.load_state_dict({**model.state_dict(), **weights}, strict=False)
-    assert not missing
-    assert not unexpected
-
-
-def double_gate(gate):
-    """A family's gate in float64: their own rounds the probabilities to float32."""
-
-    def forward(hidden_states):
-        logits = F.linear(hidden_states.reshape(-1, gate.hidden_dim), gate.weight)
-        weights, experts = logits.softmax(-1).topk(gate.top_k, dim=-1)
-        return logits, weights / weights.sum(-1, keepdim=True), experts
-
-    return forward
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    ("training", "gate", "atol"),
-    [(False, "double", 1e-9), (True, "double", 1e-9), (False, "own", 1e-5)],
-)
-def test_linear_router_equals_the_family(family, training, gate, atol):
-    config = etr_config("token_choice", family, capacity="none", normalize="chosen")
-    base = config.base_config
-    base.norm_topk_prob = True
-    theirs = AutoModelForCausalLM.from_config(copy.deepcopy(base), experts_implementation="eager")
-    theirs = theirs.double().train(training)
-    assert not isinstance(theirs, EtrForCausalLM)
-    if gate == "double":
-        for layer in theirs.model.layers:
-            layer.mlp.gate.forward = double_gate(layer.mlp.gate)
-    mine = EtrForCausalLM(config).double().train(training)
-    copy_family_weights(theirs, mine)
-    x, mask = tokens(2, 10), torch.ones(2, 10, dtype=torch.int64)
-    mask[0, :3] = 0
-    labels = x.clone()
-    labels[0, :4] = -100  # nothing predicted at padding counts
-    expected = theirs(x, attention_mask=mask, labels=labels)
-    found = mine(x, attention_mask=mask, labels=labels)
-    valid = mask.bool()
-    torch.testing.assert_close(found.logits[valid], expected.logits[valid], rtol=0, atol=atol)
-    torch.testing.assert_close(found.lm_loss, expected.loss.detach(), rtol=0, atol=1e-5)
-    torch.testing.assert_close(mine(x).logits, theirs(x).logits, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("router", etr.ROUTERS)
@@ -115,8 +62,7 @@ def test_thresholds_drop_tokens():
         assert layer["num_tokens_per_expert"].sum() < layer["num_choices_per_expert"].sum()
 
 
-@pytest.mark.parametrize("router", etr.ROUTERS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("router", "family"), router_and_family(etr.ROUTERS))
 def test_losses(router, family):
     losses = LossConfig(z_beta=0.001) if traits(router).has_probs else None
     model = make_model(router, family, losses=losses)

@@ -8,11 +8,11 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import calibrated, etr_config, make_model, quiet_eval, tokens
+from tiny_models import calibrated, etr_config, make_model, quiet_eval, router_and_family, tokens
 from transformers import AutoModelForCausalLM
 
 import etr
-from etr.hf import FAMILIES, EtrConfig, EtrForCausalLM, load_pretrained
+from etr.hf import EtrConfig, EtrForCausalLM, load_pretrained
 from etr.moe import moe_layers
 from etr.moe.state import GlobalState
 
@@ -32,8 +32,7 @@ def same(first, second):
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("router", etr.ROUTERS)
+@pytest.mark.parametrize(("router", "family"), router_and_family(etr.ROUTERS))
 def test_saved_and_loaded_model_is_identical(router, family, tmp_path):
     model = calibrated(make_model(router, family), steps=2)
     model.save_pretrained(tmp_path)

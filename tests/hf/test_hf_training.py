@@ -10,12 +10,13 @@ from tiny_models import (
     make_model,
     pending,
     quiet_eval,
+    router_and_family,
     tokens,
     train_steps,
 )
 
 import etr
-from etr.hf import FAMILIES, EtrConfig, EtrForCausalLM, load_pretrained
+from etr.hf import EtrConfig, EtrForCausalLM, load_pretrained
 from etr.moe import attach, capacity, moe_layers
 
 pytestmark = pytest.mark.filterwarnings(
@@ -30,8 +31,7 @@ def same_stats(first, second):
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("router", etr.ROUTERS)
+@pytest.mark.parametrize(("router", "family"), router_and_family(etr.ROUTERS))
 def test_gradient_checkpointing_changes_nothing(router, family):
     plain, checkpointed = make_model(router, family), make_model(router, family)
     checkpointed.gradient_checkpointing_enable()

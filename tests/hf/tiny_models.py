@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import MixtralConfig, OlmoeConfig, PreTrainedConfig, Qwen3MoeConfig
+from torch.overrides import TorchFunctionMode
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    GptOssConfig,
+    GraniteMoeConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
 import etr
 from etr.hf import FAMILIES, EtrConfig, EtrForCausalLM
@@ -15,16 +29,75 @@ from etr.moe import moe_layers
 from etr.moe.training import attach
 
 VOCAB, PAD = 64, 0
+LATENT = {  # sizes of DeepSeek's attention
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
+DEEPSEEK = {
+    **LATENT,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 48,
+    "intermediate_size": 40,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.5,
+    "first_k_dense_replace": 0,
+    "n_group": 2,
+    "topk_group": 1,
+}
 BASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "mixtral": (MixtralConfig, {"num_local_experts": 4, "intermediate_size": 48}),
+    "qwen2_moe": (
+        Qwen2MoeConfig,
+        {
+            "num_experts": 4,
+            "moe_intermediate_size": 48,
+            "shared_expert_intermediate_size": 40,
+            "intermediate_size": 40,
+        },
+    ),
     "qwen3_moe": (Qwen3MoeConfig, {"num_experts": 4, "moe_intermediate_size": 48, "head_dim": 8}),
     "olmoe": (OlmoeConfig, {"num_experts": 4, "intermediate_size": 48}),
+    "deepseek_v2": (DeepseekV2Config, {**DEEPSEEK, "topk_method": "group_limited_greedy"}),
+    "deepseek_v3": (DeepseekV3Config, {**DEEPSEEK, "num_mtp_layers": 0}),
+    "gpt_oss": (
+        GptOssConfig,
+        {
+            "num_local_experts": 4,
+            "intermediate_size": 48,
+            "head_dim": 8,
+            "sliding_window": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "swiglu_limit": 0.5,  # so that it cuts
+            "swiglu_alpha": 1.3,
+        },
+    ),
+    "granitemoe": (
+        GraniteMoeConfig,
+        {
+            "num_local_experts": 4,
+            "intermediate_size": 48,
+            "embedding_multiplier": 1.5,
+            "logits_scaling": 2.0,
+            "residual_multiplier": 0.7,
+            "attention_multiplier": 0.5,
+        },
+    ),
 }
 assert set(BASES) == set(FAMILIES), "every family in the table is tested"
 
 
+def router_and_family(routers: Iterable[str]) -> list[tuple[str, str]]:
+    """Every router with one family, and every family with one router: the two do not interact."""
+    first, *others = FAMILIES
+    return [*((router, first) for router in routers), *(("etr", family) for family in others)]
+
+
 def base_config(family: str = "mixtral", **changes: Any) -> PreTrainedConfig:
-    """Two layers, H=32, four experts."""
+    """Two layers with experts, H=32, four experts."""
     config_class, extra = BASES[family]
     sizes: dict[str, Any] = {
         "vocab_size": VOCAB,
@@ -49,6 +122,31 @@ def etr_config(router: Any = "etr", family: str = "mixtral", **options: Any) -> 
         return EtrConfig.from_base(base, router, **options)
     options["top_k"] = 1 if router in ("baseline", "locmoe") else 2
     return EtrConfig.from_base(base, router, **options)
+
+
+def family_model(family: str, **changes: Any) -> PreTrainedModel:
+    """Transformers' own model in eval mode, in float32, with random biases too."""
+    model = AutoModelForCausalLM.from_config(base_config(family, **changes)).eval()
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if "bias" in name:
+            value.data.normal_(std=0.3)
+    return model
+
+
+class InFloat64(TorchFunctionMode):
+    """Makes every conversion to float32 one to float64: families round probabilities and norms."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.Tensor.float:
+            return args[0].double()
+        kwargs = {k: _wide(v) for k, v in (kwargs or {}).items()}
+        return func(*map(_wide, args), **kwargs)
+
+
+def _wide(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
 
 
 def make_model(

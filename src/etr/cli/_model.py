@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Container
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
 
 from etr.data import load_tokenizer
 from etr.hf import EtrForCausalLM, load_pretrained
-from etr.train.checkpoint import list_checkpoints
+from etr.train.checkpoint import is_divided, list_checkpoints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,4 +33,65 @@ def open_model(path: str) -> tuple[EtrForCausalLM, PreTrainedTokenizerBase, Path
     checkpoints = list_checkpoints(folder)
     if checkpoints:
         folder = checkpoints[-1]
+    if is_divided(folder):
+        raise ValueError(
+            f"{folder} was written by many ranks; make one model of it first: etr consolidate "
+            f"{path} NEW_FOLDER"
+        )
     return load_pretrained(folder), load_tokenizer(folder), folder
+
+
+def open_any_model(
+    path: str, known: Container[str] | None = None
+) -> tuple[Any, PreTrainedTokenizerBase, Path]:
+    """A model of this library or of transformers in eval mode, its tokenizer, and their folder.
+
+    Weights come from safetensors alone, and no code of the folder runs.
+
+    Args:
+        path: a checkpoint, a run's folder, or a transformers model's folder.
+        known: model types of transformers to take; all by default.
+    Raises:
+        FileNotFoundError: no such folder, or no weights or tokenizer in it.
+        ValueError: a model of another type, damaged weights, or weights of another config.
+    """
+    folder = Path(path)
+    model_type = _model_type(folder)
+    if model_type in (None, "etr") or (known is not None and model_type not in known):
+        return open_model(path)
+    if not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(f"folder={path!r} holds a config.json but no *.safetensors")
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto",
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # reported below
+            output_loading_info=True,
+        )
+    except SafetensorError as error:
+        raise ValueError(f"weights in {path!r} are damaged: {error}") from error
+    model, info = loaded
+    # What a file lacks would silently be random.
+    wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if wrong:
+        raise ValueError(
+            f"weights in {path!r} do not belong to its config.json: {len(wrong)} are missing or of "
+            f"another shape (such as {wrong[0]})"
+        )
+    return model.eval(), load_tokenizer(folder), folder
+
+
+def _model_type(folder: Path) -> str | None:
+    """As the folder's config.json says; None where it says none or is not there."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None  # `open_model` says what is wrong
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    found = values.get("model_type") if isinstance(values, dict) else None
+    return found if isinstance(found, str) else None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TextColumn,
@@ -82,3 +83,34 @@ def training_progress(total: int) -> Iterator[TrainingProgress]:
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         yield TrainingProgress(progress, console, total)
+
+
+@contextmanager
+def bytes_progress(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of bytes while the block runs; what it yields takes bytes done and bytes in all."""
+    console = Console(file=sys.stdout)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(description, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def steps_progress(description: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """A bar of steps while the block runs; what it yields takes the step done and a few words."""
+    console = Console(file=sys.stdout)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(description, total=total, text="")
+        yield lambda step, text: progress.update(task, completed=step, text=text)

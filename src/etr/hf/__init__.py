@@ -5,21 +5,25 @@ Importing this registers `EtrConfig` and `EtrForCausalLM` with transformers' Aut
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from etr.hf.backbone import MoEBlock
 from etr.hf.config import EtrConfig
+from etr.hf.convert import ConvertReport, convert
 from etr.hf.families import FAMILIES, Family, family_of
 from etr.hf.loading import load_pretrained
-from etr.hf.modeling import EtrCausalLMOutput, EtrForCausalLM, MoEBlock
+from etr.hf.modeling import EtrCausalLMOutput, EtrForCausalLM
 
 AutoConfig.register("etr", EtrConfig, exist_ok=True)
 AutoModelForCausalLM.register(EtrConfig, EtrForCausalLM, exist_ok=True)
 
 __all__ = [
     "FAMILIES",
+    "ConvertReport",
     "EtrCausalLMOutput",
     "EtrConfig",
     "EtrForCausalLM",
     "Family",
     "MoEBlock",
+    "convert",
     "family_of",
     "load_pretrained",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, MixtralConfig, PreTrainedConfig
 
 from etr.hf.families import Family, family_of
+from etr.hf.families.base import GATED_ACTIVATIONS
 from etr.moe import LossConfig, MoEConfig
 from etr.moe.capacity import CapacityConfig
 from etr.moe.config import EvalSelection
@@ -69,9 +70,9 @@ class EtrConfig(PreTrainedConfig):
         normalize: Normalize | None = None,
         losses: LossConfig | None = None,
         activation: Activation | None = None,
-        num_shared_experts: int = 0,
+        num_shared_experts: int | None = None,
         backend: str = "auto",
-        dispatch: str = "permute",
+        dispatch: str = "auto",
         eval_selection: EvalSelection = "threshold",
         local_bonus: float = 0.0,
         debug: bool = False,
@@ -79,13 +80,16 @@ class EtrConfig(PreTrainedConfig):
         """Config of a model like `hf_config` with its MoE blocks swapped.
 
         Args:
-            hf_config: a Mixtral, Qwen3-MoE or OLMoE config; copied.
-            router: name in `etr.ROUTERS`, or a router's config.
+            hf_config: config of a family in `FAMILIES`; copied. What its experts are (activation,
+                biases, shared experts, scale of the weights) is taken over.
+            router: name in `etr.ROUTERS`, a router's config, or "keep": route and weigh as the
+                base does, drop nothing, and balance with its own weight, unless told otherwise.
             capacity: name in `etr.CAPACITIES`, a policy's config, or None for the router's own.
             top_k: experts a token may choose; None keeps the base's.
             activation: inside the experts; None takes the base's.
-            rank_by, normalize, losses, num_shared_experts, backend, dispatch, eval_selection,
-                local_bonus, debug: see `MoEConfig`.
+            num_shared_experts: None keeps the base's; each then has the width of the base's.
+            rank_by, normalize, losses, backend, dispatch, eval_selection, local_bonus, debug: see
+                `MoEConfig`.
         Raises:
             ValueError: the base's family is not known, or the options contradict the sizes or
                 each other.
@@ -94,15 +98,21 @@ class EtrConfig(PreTrainedConfig):
         family = family_of(base)
         if top_k is not None:
             setattr(base, family.top_k, top_k)
+        if router == "keep":
+            own = family.router(base)
+            router, normalize = own["router"], normalize or own["normalize"]
+            capacity = capacity or "none"
+            losses = losses or LossConfig(aux_alpha=family.aux_alpha(base))
+        experts: dict[str, Any] = {} if activation is None else {"activation": activation}
+        if num_shared_experts is not None:
+            experts["num_shared_experts"] = num_shared_experts
         config = MoEConfig(
-            **family.sizes(base),
+            **_family_options(family, base, experts),
             router=router,
             capacity=capacity,
             rank_by=rank_by,
             normalize=normalize,
             losses=losses or LossConfig(),
-            activation=activation or family.layer_activation(base),
-            num_shared_experts=num_shared_experts,
             backend=backend,
             dispatch=dispatch,
             eval_selection=eval_selection,
@@ -175,6 +185,20 @@ def _moe_config(family: Family, base: PreTrainedConfig, moe: dict[str, Any]) -> 
             f"moe has unknown options {', '.join(unknown)}; known: {', '.join(sorted(known))} "
             "(sizes belong to base_config)"
         )
-    if "activation" not in moe:
-        moe = {**moe, "activation": family.layer_activation(base)}
-    return MoEConfig.from_dict({**moe, **family.sizes(base)})
+    return MoEConfig.from_dict(_family_options(family, base, moe))
+
+
+def _family_options(
+    family: Family, base: PreTrainedConfig, options: dict[str, Any]
+) -> dict[str, Any]:
+    """`options` over what the family's config says about sizes and experts."""
+    found = {**family.experts(base), **options, **family.sizes(base)}
+    if found["activation"] is None:
+        raise ValueError(
+            f"hidden_act={base.hidden_act!r} of the base config has no counterpart among the "
+            f"experts' activations; known: {', '.join(GATED_ACTIVATIONS)}. Name one by "
+            "activation=..."
+        )
+    if not found.get("num_shared_experts"):
+        found |= {"shared_gate": False, "shared_intermediate_size": None}
+    return found

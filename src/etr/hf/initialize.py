@@ -16,9 +16,9 @@ from etr.moe.state import GlobalState
 def initialize(module: nn.Module, initializer_range: float) -> bool:
     """Write initial values into one module of the layer; what a checkpoint gave stays.
 
-    Experts start like the family's own, normal with `initializer_range`; routers start their own
-    way, from a random stream of their own, so that with one seed models that differ in the router
-    alone start from the same other weights; state starts at its initial values.
+    Experts start like the family's own, normal with `initializer_range` and biases at 0; routers
+    start their own way, from a random stream of their own, so that with one seed models that differ
+    in the router alone start from the same other weights; state starts at its initial values.
 
     Returns:
         False for a module that is not the layer's.
@@ -38,8 +38,11 @@ def initialize(module: nn.Module, initializer_range: float) -> bool:
 
 
 def _normal(module: nn.Module, std: float) -> None:
-    for weight in module.parameters(recurse=False):
-        weight.normal_(std=std)
+    for name, weight in module.named_parameters(recurse=False):
+        if name.endswith("_bias"):
+            weight.zero_()
+        else:
+            weight.normal_(std=std)
 
 
 def _keep_loaded(module: nn.Module, reset: Callable[[], None]) -> None:

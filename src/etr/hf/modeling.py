@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +15,12 @@ from transformers import MODEL_MAPPING, Cache, GenerationMixin, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import ModelOutput, can_return_tuple
 
+from etr.hf.backbone import base_model_class
 from etr.hf.config import EtrConfig
-from etr.hf.initialize import initialize
-from etr.moe import Collector, MoE, MoEConfig, RoutingContext
+from etr.moe import Collector, RoutingContext
 from etr.moe.state import GlobalState
+
+ATTENTION_FLAGS = ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn")
 
 
 @dataclass
@@ -46,23 +48,15 @@ class EtrCausalLMOutput(ModelOutput):
     routing_stats: list[dict[str, Tensor]] | None = None
 
 
-class MoEBlock(MoE):
-    """The layer in the place of a family's MoE block: tensor in, tensor out."""
-
-    def __init__(self, config: MoEConfig, layer_index: int) -> None:
-        super().__init__(config, layer_index)
-        self.context: RoutingContext | None = None
-
-    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
-        """Run the layer with the context of the decoder layer's call, [B, S, H]."""
-        return super().forward(hidden_states, self.context).hidden_states
-
-
 class EtrForCausalLM(PreTrainedModel, GenerationMixin):
     """Causal language model of a known family whose MoE blocks are `etr.moe.MoE` layers.
 
     Args:
         config: see `EtrConfig.from_base`.
+
+    Attributes:
+        prepare_context: called in turn with each forward's `RoutingContext`, and return the one to
+            use: the way in for tools whose caller passes none (`generate`, trainers).
     """
 
     config_class = EtrConfig
@@ -71,18 +65,19 @@ class EtrForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
     _supports_attention_backend = True
 
     def __init__(self, config: EtrConfig) -> None:
+        family_class = MODEL_MAPPING[type(config.base_config)]
+        for name in ATTENTION_FLAGS:  # a kind of attention that the family lacks is not chosen
+            setattr(self, name, getattr(family_class, name))
         super().__init__(config)
         # The family's own experts are thrown away, so they must cost neither an initialisation nor
         # random numbers; `post_init` initialises everything once.
         with no_init_weights(), torch.random.fork_rng(devices=[]):
-            self.model = base_model_class(MODEL_MAPPING[type(config.base_config)])(config)
+            self.model = base_model_class(family_class)(config)
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.prepare_context = self.model.prepare_context
         self.post_init()
 
     @classmethod
@@ -138,17 +133,11 @@ class EtrForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs: for the base model; `num_items_in_batch` divides the summed loss, as
                 transformers' Trainer wants it.
         """
-        context = routing_context or RoutingContext()
         for name in ("output_hidden_states", "output_attentions"):
             if getattr(self.config, name):
                 kwargs.setdefault(name, True)
         with Collector(self, ambient=False) as collector:
-            context = replace(
-                context,
-                valid_mask=_valid_mask(attention_mask, input_ids, inputs_embeds),
-                token_ids=input_ids,
-                collector=collector,
-            )
+            context = replace(routing_context or RoutingContext(), collector=collector)
             outputs = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -162,6 +151,8 @@ class EtrForCausalLM(PreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, keep])
+        if self.config.family.logits_divisor is not None:
+            logits = logits / getattr(self.config, self.config.family.logits_divisor)
 
         loss = lm_loss = None
         if labels is not None:
@@ -198,79 +189,6 @@ class EtrForCausalLM(PreTrainedModel, GenerationMixin):
         super()._set_gradient_checkpointing(enable, function, **kwargs)
 
 
-class _BaseModel:
-    """Mixed into a family's base model: swaps the blocks and initialises them."""
-
-    def __init__(self, config: EtrConfig) -> None:
-        # The family's experts are gone, and with them the choice of how to run them.
-        config.base_config._experts_implementation = None
-        super().__init__(config.base_config)  # type: ignore[call-arg]
-        swap_blocks(self.layers, config)  # type: ignore[attr-defined]
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if not initialize(module, self.config.initializer_range):  # type: ignore[attr-defined]
-            super()._init_weights(module)  # type: ignore[misc]
-
-
-class _DecoderLayer:
-    """Mixed into a family's decoder layer: hands the context to its MoE block.
-
-    The context is part of the call, so activation recomputation finds it again.
-    """
-
-    block_name: str
-
-    def forward(self, *args: Any, etr_context: RoutingContext | None = None, **kwargs: Any) -> Any:
-        block = getattr(self, self.block_name)
-        if not isinstance(block, MoEBlock):  # a dense layer
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        block.context = etr_context
-        try:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            block.context = None
-
-
-@functools.cache
-def base_model_class(family_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """`family_class` that takes an `EtrConfig` and has its MoE blocks swapped."""
-    # Being of this module also keeps transformers from renaming the weights on disk.
-    return type(f"Etr{family_class.__name__}", (_BaseModel, family_class), {"__module__": __name__})
-
-
-@functools.cache
-def decoder_layer_class(layer_class: Any, block_name: str) -> Any:
-    """`layer_class` that hands `etr_context` to its MoE block.
-
-    It keeps its name: device maps and FSDP know layers by it.
-    """
-    return type(
-        layer_class.__name__,
-        (_DecoderLayer, layer_class),
-        {"__module__": __name__, "block_name": block_name},
-    )
-
-
-def swap_blocks(layers: Sequence[nn.Module] | nn.ModuleList, config: EtrConfig) -> None:
-    """Replace the MoE blocks of decoder layers in place; dense layers keep theirs.
-
-    Raises:
-        ValueError: all layers are dense.
-    """
-    family, moe_config = config.family, config.moe_config
-    sparse = [layer for layer in layers if family.is_moe(layer)]
-    if not sparse:
-        raise ValueError(
-            f"base_config of model_type={family.model_type!r} makes every layer dense, so there "
-            "is no MoE block to swap"
-        )
-    for index, layer in enumerate(sparse):
-        setattr(layer, family.block, MoEBlock(moe_config, index))
-    for layer in layers:
-        layer_class: Any = type(layer)
-        layer.__class__ = decoder_layer_class(layer_class, family.block)
-
-
 def _align(model: nn.Module) -> None:
     """Move CPU weights to memory as aligned as torch's own.
 
@@ -280,16 +198,6 @@ def _align(model: nn.Module) -> None:
     for weight in model.parameters():
         if weight.device.type == "cpu" and weight.data_ptr() % 64:
             weight.data = weight.data.clone()
-
-
-def _valid_mask(
-    attention_mask: Tensor | None, input_ids: Tensor | None, inputs_embeds: Tensor | None
-) -> Tensor | None:
-    """True = real token, bool [B, S]; None where no 2-D mask tells."""
-    inputs = input_ids if input_ids is not None else inputs_embeds
-    if inputs is None or not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
-        return None
-    return attention_mask[:, attention_mask.shape[1] - inputs.shape[1] :].bool()
 
 
 def _share_of_step(

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from etr.hf import FAMILIES, family_of
-from etr.moe import MoE, Routing, Selection, moe_layers
+from etr.moe import Routing, Selection, moe_layers
+from etr.moe.watch import LayerView, watch
 from etr.trace.schema import LayerRouting
 
 
@@ -106,14 +107,14 @@ class RoutingRecorder:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers = moe_layers(model)
-        self._routers = [] if self._layers else routers_of(model)
-        self._caught: list[list[Choices]] = [[] for _ in self._layers or self._routers]
+        layers = moe_layers(model)
+        self._model = model
+        self._routers = [] if layers else routers_of(model)
+        self._caught: list[list[Choices]] = [[] for _ in layers or self._routers]
         self._stack = ExitStack()
 
     def __enter__(self) -> RoutingRecorder:
-        for layer, caught in zip(self._layers, self._caught, strict=False):
-            _watch_layer(layer, caught, self._stack)
+        self._stack.enter_context(watch(self._model, self._see))
         for router, caught in zip(self._routers, self._caught, strict=False):
             handle = router.register_forward_hook(partial(_catch_router, caught))
             self._stack.callback(handle.remove)
@@ -141,19 +142,8 @@ class RoutingRecorder:
                 )
         return [layer[0].of_tokens(valid_mask.flatten()) for layer in caught]
 
-
-def _watch_layer(layer: MoE, caught: list[Choices], stack: ExitStack) -> None:
-    """Catch the two values that meet in the layer's `select`."""
-    original = layer.select
-
-    def select(routing: Routing, *args: Any, **kwargs: Any) -> Selection:
-        selection = original(routing, *args, **kwargs)
-        caught.append(Choices.of_layer(routing, selection))
-        return selection
-
-    # On the instance alone, and gone at the end: the class and other layers are as before.
-    vars(layer)["select"] = select
-    stack.callback(vars(layer).pop, "select")
+    def _see(self, place: int, view: LayerView) -> None:
+        self._caught[place].append(Choices.of_layer(view.routing, view.selection))
 
 
 def _catch_router(caught: list[Choices], router: nn.Module, args: Any, output: Any) -> None:
@@ -174,7 +164,11 @@ def routers_of(model: nn.Module) -> list[nn.Module]:
         )
     family = family_of(config)
     base: Any = getattr(model, "base_model", model)
-    routers = [getattr(x, family.block).gate for x in base.layers if family.is_moe(x)]
+    routers = [
+        getattr(getattr(layer, family.block), family.router_name)
+        for layer in base.layers
+        if family.is_moe(layer)
+    ]
     if not routers:
         raise ValueError(f"every layer of this {family.model_type} model is dense")
     return routers

@@ -1,0 +1,74 @@
+"""A layer's routing as the dense tables that other engines take."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from etr.moe import MoE, MoEConfig, MoEOutput, RoutingContext
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseRouting:
+    """What each token's experts are, after capacity.
+
+    Args:
+        probs: combine weights, float [T, E]; 0 where not kept.
+        routing_map: kept pairs, bool [T, E].
+        losses: scaled router losses by name, in training.
+    """
+
+    probs: Tensor
+    routing_map: Tensor
+    losses: dict[str, Tensor]
+
+
+class DenseRouter(nn.Module):
+    """Router, capacity and selection of a MoE layer whose experts live in another engine.
+
+    `moe` inside is an ordinary `MoE` without experts: `etr.attach`, `after_step` and
+    `set_progress` find it in the engine's model. Counters go to the open `Collector`; the losses
+    are the caller's to add.
+
+    Args:
+        config: as for `MoE`; its intermediate_size does not matter.
+        layer_index: number of this MoE layer in its model.
+    """
+
+    def __init__(self, config: MoEConfig, layer_index: int = 0) -> None:
+        super().__init__()
+        # One unit wide and removed at once: the engine has the experts.
+        self.moe = MoE(dataclasses.replace(config, intermediate_size=1), layer_index)
+        del self.moe.experts
+
+    def forward(self, x: Tensor, valid_mask: Tensor | None = None) -> DenseRouting:
+        """Route tokens and select.
+
+        Args:
+            x: tokens, float [T, H].
+            valid_mask: True = real token, bool [T]; None for all.
+        """
+        moe, context = self.moe, RoutingContext(valid_mask=valid_mask)
+        if valid_mask is not None:
+            x = x.masked_fill(~valid_mask[:, None], 0.0)
+        routing, limit = moe.route(x, context)
+        selection = moe.select(routing, limit)
+        collector = moe.collector
+        if collector is not None:
+            stats = moe.stats(routing, selection, limit)
+            collector.add(moe, MoEOutput(hidden_states=x, stats=stats))
+        weight, shape = selection.combine_weight, (routing.num_tokens, routing.num_experts + 1)
+        probs = weight.new_zeros(shape).index_put((routing.token, routing.expert), weight)
+        return DenseRouting(
+            probs=probs[:, : routing.num_experts],
+            routing_map=selection.selection_map(routing),
+            losses=moe.losses(routing, context, collector) if self.training else {},
+        )
+
+
+def total_loss(losses: dict[str, Tensor]) -> Tensor | None:
+    """Sum of the losses, or None where there is none."""
+    return torch.stack(list(losses.values())).sum() if losses else None

@@ -1,0 +1,201 @@
+"""`etr convert`: checkpoints of known model families to ours, and back."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from etr.cli._options import parse
+from etr.cli._progress import bytes_progress
+from etr.data import Batch, DataConfig, OpenedData, TokenLoader, held_out_batches, open_data
+from etr.evaluate import calibrate, evaluate
+from etr.hf import ConvertReport, EtrForCausalLM, convert, load_pretrained
+from etr.hf.convert import Direction, logits_difference, write_model
+from etr.hf.swap_router import SwapReport, set_temperatures, swap_router
+from etr.moe import moe_layers
+from etr.moe.config import EvalSelection, parse_capacity
+
+HELD_OUT_TOKENS = 4096
+"""Most tokens of each domain by which the losses of `--router etr` are measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Which folder to convert, and into what."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """Model folder with safetensors, of a known family or of this library."""
+    target: Annotated[str, tyro.conf.Positional]
+    """New folder."""
+    router: Literal["keep", "etr"] = "keep"
+    """keep: the same function as before. etr: orthonormal directions in the place of the learned
+    ones, with temperatures and thresholds calibrated on text."""
+    to: Direction | None = None
+    """etr or hf; by default the one that the source is not."""
+    calibrate: tuple[str, ...] = ("builtin",)
+    """Text for router etr: "builtin" (installed with the library), text files, folders, .jsonl."""
+    sequence_length: int = 256
+    """Length of its sequences, tokens."""
+    batch_size: int = 8
+    """Sequences in a batch."""
+    num_batches: int = 16
+    """Batches to calibrate on."""
+    cache_dir: str = "~/.cache/etr"
+    """Folder for its tokens; ~ is the home folder."""
+    capacity: str = "factor"
+    """With router etr, the capacity that thresholds imitate, perhaps with options:
+    factor:capacity_factor=0.6."""
+    max_shard_bytes: int = 4 * 10**9
+    """Size from which a new file of weights begins."""
+    compare: bool = True
+    """Run both models on a few tokens and print the largest difference of their logits. Holds one
+    whole model in memory, which converting alone does not."""
+
+    def __post_init__(self) -> None:
+        if self.num_batches < 1:
+            raise ValueError(f"num_batches={self.num_batches} must be at least 1")
+        if self.router == "etr" and self.to == "hf":
+            raise ValueError("router='etr' with to='hf': no family of transformers has that router")
+        parse_capacity(self.capacity)
+
+    def data(self, tokenizer: str) -> DataConfig:
+        """The text, cut by a tokenizer."""
+        return DataConfig(
+            data=self.calibrate,
+            tokenizer=tokenizer,
+            sequence_length=self.sequence_length,
+            batch_size=self.batch_size,
+            cache_dir=self.cache_dir,
+        )
+
+
+def run(arguments: list[str]) -> int:
+    """Convert, and print what became of the function."""
+    config = parse(ConvertConfig, "convert", arguments)
+    source, target = Path(config.source), Path(config.target)
+    if config.router == "keep":
+        _say(_convert(config, source, target))
+        if config.compare:
+            difference, largest = logits_difference(source, target)
+            print(
+                f"logits differ by at most {difference:.2e} in float32 (the largest is "
+                f"{largest:.3g})"
+            )
+        return 0
+    if target.exists():
+        raise ValueError(f"{config.target!r} exists already; name a new folder")
+    kept = target.with_name(f"{target.name}.keep")
+    if not (kept / "config.json").is_file():
+        report = _convert(config, source, kept)
+        if report.to == "hf":
+            raise ValueError(f"{config.source!r} has no linear router to swap")
+    _swap(config, kept, target)
+    shutil.rmtree(kept)
+    return 0
+
+
+def _convert(config: ConvertConfig, source: Path, target: Path) -> ConvertReport:
+    with bytes_progress("converting") as progress:
+        return convert(
+            source,
+            target,
+            to=config.to,
+            max_shard_bytes=config.max_shard_bytes,
+            progress=progress,
+        )
+
+
+def _say(report: ConvertReport) -> None:
+    if report.ignored:
+        print(
+            f"left out, as transformers does: {len(report.ignored)} tensors such as "
+            f"{report.ignored[0]}"
+        )
+    print(
+        f"saved: {report.target} ({report.family} as {report.to}, {report.num_tensors} tensors, "
+        f"{report.num_bytes / 1e6:,.1f} MB)"
+    )
+
+
+def _swap(config: ConvertConfig, kept: Path, target: Path) -> None:
+    data = open_data(config.data(str(kept)))
+    model = load_pretrained(kept)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    model.to(device or "cpu")  # type: ignore[arg-type]
+    losses = [("original router", _loss(model, data, config, "dropless"))]
+    report = swap_router(
+        model, map(_arguments, _batches(data, config, "fitting")), capacity=config.capacity,
+        fit=False,
+    )  # fmt: skip
+    losses.append(("orthonormal router", _loss(model, data, config, "dropless")))
+    set_temperatures(model, report)
+    losses.append(("temperatures fitted", _loss(model, data, config, "dropless")))
+    calibrate(model, _batches(data, config, "calibrating"))
+    losses.append((f"thresholds of {config.capacity}", _loss(model, data, config, "threshold")))
+    write_model(model, target, kept)
+    Console().print(_layers(model, report))
+    Console().print(_losses(losses))
+    print(
+        f"{report.changed_tokens:.1%} of {report.num_tokens:,} tokens choose other experts than "
+        f"before, on average over layers\nsaved: {target}"
+    )
+
+
+def _batches(data: OpenedData, config: ConvertConfig, what: str) -> Iterator[Batch]:
+    loader = TokenLoader(
+        data.dataset,
+        sequence_length=config.sequence_length,
+        batch_size=config.batch_size,
+    )
+    yield from track(islice(loader, config.num_batches), what, total=config.num_batches)
+
+
+def _arguments(batch: Batch) -> dict[str, torch.Tensor]:
+    return {"input_ids": batch.input_ids, "attention_mask": batch.valid_mask.long()}
+
+
+def _loss(
+    model: EtrForCausalLM, data: OpenedData, config: ConvertConfig, selection: EvalSelection
+) -> float:
+    batches = held_out_batches(
+        data.dataset,
+        config.sequence_length,
+        config.batch_size,
+        HELD_OUT_TOKENS,
+    )
+    return evaluate(model, batches, data.dataset.domains, selection).loss
+
+
+def _layers(model: EtrForCausalLM, report: SwapReport) -> Table:
+    table = Table()
+    names = ("layer", "tokens changed", "choices changed", "temperature", "condition", "kept")
+    for name in names:
+        table.add_column(name, justify="right")
+    for number, (layer, found) in enumerate(zip(moe_layers(model), report.layers, strict=True)):
+        share = layer.calibration.kept.sum() / layer.calibration.chosen.sum().clamp_min(1)
+        table.add_row(
+            str(number),
+            f"{found.changed_tokens:.1%}",
+            f"{found.changed_pairs:.1%}",
+            f"{found.temperature:.2f}",
+            f"{found.condition:.3g}",
+            f"{float(share):.1%}",
+        )
+    return table
+
+
+def _losses(losses: list[tuple[str, float]]) -> Table:
+    table = Table("after", "held-out nats/token")
+    for name, loss in losses:
+        table.add_row(name, f"{loss:.4f}")
+    return table

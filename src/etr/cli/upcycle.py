@@ -1,0 +1,52 @@
+"""`etr upcycle`: a dense checkpoint becomes a Mixture-of-Experts model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from etr.cli._options import parse
+from etr.cli._progress import bytes_progress
+from etr.hf.convert import logits_difference
+from etr.hf.upcycle import UpcycleConfig, upcycle
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpcycleArguments(UpcycleConfig):
+    """Which model to upcycle, and into what."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """Folder of a dense Llama, Mistral, Qwen2 or Qwen3 model with safetensors."""
+    target: Annotated[str, tyro.conf.Positional]
+    """New folder."""
+    max_shard_bytes: int = 4 * 10**9
+    """Size from which a new file of weights begins."""
+    compare: bool = True
+    """Run both models on a few tokens and print the largest difference of their logits. Holds one
+    whole model in memory, which upcycling alone does not."""
+
+
+def run(arguments: list[str]) -> int:
+    """Upcycle, and print whether the function is the same."""
+    config = parse(UpcycleArguments, "upcycle", arguments)
+    with bytes_progress("upcycling") as progress:
+        report = upcycle(
+            config.source,
+            config.target,
+            config,
+            max_shard_bytes=config.max_shard_bytes,
+            progress=progress,
+        )
+    if report.same_function:
+        print("computes what the dense model does, as long as nothing is dropped")
+    else:
+        print(f"computes something else than the dense model: {report.reason}")
+    if config.compare:
+        difference, largest = logits_difference(config.source, config.target)
+        print(
+            f"logits differ by at most {difference:.2e} in float32 (the largest is {largest:.3g})"
+        )
+    print(f"saved: {report.target} ({report.num_bytes / 1e6:,.1f} MB)")
+    return 0

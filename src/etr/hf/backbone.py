@@ -1,0 +1,177 @@
+"""A family's decoder with its MoE blocks swapped for `etr.moe.MoE` layers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from etr.hf.config import EtrConfig
+from etr.hf.initialize import initialize
+from etr.moe import Collector, MoE, MoEConfig, RoutingContext
+
+
+class MoEBlock(MoE):
+    """The layer in the place of a family's MoE block: tensor in, tensor out.
+
+    Args:
+        config, layer_index: see `MoE`.
+        returns_scores: return a pair, as the family's decoder layer expects it.
+    """
+
+    def __init__(self, config: MoEConfig, layer_index: int, returns_scores: bool = False) -> None:
+        super().__init__(config, layer_index)
+        self.context: RoutingContext | None = None
+        self.returns_scores = returns_scores
+
+    def forward(self, hidden_states: Tensor) -> Any:  # type: ignore[override]
+        """Run the layer with the context of the decoder layer's call, [B, S, H]."""
+        result = super().forward(hidden_states, self.context).hidden_states
+        return (result, None) if self.returns_scores else result
+
+
+class _BaseModel:
+    """Mixed into a family's base model: swaps the blocks and initialises them."""
+
+    def __init__(self, config: EtrConfig) -> None:
+        # The family's experts are gone, and with them the choice of how to run them.
+        config.base_config._experts_implementation = None
+        super().__init__(config.base_config)  # type: ignore[call-arg]
+        self.prepare_context: list[Callable[[RoutingContext], RoutingContext]] = []
+        self.attached_loss_scale = 1.0
+        swap_blocks(self.layers, config)  # type: ignore[attr-defined]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        etr_context: RoutingContext | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The family's decoder, with the rest of the context filled in.
+
+        Trainers that bring an output projection of their own (TRL's) call it past
+        `EtrForCausalLM`. The router losses then travel with the hidden states: their gradient,
+        times `attached_loss_scale`, joins the backward pass, and no loss shows them.
+        """
+        if kwargs.get("output_router_logits"):
+            raise ValueError(
+                "output_router_logits=True asks for the family's own balance loss, and the layers "
+                "have theirs (losses.aux_alpha); leave it out, and give TRL's configs "
+                "router_aux_loss_coef=0.0"
+            )
+        context = etr_context or RoutingContext()
+        for prepare in self.prepare_context:
+            context = prepare(context)
+        context = replace(
+            context,
+            valid_mask=_valid_mask(attention_mask, input_ids, inputs_embeds),
+            token_ids=input_ids,
+        )
+        run = functools.partial(
+            super().forward,  # type: ignore[misc]
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        if context.collector is not None:
+            return run(etr_context=context)
+        with Collector(self, ambient=False) as collector:  # type: ignore[arg-type]
+            outputs = run(etr_context=replace(context, collector=collector))
+        if collector.losses():
+            loss = self.attached_loss_scale * collector.loss()
+            outputs.last_hidden_state = _AttachLoss.apply(outputs.last_hidden_state, loss)
+        return outputs
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if not initialize(module, self.config.initializer_range):  # type: ignore[attr-defined]
+            super()._init_weights(module)  # type: ignore[misc]
+
+
+class _AttachLoss(torch.autograd.Function):
+    """Hidden states as they are; the backward pass gives `loss` the gradient 1."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(loss)
+        return hidden_states.view_as(hidden_states)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.ones_like(ctx.saved_tensors[0])
+
+
+class _DecoderLayer:
+    """Mixed into a family's decoder layer: hands the context to its MoE block.
+
+    The context is part of the call, so activation recomputation finds it again.
+    """
+
+    block_name: str
+
+    def forward(self, *args: Any, etr_context: RoutingContext | None = None, **kwargs: Any) -> Any:
+        block = getattr(self, self.block_name)
+        if not isinstance(block, MoEBlock):  # a dense layer
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        block.context = etr_context
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            block.context = None
+
+
+@functools.cache
+def base_model_class(family_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """`family_class` that takes an `EtrConfig` and has its MoE blocks swapped."""
+    # Being of this module also keeps transformers from renaming the weights on disk.
+    return type(f"Etr{family_class.__name__}", (_BaseModel, family_class), {"__module__": __name__})
+
+
+@functools.cache
+def decoder_layer_class(layer_class: Any, block_name: str) -> Any:
+    """`layer_class` that hands `etr_context` to its MoE block.
+
+    It keeps its name: device maps and FSDP know layers by it.
+    """
+    return type(
+        layer_class.__name__,
+        (_DecoderLayer, layer_class),
+        {"__module__": __name__, "block_name": block_name},
+    )
+
+
+def swap_blocks(layers: Sequence[nn.Module] | nn.ModuleList, config: EtrConfig) -> None:
+    """Replace the MoE blocks of decoder layers in place; dense layers keep theirs.
+
+    Raises:
+        ValueError: all layers are dense.
+    """
+    family, moe_config = config.family, config.moe_config
+    sparse = [layer for layer in layers if family.is_moe(layer)]
+    if not sparse:
+        raise ValueError(
+            f"base_config of model_type={family.model_type!r} makes every layer dense, so there "
+            "is no MoE block to swap"
+        )
+    for index, layer in enumerate(sparse):
+        setattr(layer, family.block, MoEBlock(moe_config, index, family.returns_scores))
+    for layer in layers:
+        layer_class: Any = type(layer)
+        layer.__class__ = decoder_layer_class(layer_class, family.block)
+
+
+def _valid_mask(
+    attention_mask: Tensor | None, input_ids: Tensor | None, inputs_embeds: Tensor | None
+) -> Tensor | None:
+    """True = real token, bool [B, S]; None where no 2-D mask tells."""
+    inputs = input_ids if input_ids is not None else inputs_embeds
+    if inputs is None or not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return None
+    return attention_mask[:, attention_mask.shape[1] - inputs.shape[1] :].bool()

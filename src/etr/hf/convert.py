@@ -1,0 +1,224 @@
+"""Model folders of a known family to ours and back, without loading the model."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+
+from etr.hf.config import EtrConfig
+from etr.hf.families import FAMILIES
+from etr.hf.matching import skeleton, to_ours, to_theirs
+from etr.hf.modeling import EtrForCausalLM
+from etr.hf.shards import LazyTensor, ShardReader, ShardWriter
+
+Direction = Literal["etr", "hf"]
+ROUTING = (
+    "router",
+    "normalize",
+    "routed_scale",
+    "activation",
+    "swiglu_limit",
+    "swiglu_alpha",
+    "expert_bias",
+    "num_shared_experts",
+    "shared_intermediate_size",
+    "shared_gate",
+)
+"""Options of the layer that a family's own block must share to hold the same function."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertReport:
+    """What a conversion did.
+
+    Args:
+        target: the new folder.
+        family: model type of the family.
+        to: what the folder was turned into.
+        num_tensors: written.
+        num_bytes: of the weights.
+        ignored: keys that were left out, since transformers does not load them either.
+    """
+
+    target: Path
+    family: str
+    to: Direction
+    num_tensors: int
+    num_bytes: int
+    ignored: tuple[str, ...] = ()
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    to: Direction | None = None,
+    max_shard_bytes: int = 4 * 10**9,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> ConvertReport:
+    """Turn a model folder of a known family into one of this library with the same function.
+
+    The router stays what it is, and nothing is dropped. Or back: a folder of this library whose
+    router the family has. Tensors are moved one after another, so memory holds one tensor of one
+    layer, never the model. An interrupted conversion goes on where it stopped; until it is complete
+    the folder is called ``TARGET.partial``.
+
+    Args:
+        source: transformers folder with safetensors.
+        target: new folder.
+        to: "etr", "hf", or None for the one that `source` is not.
+        max_shard_bytes: size from which a new file of weights begins.
+        progress: called with bytes done and bytes in all.
+    Raises:
+        FileNotFoundError: no such folder, no config.json, or a missing shard.
+        ValueError: an unknown family; unknown, missing or misshapen tensors; an option that the
+            family does not have; a target that exists.
+    """
+    reader = ShardReader(source)
+    found: Direction = "hf" if reader.config.get("model_type") == "etr" else "etr"
+    if to not in (None, found):
+        raise ValueError(
+            f"to={to!r}: {str(source)!r} has model_type={reader.config.get('model_type')!r} already"
+        )
+    config = _config(reader)
+    model = skeleton(config)
+    ignored = _ignored(config, reader.keys()) if found == "etr" else ()
+    tensors = to_ours(reader, model, ignored) if found == "etr" else to_theirs(reader, model)
+    recipe = {"convert": found, "source": reader.fingerprint()}
+    writer = ShardWriter(target, recipe, max_shard_bytes)
+    write_tensors(writer, tensors, progress)
+    writer.copy_beside(source)
+    writer.finish(folder_config(config, found, reader.config))
+    return ConvertReport(
+        target=Path(target),
+        family=config.family.model_type,
+        to=found,
+        num_tensors=len(tensors),
+        num_bytes=sum(tensor.num_bytes for tensor in tensors),
+        ignored=ignored,
+    )
+
+
+def write_model(model: EtrForCausalLM, target: str | Path, source: str | Path) -> Path:
+    """Write a loaded model as a folder, complete or not at all.
+
+    Args:
+        model: to write.
+        target: new folder.
+        source: folder whose tokenizer, generation options and the like go along.
+    Raises:
+        ValueError: the target exists.
+    """
+    tied = set(model.all_tied_weights_keys or ())
+    tensors = [
+        LazyTensor(
+            name=name,
+            shape=tuple(value.shape),
+            dtype=value.dtype,
+            make=partial(value.detach().to, "cpu"),
+        )
+        for name, value in model.state_dict().items()
+        if name not in tied
+    ]
+    writer = ShardWriter(target, {"write": secrets.token_hex()})  # never resumed: weights may move
+    writer.write(tensors)
+    writer.copy_beside(source)
+    dtype = str(model.dtype).removeprefix("torch.")
+    return writer.finish(folder_config(model.config, "etr", {"dtype": dtype}))
+
+
+@torch.no_grad()
+def logits_difference(first: str | Path, second: str | Path) -> tuple[float, float]:
+    """Largest difference between the logits of two model folders, in float32 on random tokens.
+
+    One model at a time is in memory.
+
+    Returns:
+        The difference, and the largest logit of the first.
+    """
+    logits = []
+    for folder in (first, second):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True
+        ).eval()
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(model.config.vocab_size, (2, 32), generator=generator)
+        logits.append(model(input_ids=ids).logits)
+        del model
+    return float((logits[0] - logits[1]).abs().max()), float(logits[0].abs().max())
+
+
+def _config(reader: ShardReader) -> EtrConfig:
+    """Config of our side of the conversion, checked against what the family can do."""
+    model_type = reader.config.get("model_type")
+    if model_type == "etr":
+        config = EtrConfig.from_dict(dict(reader.config))
+        _check_same_function(config)
+        return config
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"{reader.folder / 'config.json'} has model_type={model_type!r}, which is not a known "
+            f"family; choose one of {', '.join(FAMILIES)}"
+        )
+    base = AutoConfig.from_pretrained(reader.folder, local_files_only=True, trust_remote_code=False)
+    return EtrConfig.from_base(base, "keep")
+
+
+def _check_same_function(config: EtrConfig) -> None:
+    own = EtrConfig.from_base(config.base_config, "keep").moe
+    wrong = [
+        f"{name} is {_short(config.moe[name])} and the family's is {_short(own[name])}"
+        for name in ROUTING
+        if config.moe[name] != own[name]
+    ]
+    if wrong:
+        raise ValueError(
+            f"{config.family.model_type} cannot hold this model: {'; '.join(wrong)}; models with "
+            "another router can be exported for serving with `etr export --plain`"
+        )
+
+
+def _short(value: Any) -> str:
+    return repr(value["name"] if isinstance(value, dict) and "name" in value else value)
+
+
+def _ignored(config: EtrConfig, keys: list[str]) -> tuple[str, ...]:
+    values = config.base_config.to_dict()
+    patterns = [
+        re.compile(re.sub(r"\{(\w+)\}", lambda found: str(values[found[1]]), pattern))
+        for pattern in config.family.ignored
+    ]
+    return tuple(key for key in keys if any(pattern.search(key) for pattern in patterns))
+
+
+def write_tensors(
+    writer: ShardWriter, tensors: list[LazyTensor], progress: Callable[[int, int], None]
+) -> None:
+    total = sum(tensor.num_bytes for tensor in tensors)
+    done = 0
+
+    def advance(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(done, total)
+
+    writer.write(tensors, advance)
+
+
+def folder_config(config: EtrConfig, to: Direction, source: dict[str, Any]) -> dict[str, Any]:
+    """What config.json holds: the other side's config, in the source's data type."""
+    dtype = source.get("dtype", source.get("torch_dtype"))
+    result: Any = config if to == "etr" else config.base_config
+    values: dict[str, Any] = json.loads(result.to_json_string())
+    theirs: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.base_config)]
+    values["architectures"] = ["EtrForCausalLM" if to == "etr" else theirs.__name__]
+    return values if dtype is None else {**values, "dtype": dtype}

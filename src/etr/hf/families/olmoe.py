@@ -1,0 +1,5 @@
+"""OLMoE: softmax over all experts, weights as they are unless the config normalises them."""
+
+from etr.hf.families.base import MLP_EXPERTS, MLP_ROUTER, Family
+
+FAMILY = Family(model_type="olmoe", keys=(MLP_ROUTER, *MLP_EXPERTS))

@@ -1,0 +1,53 @@
+"""Decoding compiled as one graph with a static cache, and where that is not possible."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import calibrated, make_model, tokens
+from torch import Tensor
+from transformers import StaticCache
+
+import etr
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless"),
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+]
+
+
+@torch.no_grad()
+def decode(model: Any, call: Any, x: Tensor, steps: int) -> Tensor:
+    """Logits of greedy steps after a prefill; `call` runs the steps, of one token each."""
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=32)
+    out = model(x, past_key_values=cache, use_cache=True)
+    found = [out.logits[:, -1:]]
+    for step in range(steps):
+        token = found[-1].argmax(-1)
+        position = torch.full_like(token, x.shape[1] + step)
+        out = call(token, position_ids=position, past_key_values=cache, use_cache=True)
+        found.append(out.logits.clone())
+    return torch.cat(found, dim=1)
+
+
+@pytest.mark.parametrize("selection", ["threshold", "dropless"])
+def test_a_padded_backend_decodes_in_one_graph(selection: Any) -> None:
+    model = calibrated(make_model("etr", backend="bmm")).float()
+    etr.set_eval_selection(model, selection)
+    x = tokens(2, 8)
+    expected = decode(model, model, x, steps=3)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    torch.testing.assert_close(decode(model, compiled, x, steps=3), expected, rtol=0, atol=1e-4)
+
+
+def test_ragged_rows_break_the_graph() -> None:
+    """How many rows an expert gets is known when the step runs, not when it is compiled."""
+    model = calibrated(make_model("etr", backend="grouped_mm")).float()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    with pytest.raises(RuntimeError, match="data-dependent"):
+        decode(model, compiled, tokens(2, 8), steps=1)
