@@ -13,6 +13,7 @@ from benchmarks import run
 from benchmarks.__main__ import Options, command, main
 from benchmarks.cases import Case, all_cases
 from benchmarks.measures import MEASURES
+from benchmarks.measures.generate import HF, OWN, PAST, SAME, build_models, decode
 from benchmarks.measures.memory import measure_memory
 from benchmarks.measures.router import plain_grap
 from benchmarks.measures.routing import CHOICE, GRAP_ROUTING, LAYER, ROUTING
@@ -40,6 +41,32 @@ def test_groups_measure(group: str) -> None:
     assert [row.refused for row in rows] == missing
     assert all(len(row.seconds[STEP]) == 3 for row in rows if not row.refused)
     assert sum(row.default for row in rows) == 1
+
+
+@pytest.mark.parametrize("label", ["prefill", "decode"])
+def test_generation_measures_models_that_compute_the_same(label: str) -> None:
+    case = dataclasses.replace(tiny("generate"), label=label, num_tokens=4)
+    rows = {row.system: row for row in MEASURES["generate"](case, SETTINGS, lambda note: None)}
+    assert set(rows) == {HF, SAME, OWN}
+    assert not any(row.refused for row in rows.values())
+    assert all(len(row.seconds["forward"]) == 3 for row in rows.values())
+
+
+def test_a_cache_is_cut_back_after_each_decoding_step() -> None:
+    models, wrong = build_models(dataclasses.replace(tiny("generate")), CPU)
+    assert wrong == 0
+    lengths: list[int] = []
+    models[SAME].register_forward_pre_hook(
+        lambda _, args, kwargs: (
+            lengths.append(kwargs["past_key_values"].get_seq_length())
+            if "past_key_values" in kwargs
+            else None
+        ),
+        with_kwargs=True,
+    )
+    step = decode(models[SAME], torch.randint(64, (2, PAST + 1)))
+    step(), step()
+    assert lengths == [PAST, PAST]
 
 
 def test_routing_rows_are_parts_of_the_layer() -> None:
@@ -118,6 +145,7 @@ def test_a_run_writes_results_and_a_page(
         only=("router/8 experts top-1, 2048 tokens, d 1024",),
         quick=True,
         threads=1,
+        mallopt=False,
         out=str(out),
         markdown=str(markdown),
     )
@@ -136,9 +164,9 @@ def test_an_unknown_case_is_an_error() -> None:
 
 
 def test_the_page_says_how_to_repeat_it() -> None:
-    options = Options(only=("layer", "router"), mallopt=True, markdown="a.md", out="b")
+    options = Options(only=("layer", "router"), mallopt=False, markdown="a.md", out="b")
     assert command(options) == (
-        "python -m benchmarks --only layer router --mallopt --markdown a.md"
+        "python -m benchmarks --only layer router --no-mallopt --markdown a.md"
     )
 
 

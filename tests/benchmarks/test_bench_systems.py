@@ -208,4 +208,4 @@ def test_names_of_cases_are_unique() -> None:
     names = [case.slug for case in all_cases()]
     assert len(names) == len(set(names))
     groups = {case.group for case in all_cases()}
-    assert groups == {"layer", "routing", "router", "growth", "memory", "training"}
+    assert groups == {"layer", "routing", "router", "growth", "memory", "training", "generate"}

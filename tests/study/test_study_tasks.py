@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from etr.moe import moe_layers
-from etr.study.probe import evaluate, recorded
+from etr.study.probe import evaluate
 from etr.study.tasks import TASKS, open_task
 from etr.study.tasks.teacher import NUM_DOMAINS, Teacher, TeacherTask
 from etr.study.tasks.text_x import WINDOW
@@ -114,15 +114,3 @@ def test_the_probe_reads_losses_and_kept_tokens() -> None:
             layer.eval_selection = "dropless"
         by_hand = torch.cat([task.forward(model, batch).token_losses for batch in batches])
     assert found.loss == pytest.approx(float(by_hand.double().mean()), rel=1e-6)
-
-
-def test_recording_leaves_the_layer_as_it_was() -> None:
-    name = "teacher-50"
-    task = open_task(name, TASKS[name].config(1))
-    config = tiny(name)
-    model = task.build(config)
-    with recorded(model) as views:
-        task.forward(model, next(iter(task.training_batches(config))))
-    assert set(views) == {0}
-    assert views[0].x.shape == (2048, 64)
-    assert "run_experts" not in vars(moe_layers(model)[0])

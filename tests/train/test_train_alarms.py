@@ -169,7 +169,7 @@ def test_patience_is_checked():
 
 def test_a_dead_router_is_written_once_also_across_a_restart(make_config, data, monkeypatch):
     monkeypatch.setattr(loop, "Alarms", functools.partial(Alarms, patience=3))
-    monkeypatch.setattr(loop, "router_grad_norms", lambda model: [1.0, 0.0])
+    monkeypatch.setattr(loop, "router_grad_norms", lambda model, ranks: [1.0, 0.0])
     config = make_config("baseline", profile_every=None, diagnostics=False)
     seen: list[dict[str, Any]] = []
     with loop.Trainer(config, data) as trainer:

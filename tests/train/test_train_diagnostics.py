@@ -14,6 +14,7 @@ import etr
 from etr.evaluate import evaluate
 from etr.moe import moe_layers
 from etr.moe.lower_bound import erfc_bound
+from etr.parallel import Ranks
 from etr.train import train
 from etr.train.diagnose import diagnose, mixed_batches
 from etr.train.loop import Trainer, held_out
@@ -222,11 +223,14 @@ def test_kept_mass_is_a_share_of_gates(make_config, data):
 
 def test_router_gradients(make_config, data):
     model = build_model(make_config("baseline").model, data.tokenizer, 32, seed=0)
-    assert router_grad_norms(model) == [0.0, 0.0]
+    assert router_grad_norms(model, Ranks(None)) == [0.0, 0.0]
     weights = [next(layer.router.parameters()) for layer in moe_layers(model)]
     weights[0].grad = torch.full_like(weights[0], 2.0)
     weights[1].requires_grad_(False)
-    assert router_grad_norms(model) == [pytest.approx(2 * math.sqrt(weights[0].numel())), None]
+    assert router_grad_norms(model, Ranks(None)) == [
+        pytest.approx(2 * math.sqrt(weights[0].numel())),
+        None,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,15 @@ import sys
 VERBS = {
     "demo": "compare baseline, LocMoE, published ETR and ETR on built-in text, with a report",
     "train": "train a language model",
+    "consolidate": "make one model of a checkpoint that many ranks wrote",
     "compare": "train several routers on the same work and report",
     "generate": "continue a text with a trained model",
     "evaluate": "held-out bits per byte of a trained model, by domain",
+    "convert": "turn a checkpoint of a known family into one of this library, or back",
+    "upcycle": "make a Mixture-of-Experts model of a dense checkpoint",
+    "finetune": "swap a trained model's routers for ETR ones and recover the old choices",
+    "sft": "fine-tune on conversations",
+    "export": "write a model for engines that know only linear routers",
     "calibrate": "set a trained model's selection thresholds from text",
     "trace": "record which token goes to which expert, as a Parquet file",
     "watch": "follow a run while it trains",
@@ -18,6 +24,7 @@ VERBS = {
     "theory": "success rates, capacities and crossover of the routing theorems",
     "report": "draw the report of runs and comparisons",
     "study": "quality study: every claim at equal steps, compute and time",
+    "cluster": "emulate a cluster, measure one, and ETR's benchmark on an emulated one",
 }
 
 

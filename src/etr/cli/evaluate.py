@@ -1,42 +1,127 @@
-"""`etr evaluate`: held-out bits per byte by domain."""
+"""`etr evaluate`: held-out bits per byte and tasks, of one model or several side by side."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from etr.cli._model import open_model
+from etr.cli._model import open_any_model
 from etr.cli._options import parse
 from etr.data import DataConfig, held_out_batches, open_data
-from etr.evaluate import evaluate
+from etr.evaluate import (
+    ModelResult,
+    Task,
+    TaskConfig,
+    TaskResult,
+    comparison_json,
+    comparison_markdown,
+    describe_selection,
+    evaluate,
+    run_tasks,
+)
+from etr.evaluate.comparison import columns, held_out_result, score_rows
+from etr.evaluate.harness import run_named
+from etr.evaluate.tasks import HELD_OUT
 from etr.moe.config import EvalSelection
+from etr.train.files import write_json, write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """What to evaluate, and on what."""
 
-    model: Annotated[str, tyro.conf.Positional]
-    """Checkpoint, or a run's folder."""
+    models: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Checkpoints or run folders; also plain transformers models."""
+    tasks: TaskConfig = field(default_factory=TaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
     """Text; its held-out documents are used. The tokenizer is the model's own."""
     selection: EvalSelection = "threshold"
     """How experts select; batch lets later tokens change earlier ones and is no honest loss."""
     max_tokens_per_domain: int | None = None
-    """Most tokens of each domain; all by default."""
+    """Most held-out tokens of each domain; all by default."""
+    json: str | None = None
+    """Also write all scores to this file."""
+    markdown: str | None = None
+    """Also write the table to this file."""
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ValueError("models=() must name a checkpoint or a run's folder")
+        limit = self.max_tokens_per_domain
+        if limit is not None and limit < 1:
+            raise ValueError(f"max_tokens_per_domain={limit} must be at least 1")
 
 
 def run(arguments: list[str]) -> int:
-    """Evaluate and print a table."""
+    """Evaluate, print a table, and write it where asked."""
     config = parse(EvaluateConfig, "evaluate", arguments)
-    model, _, folder = open_model(config.model)
+    tasks = config.tasks.local()  # a missing file shows before a model is read
+    results = []
+    for path, name in zip(config.models, names_of(config.models), strict=True):
+        result = evaluate_model(config, path, name, tasks)
+        results.append(result)
+        print(f"{result.model} ({result.folder}): {result.selection}")
+    Console().print(screen_table(results))
+    if config.selection == "batch":
+        print("batch selection: later tokens change earlier ones; do not report this as a loss")
+    if config.json is not None:
+        settings = dataclasses.asdict(config)
+        write_json(Path(config.json), comparison_json(results, settings))
+        print(f"written: {config.json}")
+    if config.markdown is not None:
+        write_text(Path(config.markdown), comparison_markdown(results))
+        print(f"written: {config.markdown}")
+    return 0
+
+
+def evaluate_model(config: EvaluateConfig, path: str, name: str, tasks: list[Task]) -> ModelResult:
+    """All tasks on one model."""
+    model, tokenizer, folder = open_any_model(path)
+    options: dict[str, Any] = {
+        "batch_size": config.data.batch_size,
+        "chat": config.tasks.chat,
+        "selection": config.selection,
+    }
+    found = []
+    if HELD_OUT in config.tasks.tasks:
+        found.append(held_out(config, model, tokenizer, folder))
+    found += run_tasks(model, tokenizer, tasks, **options)
+    found += run_named(
+        model,
+        tokenizer,
+        config.tasks.named,
+        task_path=config.tasks.task_path,
+        limit=config.tasks.limit,
+        **options,
+    )
+    order = {task: place for place, task in enumerate(config.tasks.tasks)}
+    return ModelResult(
+        model=name,
+        folder=str(folder),
+        selection=describe_selection(model, config.selection),
+        tasks=sorted(found, key=lambda result: order.get(result.task, len(order))),
+    )
+
+
+def held_out(
+    config: EvaluateConfig, model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> TaskResult:
+    """Held-out loss as a task."""
     data = open_data(dataclasses.replace(config.data, tokenizer=str(folder)))
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model "
+            f"vocab_size={model.config.vocab_size}: they do not belong together"
+        )
     batches = held_out_batches(
         data.dataset,
         config.data.sequence_length,
@@ -44,24 +129,24 @@ def run(arguments: list[str]) -> int:
         config.max_tokens_per_domain,
     )
     result = evaluate(model, batches, data.dataset.domains, config.selection)
-    bits = result.bits_per_byte(data.dataset.bytes_per_token)
-    print(f"{folder}: {result.selection} selection, kept {result.kept_fraction:.3f}")
+    return held_out_result(result, data.dataset.bytes_per_token)
+
+
+def names_of(paths: tuple[str, ...]) -> list[str]:
+    """Names of the folders, or their whole paths where two have the same."""
+    short = [Path(path).resolve().name for path in paths]
+    return short if len(set(short)) == len(short) else list(paths)
+
+
+def screen_table(results: list[ModelResult]) -> Table:
+    """The table for a terminal."""
     table = Table()
-    for name in ("domain", "tokens", "nats/token", "bits/byte"):
-        table.add_column(name, justify="left" if name == "domain" else "right")
-    for name, loss in result.loss_by_domain.items():
-        table.add_row(
-            name, f"{result.tokens_by_domain[name]:,}", f"{loss:.4f}", f"{bits[name]:.4f}"
-        )
-    tokens = sum(result.tokens_by_domain.values())
-    all_bytes = sum(
-        count * data.dataset.bytes_per_token[name]
-        for name, count in result.tokens_by_domain.items()
-    )
-    total_bits = result.loss * tokens / math.log(2) / all_bytes
-    table.add_section()
-    table.add_row("all", f"{tokens:,}", f"{result.loss:.4f}", f"{total_bits:.4f}")
-    Console().print(table)
-    if result.selection == "batch":
-        print("batch selection: later tokens change earlier ones; do not report this as a loss")
-    return 0
+    for place, name in enumerate(columns(results)):
+        table.add_column(name, justify="left" if place < 3 else "right")
+    last = ""
+    for row in score_rows(results):
+        if last and row.task != last:
+            table.add_section()
+        last = row.task
+        table.add_row(*row.cells())
+    return table

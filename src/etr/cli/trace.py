@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import torch
 import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
 
-from etr.cli._model import open_model
+from etr.cli._model import open_any_model
 from etr.cli._options import parse
-from etr.data import DataConfig, load_tokenizer, open_data
+from etr.data import DataConfig, open_data
 from etr.hf import FAMILIES
 from etr.moe.config import EvalSelection
 from etr.moe.stats import max_violation
@@ -30,9 +27,6 @@ from etr.trace import (
 )
 from etr.trace.record import record_trace
 from etr.trace.sampling import SampledRows
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +58,7 @@ class TraceConfig:
 def run(arguments: list[str]) -> int:
     """Trace, write the file, and print a summary."""
     config = parse(TraceConfig, "trace", arguments)
-    model, tokenizer, folder = open_any_model(config.model)
+    model, tokenizer, folder = open_any_model(config.model, FAMILIES)
     model.to(torch.device(config.device) if config.device else _default_device())
     data = open_data(dataclasses.replace(config.data, tokenizer=str(folder)))
     if data.dataset.vocab_size > model.config.vocab_size:
@@ -119,53 +113,6 @@ def summary(trace: Trace, segment: int) -> Table:
             f"{segment_cache_best_hit_rate(*window, cache):.3f}",
         )
     return table
-
-
-def open_any_model(path: str) -> tuple[Any, PreTrainedTokenizerBase, Path]:
-    """A model of this library or a transformers MoE model, its tokenizer, and their folder.
-
-    Raises:
-        FileNotFoundError: no such folder, or no weights or tokenizer in it.
-        ValueError: a model of no known family, damaged weights, or weights of another config.
-    """
-    folder = Path(path)
-    if _model_type(folder) not in FAMILIES:
-        return open_model(path)
-    if not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(f"folder={path!r} holds a config.json but no *.safetensors")
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="auto",
-            local_files_only=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # reported below
-            output_loading_info=True,
-        )
-    except SafetensorError as error:
-        raise ValueError(f"weights in {path!r} are damaged: {error}") from error
-    model, info = loaded
-    # What a file lacks would silently be random, and so would be its routing.
-    wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    if wrong:
-        raise ValueError(
-            f"weights in {path!r} do not belong to its config.json: {len(wrong)} are missing or of "
-            f"another shape (such as {wrong[0]})"
-        )
-    return model.eval(), load_tokenizer(folder), folder
-
-
-def _model_type(folder: Path) -> str | None:
-    """As the folder's config.json says; None where it says none or is not there."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return None  # `open_model` says what is wrong
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    found = values.get("model_type") if isinstance(values, dict) else None
-    return found if isinstance(found, str) else None
 
 
 def _default_device() -> torch.device:

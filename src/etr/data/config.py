@@ -30,7 +30,7 @@ class DataConfig:
     sequence_length: int = 256
     """Length of a training sequence, tokens."""
     batch_size: int = 8
-    """Sequences per micro-batch on each rank."""
+    """Sequences per micro-batch, over all ranks together."""
     max_bytes_per_domain: int = DEFAULT_MAX_BYTES
     """Most text of each built-in domain, bytes, at least 10,000."""
     cache_dir: str = "~/.cache/etr"

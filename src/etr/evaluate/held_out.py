@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from etr.data import IGNORED, Batch
-from etr.hf import EtrForCausalLM
 from etr.moe import moe_layers, set_eval_selection
 from etr.moe.config import EvalSelection
+from etr.parallel import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +25,10 @@ class EvalResult:
         loss: mean cross-entropy over the domains' tokens, nats per token.
         loss_by_domain: the same for each domain.
         tokens_by_domain: tokens that were predicted.
-        kept_fraction: kept pairs over valid tokens * top_k, all layers together.
+        kept_fraction: kept pairs over valid tokens * top_k, all layers together; 1 without layers.
         selection: how experts selected: threshold, dropless or batch.
+        error: standard error of `loss` over rows of text; None for one row.
+        error_by_domain: the same for each domain.
     """
 
     loss: float
@@ -32,6 +36,8 @@ class EvalResult:
     tokens_by_domain: dict[str, int]
     kept_fraction: float
     selection: EvalSelection
+    error: float | None = None
+    error_by_domain: dict[str, float | None] = field(default_factory=dict)
 
     def bits_per_byte(self, bytes_per_token: dict[str, float]) -> dict[str, float]:
         """Held-out bits per byte of each domain."""
@@ -41,42 +47,71 @@ class EvalResult:
         }
 
 
-def effective_selection(model: torch.nn.Module, asked: EvalSelection) -> EvalSelection:
+def effective_selection(model: nn.Module, asked: EvalSelection) -> EvalSelection:
     """The selection that evaluation really uses: threshold needs calibrated thresholds."""
     if asked == "threshold" and not all(layer.has_thresholds() for layer in moe_layers(model)):
         return "dropless"
     return asked
 
 
+def describe_selection(model: nn.Module, asked: EvalSelection) -> str:
+    """How experts select in evaluation, in words; says where it is not what was asked for."""
+    if not moe_layers(model):
+        return "no experts that select"
+    used = effective_selection(model, asked)
+    if used == asked:
+        return f"{used} selection"
+    return f"{used} selection, since the model has no calibrated thresholds"
+
+
+@contextmanager
+def evaluating(model: nn.Module, selection: EvalSelection) -> Iterator[None]:
+    """Eval mode with a selection; the model's own mode and selections are restored."""
+    was_training = model.training
+    layers = moe_layers(model)
+    before = [layer.eval_selection for layer in layers]
+    set_eval_selection(model, selection)
+    model.eval()
+    try:
+        yield
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            layer.eval_selection = old
+        model.train(was_training)
+
+
 @torch.no_grad()
 def evaluate(
-    model: EtrForCausalLM,
+    model: nn.Module,
     batches: Iterable[Batch],
     domains: tuple[str, ...],
     selection: EvalSelection = "threshold",
+    *,
+    ranks: Ranks | None = None,
 ) -> EvalResult:
     """Mean cross-entropy over held-out batches; the model's mode and selection are restored.
 
     Args:
-        model: evaluated in eval mode on its own device.
+        model: a causal language model, with layers of this library or none; evaluated in eval mode
+            on its own device.
         batches: held-out batches, each of one domain's rows.
         domains: names by the batches' domain numbers.
         selection: threshold, dropless, or batch (in which later tokens change earlier ones: not a
             language-model loss).
+        ranks: each runs its rows of every batch; the result is that of one process, on all of them.
     Raises:
         ValueError: there is no held-out token.
     """
-    was_training = model.training
-    before = [layer.eval_selection for layer in moe_layers(model)]
-    set_eval_selection(model, selection)
-    model.eval()
+    ranks = ranks or Ranks(None)
     device = next(model.parameters()).device
-    sums = torch.zeros(len(domains), dtype=torch.float64)
-    counts = torch.zeros(len(domains), dtype=torch.int64)
+    layers = moe_layers(model)
+    nats_of_rows: list[Tensor] = []
+    tokens_of_rows: list[Tensor] = []
+    domain_of_rows: list[Tensor] = []
     kept, slots = 0, 0
-    try:
+    with evaluating(model, selection):
         for batch in batches:
-            batch = batch.to(device)
+            batch = _own_rows(batch, ranks).to(device)
             output = model(input_ids=batch.input_ids, attention_mask=batch.valid_mask.long())
             nats = F.cross_entropy(
                 output.logits.float().transpose(1, 2),
@@ -84,22 +119,50 @@ def evaluate(
                 ignore_index=IGNORED,
                 reduction="none",
             )
-            sums.index_add_(0, batch.domain.cpu(), nats.double().sum(1).cpu())
-            counts.index_add_(0, batch.domain.cpu(), (batch.labels != IGNORED).sum(1).cpu())
-            for layer, stats in zip(moe_layers(model), output.routing_stats, strict=True):
+            nats_of_rows.append(nats.double().sum(1).cpu())
+            tokens_of_rows.append((batch.labels != IGNORED).sum(1).cpu())
+            domain_of_rows.append(batch.domain.cpu())
+            for layer, stats in zip(layers, output.routing_stats if layers else [], strict=True):
                 kept += int(stats["num_tokens_per_expert"].sum())
                 slots += int(stats["num_valid_tokens"]) * layer.config.top_k
-    finally:
-        for layer, old in zip(moe_layers(model), before, strict=True):
-            layer.eval_selection = old
-        model.train(was_training)
-    if not int(counts.sum()):
+    if not any(int(tokens.sum()) for part in ranks.gather(tokens_of_rows) for tokens in part):
         raise ValueError("no held-out tokens: the data has no held-out documents")
-    seen = [d for d in range(len(domains)) if counts[d] > 0]
-    return EvalResult(
-        loss=float(sums.sum() / counts.sum()),
-        loss_by_domain={domains[d]: float(sums[d] / counts[d]) for d in seen},
-        tokens_by_domain={domains[d]: int(counts[d]) for d in seen},
-        kept_fraction=kept / max(slots, 1),
-        selection=effective_selection(model, selection),
+    nats, tokens, domain = (
+        torch.cat(ranks.gather(torch.cat(rows)))
+        for rows in (nats_of_rows, tokens_of_rows, domain_of_rows)
     )
+    kept, slots = map(int, ranks.sum_numbers([kept, slots]))
+    seen = {
+        name: mask
+        for number, name in enumerate(domains)
+        if int(tokens[mask := domain == number].sum())
+    }
+    return EvalResult(
+        loss=float(nats.sum() / tokens.sum()),
+        loss_by_domain={n: float(nats[m].sum() / tokens[m].sum()) for n, m in seen.items()},
+        tokens_by_domain={n: int(tokens[m].sum()) for n, m in seen.items()},
+        kept_fraction=kept / slots if slots else 1.0,
+        selection=effective_selection(model, selection),
+        error=ratio_error(nats, tokens),
+        error_by_domain={n: ratio_error(nats[m], tokens[m]) for n, m in seen.items()},
+    )
+
+
+def _own_rows(batch: Batch, ranks: Ranks) -> Batch:
+    """This rank's rows, perhaps none: every rank must run the model on every batch."""
+    count = len(batch.input_ids)
+    rows = slice(count * ranks.rank // ranks.size, count * (ranks.rank + 1) // ranks.size)
+    return Batch(**{name: value[rows] for name, value in vars(batch).items()})
+
+
+def ratio_error(nats: Tensor, tokens: Tensor) -> float | None:
+    """Standard error of summed nats over summed tokens, rows being the sample.
+
+    Args:
+        nats, tokens: sums of each row, [R].
+    """
+    rows = len(nats)
+    if rows < 2:
+        return None
+    rest = nats - tokens * (nats.sum() / tokens.sum())
+    return float((rest.square().sum() * rows / (rows - 1)).sqrt() / tokens.sum())

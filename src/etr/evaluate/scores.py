@@ -11,6 +11,7 @@ from torch import Tensor
 from etr.data import Batch
 from etr.hf import EtrForCausalLM
 from etr.moe import moe_layers
+from etr.moe.watch import LayerView, watch
 
 
 @torch.no_grad()
@@ -32,7 +33,9 @@ def score_densities(
     own: list[Tensor] = []
     others: list[Tensor] = []
 
-    def record(router: torch.nn.Module, args: Any, routing: Any) -> None:
+    def record(place: int, view: LayerView) -> None:
+        routing = view.routing
+        assert routing.scores is not None  # checked above for every layer
         chosen = routing.routing_map()
         if not routing.tokens_choose:  # the k best stand for the choice
             best = routing.scores.topk(routing.top_k, dim=-1).indices
@@ -41,17 +44,15 @@ def score_densities(
         own.append(routing.scores[mask][chosen[mask]].float().cpu())
         others.append(routing.scores[mask][~chosen[mask]].float().cpu())
 
-    handles = [layer.router.register_forward_hook(record) for layer in layers]
     was_training = model.training
     model.eval()
     try:
         device = next(model.parameters()).device
-        for batch in batches:
-            batch = batch.to(device)
-            model(input_ids=batch.input_ids, attention_mask=batch.valid_mask.long())
+        with watch(model, record):
+            for batch in batches:
+                batch = batch.to(device)
+                model(input_ids=batch.input_ids, attention_mask=batch.valid_mask.long())
     finally:
-        for handle in handles:
-            handle.remove()
         model.train(was_training)
     if not own:
         return None

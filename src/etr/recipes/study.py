@@ -158,7 +158,7 @@ FULL = Study(
         Block(
             name="language model, timed",
             task="lm",
-            variants=(ETR, UP),
+            variants=(ETR,),
             steps=LM_STEPS,
             seeds=SEEDS,
             match="seconds",
@@ -166,7 +166,7 @@ FULL = Study(
         Block(
             name="language model, matched",
             task="lm",
-            variants=(ETR, UP),
+            variants=(ETR,),
             steps=LM_STEPS,
             seeds=SEEDS,
             match="expert_flops",

@@ -50,6 +50,7 @@ _KNOWN = {
         *_COMMON,
         *TRAIN_FIELDS,
         *("tokens_per_second", "losses", "grad_norm", "learning_rate", "capacity_mean", "layers"),
+        "bytes_between_nodes_padded",
     },
     "eval": {*_COMMON, "selection", "val_loss", "val_loss_by_domain", "kept_fraction_eval"},
     "diagnostics": {*_COMMON, "domains", "layers", "token_correlation", "token_expert"},

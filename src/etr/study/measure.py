@@ -15,7 +15,7 @@ from etr.diagnostics import (
     token_correlation,
 )
 from etr.moe import moe_layers
-from etr.study.probe import LayerView, recorded
+from etr.moe.watch import LayerView, watch
 from etr.study.run import Run
 from etr.study.tasks import TASKS, open_task
 
@@ -41,7 +41,8 @@ def measure(run: Run, model: torch.nn.Module) -> dict[str, Any]:
     try:
         for layer in layers:
             layer.eval_selection = "batch"
-        with recorded(model) as seen:
+        seen: dict[int, LayerView] = {}
+        with watch(model, seen.__setitem__):
             for batch in task.held_out_batches(run.config()):
                 found = task.forward(model, batch)
                 if not bool(found.valid.all()):

@@ -2,57 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from etr.evaluate.held_out import effective_selection
-from etr.moe import MoE, Routing, Selection, moe_layers, set_eval_selection
+from etr.moe import moe_layers, set_eval_selection
 from etr.moe.config import EvalSelection
+from etr.moe.watch import LayerView, watch
 from etr.study.tasks import Task
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerView:
-    """What one MoE layer did with a batch.
-
-    Args:
-        x: its input, [T, H].
-        routing, selection: over the same T tokens.
-    """
-
-    x: Tensor
-    routing: Routing
-    selection: Selection
-
-
-@contextmanager
-def recorded(model: nn.Module) -> Iterator[dict[int, LayerView]]:
-    """Record the last forward of every MoE layer of `model`, by the layer's place."""
-    views: dict[int, LayerView] = {}
-    originals = []
-    for place, layer in enumerate(moe_layers(model)):
-        originals.append((layer, layer.run_experts))
-        layer.run_experts = _recorder(layer, place, views)  # type: ignore[method-assign]
-    try:
-        yield views
-    finally:
-        for layer, _ in originals:
-            del layer.run_experts
-
-
-def _recorder(layer: MoE, place: int, views: dict[int, LayerView]) -> Any:
-    run = layer.run_experts
-
-    def record(x: Tensor, routing: Routing, selection: Selection) -> Tensor:
-        views[place] = LayerView(x=x.detach(), routing=routing, selection=selection)
-        return run(x, routing, selection)
-
-    return record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +51,8 @@ def evaluate(
     losses, domains, dropped = [], [], []
     kept = tokens = 0
     try:
-        with recorded(model) as views:
+        views: dict[int, LayerView] = {}
+        with watch(model, views.__setitem__):
             for batch in batches:
                 found = task.forward(model, batch)
                 none = torch.zeros_like(found.valid)

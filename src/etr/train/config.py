@@ -12,6 +12,7 @@ from etr.moe import LossConfig, MoEConfig
 from etr.moe.config import EvalSelection, parse_capacity, parse_router
 from etr.moe.experts import Activation
 from etr.moe.select import Normalize, RankBy
+from etr.parallel import ParallelConfig
 from etr.train.trackers import check_trackers
 
 
@@ -39,6 +40,8 @@ class RoutingOptions:
     """Expert activation."""
     backend: str = "auto"
     """Expert backend."""
+    dispatch: str = "auto"
+    """How rows travel to experts on other ranks, e.g. dedup, or chunked:all_to_all,chunks=4."""
     eval_selection: EvalSelection = "threshold"
     """Selection in evaluation."""
     losses: LossConfig = field(default_factory=LossConfig)
@@ -104,6 +107,7 @@ class ModelConfig:
             activation=routing.activation,
             num_shared_experts=routing.num_shared_experts,
             backend=routing.backend,
+            dispatch=routing.dispatch,
             eval_selection=routing.eval_selection,
         )
 
@@ -168,12 +172,17 @@ class TrainConfig:
     """Optimizer steps between evaluations; the last step is always evaluated."""
     eval_tokens_per_domain: int = 16384
     """Held-out tokens of each domain per evaluation."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How the ranks of a launch by torchrun share the model."""
     checkpoint_every: int = 200
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    background_checkpoints: bool = False
+    """Copy to the host's memory and write from there while training goes on, one at a time."""
     diagnostics: bool = True
-    """At the start and at each evaluation, write what routing does to held-out tokens."""
+    """At the start and at each evaluation, write what routing does to held-out tokens. Only of one
+    process: on many, no rank has the whole model."""
     diagnostics_tokens: int = 4096
     """Held-out tokens behind the diagnostics, about; every domain gives as many."""
     profile_every: int | None = 0
@@ -182,7 +191,9 @@ class TrainConfig:
     trackers: tuple[str, ...] = ()
     """Also send the numbers to tensorboard, wandb (offline) or trackio; each is an extra."""
     resume: bool = False
-    """Go on from the newest checkpoint in `out`."""
+    """Go on from the newest checkpoint in `out` whose files are whole."""
+    auto_resume: bool = False
+    """Resume where `out` has a checkpoint, else start: for jobs that restart by themselves."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulation_steps", "eval_every", "eval_tokens_per_domain"):
@@ -201,6 +212,7 @@ class TrainConfig:
         """Options that change what is learned, flat, so that a difference can be named."""
         values = {name: value for name, value in self.to_dict().items() if name not in _FREE}
         values["data"].pop("cache_dir", None)
+        values["model"]["routing"].pop("dispatch")
         flat: dict[str, Any] = json.loads(json.dumps(_flat(values)))
         return flat
 
@@ -215,8 +227,9 @@ class TrainConfig:
 
 
 _FREE = {
-    *("out", "resume", "device", "gradient_checkpointing"),
+    *("out", "resume", "auto_resume", "device", "gradient_checkpointing", "parallel"),
     *("eval_every", "eval_tokens_per_domain", "checkpoint_every", "keep_checkpoints"),
+    *("background_checkpoints",),
     *("diagnostics", "diagnostics_tokens", "profile_every", "trackers"),
 }
 """Options that change nothing of what is learned."""
@@ -227,6 +240,7 @@ _NESTED: dict[str, type] = {
     "optimizer": OptimizerConfig,
     "routing": RoutingOptions,
     "losses": LossConfig,
+    "parallel": ParallelConfig,
 }
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from etr.data import Batch, TokenDataset, held_out_batches
 from etr.diagnostics import (
@@ -21,7 +21,7 @@ from etr.diagnostics import (
 )
 from etr.hf import EtrForCausalLM
 from etr.moe import MoE, moe_layers
-from etr.moe.routing import Routing
+from etr.moe.watch import LayerView, watch
 from etr.train.metrics import finite
 
 SIMILARITY_TOKENS = 256
@@ -142,34 +142,24 @@ def _layer_values(layer: MoE, seen: Observed, num_domains: int) -> dict[str, Any
 
 def _observe(model: EtrForCausalLM, batches: Sequence[Batch]) -> list[list[Observed]]:
     """What each layer did to each batch."""
-    layers = moe_layers(model)
-    found: list[list[Observed]] = [[] for _ in layers]
+    found: list[list[Observed]] = [[] for _ in moe_layers(model)]
     device = next(model.parameters()).device
     domain = torch.zeros(0)
 
-    def watch(layer: MoE, parts: list[Observed]) -> Any:
-        def hook(router: nn.Module, args: Any, routing: Routing) -> None:
-            parts.append(_of_routing(layer, args[0], routing, domain))
+    def see(place: int, view: LayerView) -> None:
+        found[place].append(_observed(view, domain))
 
-        return layer.router.register_forward_hook(hook)
-
-    with _as_in_training(model):
-        handles = [watch(layer, parts) for layer, parts in zip(layers, found, strict=True)]
-        try:
-            for batch in batches:
-                batch = batch.to(device)
-                domain = batch.domain.repeat_interleave(batch.input_ids.shape[1])
-                model(input_ids=batch.input_ids, attention_mask=batch.valid_mask.long())
-        finally:
-            for handle in handles:
-                handle.remove()
+    with _as_in_training(model), watch(model, see):
+        for batch in batches:
+            batch = batch.to(device)
+            domain = batch.domain.repeat_interleave(batch.input_ids.shape[1])
+            model(input_ids=batch.input_ids, attention_mask=batch.valid_mask.long())
     return found
 
 
-def _of_routing(layer: MoE, x: Tensor, routing: Routing, domain: Tensor) -> Observed:
-    state = layer.calibration
-    limit = layer.capacity.limit(routing, state.threshold, state.affinity_p99)
-    keeps = layer.select(routing, limit).selection_map(routing)
+def _observed(view: LayerView, domain: Tensor) -> Observed:
+    routing = view.routing
+    keeps = view.selection.selection_map(routing)
     if routing.tokens_choose:
         chosen = routing.routing_map()
         expert = routing.expert.view(routing.num_tokens, -1)[:, 0]
@@ -180,7 +170,7 @@ def _of_routing(layer: MoE, x: Tensor, routing: Routing, domain: Tensor) -> Obse
     mask = routing.valid_mask
     expert = expert[mask]
     return Observed(
-        x=x[mask].float(),
+        x=view.x[mask].float(),
         expert=expert,
         kept=keeps[mask].gather(1, expert[:, None]).squeeze(1),
         chosen=chosen[mask],

@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from etr.data import IGNORED, Batch, OpenedData, TokenLoader, held_out_batches, open_data
+from etr.data import Batch, OpenedData, TokenLoader, held_out_batches, open_data
 from etr.evaluate import EvalResult, evaluate
 from etr.hf import EtrForCausalLM
 from etr.moe import attach, moe_layers
 from etr.moe.config import EvalSelection
+from etr.parallel import Ranks, gradient_norms, scale_gradients, sum_gradients
 from etr.train.alarms import Alarms
-from etr.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
+from etr.train.checkpoint import Snapshot, TrainState, snapshot
 from etr.train.config import TrainConfig
 from etr.train.diagnose import diagnose, mixed_batches
 from etr.train.files import write_json
@@ -34,9 +33,12 @@ from etr.train.metrics import (
     routing_metrics,
 )
 from etr.train.model import build_model, find_device
+from etr.train.objective import Objective
 from etr.train.optimizer import build_optimizer, learning_rate
 from etr.train.profile import profile_pass
 from etr.train.recorder import Recorder, Row
+from etr.train.saver import Saver
+from etr.train.spread import spread
 from etr.train.trackers import require_trackers
 
 
@@ -73,10 +75,13 @@ def train(
 
     Ctrl-C finishes the step, saves and returns with ``stopped``; a second one ends at once.
 
+    Where a process group is initialised, its ranks train one model together, as one process with
+    all rows would: every rank calls this with the same config. Rank 0 alone writes metrics.
+
     Args:
         config: everything about the run.
         data: opened data, to share it between runs; by default it is opened from the config.
-        on_step: called with each row of metrics, e.g. to draw a progress bar.
+        on_step: called on rank 0 with each row of metrics, e.g. to draw a progress bar.
     Raises:
         TrainingDiverged: the loss is NaN or infinite.
         ValueError: the run's folder holds another run, or a checkpoint cannot be used.
@@ -85,7 +90,7 @@ def train(
     with trainer, stop_on_interrupt() as asked_to_stop:
         while not trainer.finished:
             trainer.advance(on_step)
-            if asked_to_stop():
+            if trainer.ranks.any(asked_to_stop()):
                 trainer.save()
                 break
     return trainer.result()
@@ -101,6 +106,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, data: OpenedData) -> None:
         require_trackers(config.trackers)
+        self.ranks = Ranks.current()
         self.config, self.data = config, data
         self.run = Path(config.out)
         self.device = find_device(config.device)
@@ -114,25 +120,33 @@ class Trainer:
                 model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
             )
             enable()
+        self.mesh = spread(self.model, config.parallel, self.ranks)
+        self.objective = Objective(self.model, self.ranks, config.precision)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.loader = TokenLoader(
             data.dataset,
             sequence_length=length,
-            batch_size=config.data.batch_size,
+            batch_size=_rows_per_rank(config, self.ranks),
             seed=config.seed,
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
         )
         self.step, self.tokens, self.expert_flops, self.elapsed = 0, 0, 0.0, 0.0
-        self.saved: Path | None = None
-        self.saved_step = 0
+        self.saver = Saver(
+            self.run, config.keep_checkpoints, config.background_checkpoints, self.ranks
+        )
         self._open_run()
-        self.attachment = attach(self.model, self.optimizer, config.steps)
+        self.attachment = attach(self.model, self.optimizer, config.steps, group=self.ranks.group)
 
     def __enter__(self) -> Trainer:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.attachment.detach()
-        self._recorder.close()
+        if self._recorder is not None:
+            self._recorder.close()
+        if kind is None:
+            self.saver.wait()
 
     @property
     def finished(self) -> bool:
@@ -149,12 +163,13 @@ class Trainer:
 
     def _due(self) -> Iterator[Callable[[], list[Row]]]:
         """What this step asks for, in order."""
-        if self.step == 0 and self.config.diagnostics:
+        diagnostics = self.config.diagnostics and self.ranks.size == 1
+        if self.step == 0 and diagnostics:
             yield self.diagnose
         yield self.train_step
         if self.finished or self.step % self.config.eval_every == 0:
             yield self.evaluate
-            if self.config.diagnostics:
+            if diagnostics:
                 yield self.diagnose
         every = self.config.profile_every
         if every is not None and (self.finished or (every and self.step % every == 0)):
@@ -178,23 +193,16 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        loss, losses = 0.0, dict[str, float]()
         count = self.config.accumulation_steps
-        for batch in islice(self.loader, count):
-            nats, router_losses = self._forward(batch.to(self.device))
-            total = nats + sum(router_losses.values())
-            (total / count).backward()
-            loss += float(nats.detach()) / count
-            for name, value in router_losses.items():
-                losses[name] = losses.get(name, 0.0) + float(value.detach()) / count
-            self.tokens += batch.input_ids.numel()
-            self._last_batch = batch
+        batches = [batch.to(self.device) for batch in islice(self.loader, count)]
+        loss, losses = self.objective.backward(batches)
+        self._last_batch = batches[-1]
         if not math.isfinite(loss):
             self._diverged(loss)
-        router_norms = router_grad_norms(self.model)
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), self.config.optimizer.max_grad_norm
-        )
+        if self.mesh is not None:
+            sum_gradients(self.model, self.mesh)
+        router_norms = router_grad_norms(self.model, self.ranks)
+        norm = self._clip()
         self.optimizer.step()
         stats = self.attachment.last_stats
         self.step += 1
@@ -202,6 +210,7 @@ class Trainer:
         seconds = time.perf_counter() - began
         self.elapsed += seconds
         per_step = count * self.loader.tokens_per_batch
+        self.tokens += per_step
         values = routing_metrics(stats, self.config.model.routing.top_k)
         layers = zip(moe_layers(self.model), stats, router_norms, strict=True)
         for into, (layer, counts, router_norm) in zip(values["layers"], layers, strict=True):
@@ -212,7 +221,7 @@ class Trainer:
             tokens_per_second=per_step / seconds,
             loss=loss,
             losses=losses,
-            grad_norm=float(norm),
+            grad_norm=norm,
             learning_rate=rate,
             memory_bytes=memory_bytes(self.device),
             **values,
@@ -246,24 +255,21 @@ class Trainer:
 
     def profile(self) -> list[Row]:
         """Where the time of a forward and backward pass over the last batch goes."""
-        batch = self._last_batch.to(self.device)
-
-        def loss() -> Tensor:
-            nats, losses = self._forward(batch)
-            return nats + sum(losses.values())
-
-        return self._write("profile", **profile_pass(self.model, loss))
+        batch = self._last_batch
+        return self._write(
+            "profile", **profile_pass(self.model, lambda: self.objective.local_loss(batch))
+        )
 
     def evaluate_as(self, selection: EvalSelection) -> EvalResult:
         """Held-out loss with a given selection."""
-        return evaluate(
-            self.model, held_out(self.config, self.data), self.data.dataset.domains, selection
-        )
+        batches = held_out(self.config, self.data)
+        return evaluate(self.model, batches, self.data.dataset.domains, selection, ranks=self.ranks)
 
     def save(self) -> None:
         """Write a checkpoint, unless this step has one."""
-        if self.saved is not None and self.saved_step == self.step:
-            return
+        self.saver.save(self.step, self._snapshot)
+
+    def _snapshot(self) -> Snapshot:
         state = TrainState(
             step=self.step,
             tokens=self.tokens,
@@ -272,52 +278,41 @@ class Trainer:
             loader=self.loader.state_dict(),
             fingerprint=self.config.fingerprint(),
         )
-        self.saved_step = self.step
-        self.saved = save_checkpoint(
-            self.run,
-            self.model,
-            self.data.tokenizer,
-            self.optimizer,
-            state,
-            self.config.keep_checkpoints,
-        )
+        return snapshot(self.model, self.data.tokenizer, self.optimizer, state)
 
-    def _forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        bf16 = self.config.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            output = self.model(input_ids=batch.input_ids)
-        nats = F.cross_entropy(
-            output.logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED
-        )
-        return nats, output.router_losses
+    def _clip(self) -> float:
+        """Scale the gradient down to its largest norm; its norm before that."""
+        parameters = list(self.model.parameters())
+        norm = gradient_norms([parameters], self.ranks)[0]
+        scale_gradients(parameters, min(1.0, self.config.optimizer.max_grad_norm / (norm + 1e-6)))
+        return norm
 
     def _open_run(self) -> None:
-        checkpoints = list_checkpoints(self.run)
-        if self.config.resume:
-            if not checkpoints:
-                raise ValueError(f"resume: {self.run} has no checkpoint; start without resume")
-            self._restore(checkpoints[-1])
-        elif checkpoints:
+        config, names = self.config, self.saver.names()
+        if config.resume or (config.auto_resume and names):
+            self._restore()
+        elif names:
             raise ValueError(
-                f"out={self.config.out!r} already holds a run with checkpoints; continue it with "
+                f"out={config.out!r} already holds a run with checkpoints; continue it with "
                 "resume, or choose another folder"
             )
-        self.run.mkdir(parents=True, exist_ok=True)
-        write_json(self.run / "config.json", self.config.to_dict())
-        alpha = moe_layers(self.model)[0].config.resolved_aux_alpha
-        self._recorder = Recorder(
-            self.run, self.step, Alarms(aux_alpha=alpha), self.config.trackers
-        )
+        self._recorder: Recorder | None = None
+        if self.ranks.is_first:
+            self.run.mkdir(parents=True, exist_ok=True)
+            write_json(self.run / "config.json", config.to_dict())
+            alpha = moe_layers(self.model)[0].config.resolved_aux_alpha
+            self._recorder = Recorder(self.run, self.step, Alarms(aux_alpha=alpha), config.trackers)
 
-    def _restore(self, checkpoint: Path) -> None:
-        state = load_checkpoint(checkpoint, self.model, self.optimizer, self.config.fingerprint())
+    def _restore(self) -> None:
+        state = self.saver.resume(self.model, self.optimizer, self.config.fingerprint())
         self.step, self.tokens, self.expert_flops = state.step, state.tokens, state.expert_flops
         self.elapsed = state.elapsed_seconds
         self.loader.load_state_dict(state.loader)
-        self.saved, self.saved_step = checkpoint, state.step
 
     def _write(self, kind: str, **values: Any) -> list[Row]:
-        """Record a row; it, and the alarms it raises."""
+        """Record a row; it, and the alarms it raises. Nothing but on rank 0."""
+        if self._recorder is None:
+            return []
         row = {
             "kind": kind,
             "step": self.step,
@@ -329,7 +324,7 @@ class Trainer:
         return self._recorder.write(row)
 
     def _diverged(self, loss: float) -> None:
-        good = self.saved or "none was saved"
+        good = self.saver.saved or "none was saved"
         raise TrainingDiverged(
             f"loss is {loss} at step {self.step + 1}; last good checkpoint: {good}; "
             + "; ".join(map(layer_in_words, moe_layers(self.model)))
@@ -344,3 +339,12 @@ def held_out(config: TrainConfig, data: OpenedData) -> Iterator[Batch]:
         config.data.batch_size,
         config.eval_tokens_per_domain,
     )
+
+
+def _rows_per_rank(config: TrainConfig, ranks: Ranks) -> int:
+    if config.data.batch_size % ranks.size:
+        raise ValueError(
+            f"batch_size={config.data.batch_size} sequences cannot be divided among {ranks.size} "
+            "ranks: give a multiple"
+        )
+    return config.data.batch_size // ranks.size

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from etr.hf import EtrForCausalLM
 from etr.moe import MoE, moe_layers
 from etr.moe.lower_bound import erfc_bound
-from etr.moe.stats import max_violation
+from etr.moe.stats import routing_shares
+from etr.parallel import Ranks, gradient_norms, local_part
 
 
 class MetricsFile:
@@ -65,28 +66,28 @@ def routing_metrics(stats: list[dict[str, Tensor]], top_k: int) -> dict[str, Any
         stats: what `after_step` returned, one dictionary per layer.
         top_k: experts a token may choose.
     """
-    stats = [{k: v.cpu() for k, v in layer.items() if v.dim() < 2} for layer in stats if layer]
-    if not stats:
+    shares = routing_shares(stats, top_k)
+    if not shares:
         return {}
-    choices = torch.stack([layer["num_choices_per_expert"] for layer in stats])
-    kept = torch.stack([layer["num_tokens_per_expert"] for layer in stats])
-    tokens = sum(int(layer["num_valid_tokens"]) for layer in stats)
-    num_experts = choices.shape[1]
-    capacity = sum(int(layer["capacity_sum"]) for layer in stats)
-    forwards = sum(int(layer["num_forwards"]) for layer in stats)
-    slots = max(tokens * top_k, 1)
+    counts = ("num_tokens_per_expert", "num_choices_per_expert")
     return {
-        "kept_fraction": int(kept.sum()) / slots,
-        "drop_rate": 1 - int(kept.sum()) / max(int(choices.sum()), 1),
-        "tokens_without_expert": sum(int(x["num_tokens_without_expert"]) for x in stats)
-        / max(tokens, 1),
-        "capacity_mean": capacity / (forwards * num_experts),
-        "capacity_factor": capacity / slots,
-        "max_violation": float(max_violation(choices).mean()),
+        **shares,
+        **_bytes_sent(stats),
         "layers": [
-            {"num_tokens_per_expert": kept_row, "num_choices_per_expert": choice_row}
-            for kept_row, choice_row in zip(kept.tolist(), choices.tolist(), strict=True)
+            {name: layer[name].tolist() for name in counts} | _bytes_sent([layer])
+            for layer in stats
+            if layer
         ],
+    }
+
+
+def _bytes_sent(stats: list[dict[str, Tensor]]) -> dict[str, int]:
+    """Bytes that all ranks sent in the forward passes of a step; none on one process."""
+    names = ("bytes_within_node", "bytes_between_nodes", "bytes_between_nodes_padded")
+    return {
+        name: sum(int(layer[name]) for layer in stats if layer)
+        for name in names
+        if any(name in layer for layer in stats)
     }
 
 
@@ -120,22 +121,21 @@ def layer_metrics(layer: MoE, stats: dict[str, Tensor]) -> dict[str, float | Non
 
 
 def layer_in_words(layer: MoE) -> str:
-    """One layer's weights and load in a few words, for an error."""
+    """One layer's weights and load in a few words, for an error; of this rank's part."""
     counts = layer.pending.get("num_tokens_per_expert")
     kept = "none" if counts is None else counts.tolist()
-    norm = sum(float(p.detach().float().norm()) ** 2 for p in layer.parameters()) ** 0.5
+    parts = [local_part(p.detach()).float() for p in layer.parameters()]
+    norm = sum(float(part.norm()) ** 2 for part in parts) ** 0.5
     return f"layer {layer.layer_index}: weight norm {norm:.3g}, kept {kept}"
 
 
-def router_grad_norms(model: EtrForCausalLM) -> list[float | None]:
+def router_grad_norms(model: EtrForCausalLM, ranks: Ranks) -> list[float | None]:
     """Norm of the gradient of each layer's router; None where it has no parameter to train."""
-    norms: list[float | None] = []
-    for layer in moe_layers(model):
-        trained = [p for p in layer.router.parameters() if p.requires_grad]
-        found = [p.grad for p in trained if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(found)) if found else 0.0
-        norms.append(finite(norm) if trained else None)
-    return norms
+    routers = [
+        [p for p in layer.router.parameters() if p.requires_grad] for layer in moe_layers(model)
+    ]
+    norms = gradient_norms(routers, ranks)
+    return [finite(norm) if trained else None for trained, norm in zip(routers, norms, strict=True)]
 
 
 def memory_bytes(device: torch.device) -> int | None:

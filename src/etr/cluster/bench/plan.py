@@ -1,0 +1,273 @@
+"""What is trained, and what of it is timed."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from etr.cluster.network import parse_rate
+from etr.data import DataConfig
+from etr.moe import LossConfig
+from etr.moe.config import parse_capacity, parse_router
+from etr.train import ModelConfig, OptimizerConfig, RoutingOptions, TrainConfig
+
+RANKS = 4
+"""Ranks of every run; both shapes have as many."""
+Text = Literal["own", "mixed"]
+PADDED, PLAIN = "all_to_all_padded", "all_to_all"
+CHUNKED = "chunked:all_to_all,chunks=4"
+_SHAPES = {"2x2": 2, "4x1": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a model is trained.
+
+    Args:
+        router: with options.
+        capacity: policy with options; None for the router's own.
+        locality: weight of the locality loss, or None for none.
+        per_rank: capacity counts a rank's own tokens, as where buffers are padded.
+        local_bonus: added to the score of experts on the token's node.
+        sharded: from half of the training on, sequences go to the node whose experts they use.
+    """
+
+    router: str
+    capacity: str | None = None
+    locality: float | None = None
+    per_rank: bool = False
+    local_bonus: float = 0.0
+    sharded: bool = False
+
+    def __post_init__(self) -> None:
+        parse_router(self.router)
+        if self.capacity is not None:
+            parse_capacity(self.capacity)
+
+    @property
+    def needs_nodes(self) -> bool:
+        """Whether training depends on which rank is on which node."""
+        return self.locality is not None or bool(self.local_bonus) or self.sharded
+
+
+MU = 0.3
+"""Weight of the locality loss where a row does not say otherwise."""
+PUBLISHED = "etr_paper"
+RECIPES: dict[str, Recipe] = {
+    "baseline": Recipe(router="baseline", per_rank=True),
+    # Its own weight of the locality loss.
+    "locmoe": Recipe(router="locmoe", locality=0.01, per_rank=True),
+    "etr-published": Recipe(router=PUBLISHED, locality=MU),
+    "etr": Recipe(router="etr", locality=MU),
+    "capacity": Recipe(router=PUBLISHED, per_rank=True),
+    "locality": Recipe(router="baseline", locality=MU),
+    "bonus": Recipe(router=PUBLISHED, locality=MU, local_bonus=0.1),
+    "sharded": Recipe(router=PUBLISHED, locality=MU, sharded=True),
+}
+"""Recipes by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run. Its shape is "any" where nodes change nothing."""
+
+    recipe: str
+    text: Text
+    shape: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return f"{self.recipe}-{self.text}-{self.shape}-seed{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A row of the page: a trained model and how its tokens travel.
+
+    Args:
+        title: shown in tables.
+        recipe: name in `RECIPES`.
+        dispatch: dispatcher with options.
+    """
+
+    title: str
+    recipe: str
+    dispatch: str
+
+
+VARIANTS: dict[str, Variant] = {
+    "baseline": Variant(
+        title="baseline: top-1, factor 1.1, padded", recipe="baseline", dispatch=PADDED
+    ),
+    "locmoe": Variant(title="LocMoE", recipe="locmoe", dispatch=PADDED),
+    "etr-published": Variant(
+        title="published ETR: schedule to 0.6, locality, chunked",
+        recipe="etr-published",
+        dispatch=CHUNKED,
+    ),
+    "etr": Variant(
+        title="default ETR: schedule to 1.1, locality, chunked", recipe="etr", dispatch=CHUNKED
+    ),
+    "capacity": Variant(
+        title="capacity alone: schedule to 0.6, padded", recipe="capacity", dispatch=PADDED
+    ),
+    "unpadded": Variant(title="baseline, unpadded", recipe="baseline", dispatch=PLAIN),
+    "locality": Variant(
+        title="locality alone: baseline, unpadded, locality loss",
+        recipe="locality",
+        dispatch=PLAIN,
+    ),
+    "locality-padded": Variant(
+        title="locality loss under padding", recipe="locality", dispatch=PADDED
+    ),
+    "overlap": Variant(
+        title="overlap alone: baseline, unpadded, chunked", recipe="baseline", dispatch=CHUNKED
+    ),
+    "no-overlap": Variant(
+        title="published ETR without overlap", recipe="etr-published", dispatch=PLAIN
+    ),
+    "bonus": Variant(title="published ETR with local_bonus", recipe="bonus", dispatch=CHUNKED),
+    "sharded": Variant(
+        title="published ETR, documents sharded by their routing",
+        recipe="sharded",
+        dispatch=CHUNKED,
+    ),
+}
+"""Rows by name."""
+
+OWN_TEXT = tuple(name for name in VARIANTS if name not in ("bonus", "sharded"))
+REAL_TOO = ("baseline", "locmoe", "etr-published", "etr")
+"""Rows that are also timed with the experts of the trained model instead of emulated ones."""
+MIXED_TEXT = ("baseline", "etr-published", "locality", "bonus", "sharded")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """The whole benchmark."""
+
+    out: str = "runs/cluster"
+    """Folder of results; what is there is not run again."""
+    page: str | None = None
+    """Also write the page as this Markdown file, e.g. docs/results/cluster.md."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each model is trained once with every seed."""
+    steps: int = 300
+    """Optimizer steps of each training run."""
+    hidden_size: int = 128
+    """Width of the model."""
+    num_layers: int = 2
+    """Its layers."""
+    rows_per_rank: int = 4
+    """Sequences of each rank in a training step."""
+    replay_rows: int = 16
+    """Sequences of each rank in a timed step."""
+    replay_batches: int = 3
+    """Different timed steps."""
+    rounds: int = 2
+    """Times that all variants take their turn."""
+    sequence_length: int = 128
+    """Tokens of a sequence."""
+    inter: str = "200mbit"
+    """Rate between nodes."""
+    intra: str = "1600mbit"
+    """Rate inside a node."""
+    compute_ratio: float = 1.0
+    """Emulated time of an expert's forward pass over a row, in units of the time that the row
+    takes over a node's uplink shared by its ranks (2x2)."""
+    shapes: tuple[str, ...] = ("2x2", "4x1")
+    """Nodes x ranks per node."""
+    max_bytes_per_domain: int = 2_000_000
+    """Most text of each domain, bytes."""
+    eval_tokens_per_domain: int = 16384
+    """Held-out tokens of each domain."""
+    variants: tuple[str, ...] = field(default=tuple(VARIANTS))
+    """Rows that are run."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "replay_batches", "rounds", "rows_per_rank", "replay_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, known in (("shapes", _SHAPES), ("variants", VARIANTS)):
+            unknown = sorted(set(getattr(self, name)) - set(known))
+            if unknown or not getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)} must be of {', '.join(known)}")
+        if not self.compute_ratio >= 0:
+            raise ValueError(f"compute_ratio={self.compute_ratio} must be >= 0")
+        if not self.seeds:
+            raise ValueError("seeds=() needs at least one")
+        for name in ("inter", "intra"):
+            parse_rate(getattr(self, name))
+
+    def cells(self) -> list[tuple[str, Text, str]]:
+        """(shape, text, variant) of every timed row; mixed text on the first shape alone."""
+        found: list[tuple[str, Text, str]] = [
+            (shape, "own", name)
+            for shape in self.shapes
+            for name in self.variants
+            if name in OWN_TEXT
+        ]
+        mixed = [name for name in self.variants if name in MIXED_TEXT]
+        return found + [(self.shapes[0], "mixed", name) for name in mixed]
+
+    def run_of(self, shape: str, text: Text, variant: str, seed: int) -> Run:
+        """The training run behind a row."""
+        recipe = VARIANTS[variant].recipe
+        shape = shape if RECIPES[recipe].needs_nodes else "any"
+        return Run(recipe=recipe, text=text, shape=shape, seed=seed)
+
+    def runs(self) -> list[Run]:
+        """Every training run, seed by seed."""
+        found = [self.run_of(*cell, seed) for seed in self.seeds for cell in self.cells()]
+        return list(dict.fromkeys(found))
+
+    def training(self, run: Run, out: str) -> TrainConfig:
+        """Config of a training run."""
+        recipe = RECIPES[run.recipe]
+        base = TrainConfig(
+            out=out,
+            data=DataConfig(
+                sequence_length=self.sequence_length,
+                batch_size=self.rows_per_rank * RANKS,
+                max_bytes_per_domain=self.max_bytes_per_domain,
+            ),
+            model=ModelConfig(
+                hidden_size=self.hidden_size,
+                num_layers=self.num_layers,
+                routing=RoutingOptions(
+                    router=recipe.router,
+                    capacity=recipe.capacity,
+                    expert_size=2 * self.hidden_size,
+                    losses=LossConfig(locality_mu=recipe.locality or 0.0),
+                ),
+            ),
+            optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=max(self.steps // 20, 1)),
+            steps=self.steps,
+            seed=run.seed,
+            eval_every=self.steps,
+            eval_tokens_per_domain=self.eval_tokens_per_domain,
+            checkpoint_every=self.steps,
+            diagnostics=False,
+            profile_every=None,
+            device="cpu",
+        )
+        parallel = dataclasses.replace(base.parallel, expert_ranks=RANKS, fsdp=False)
+        return dataclasses.replace(base, parallel=parallel)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row as it travels, float32."""
+        return 4 * self.hidden_size
+
+    @property
+    def seconds_per_row(self) -> float:
+        """Emulated time of an expert's forward pass over a row; the backward pass takes twice."""
+        return self.compute_ratio * self.row_bytes * 2 * 8 / parse_rate(self.inter)
+
+
+def nodes_of(shape: str) -> tuple[int, ...]:
+    """Node of each rank in a shape; "any" is all ranks on one node."""
+    nodes = _SHAPES.get(shape, 1)
+    return tuple(rank * nodes // RANKS for rank in range(RANKS))

@@ -1,0 +1,169 @@
+"""Trained routing replayed on an emulated cluster, under a clock.
+
+Each rank runs this module: the MoE layers of a trained model, forward and backward in its order,
+on the inputs recorded when it was trained. Nothing else of the model runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+
+from etr.cluster.bench.plan import PADDED, RECIPES, VARIANTS, BenchConfig, Run
+from etr.cluster.bench.sleep import add_sleeping_experts
+from etr.cluster.measure import MeasureConfig, join_group, measure_curve
+from etr.moe import MoE, set_progress
+from etr.moe.expert_parallel import ExpertParallel
+from etr.moe.topology import Topology
+from etr.moe.watch import LayerView, watch
+from etr.train.config import TrainConfig
+from etr.train.files import write_json
+
+EMULATED, REAL = "emulated", "real"
+WARM_UP = 1
+"""Steps of each variant before its clock starts."""
+
+
+def main(arguments: list[str]) -> None:
+    """Time what a plan lists and write it down.
+
+    Args:
+        arguments: path of the plan, written by `etr.cluster.bench.run`.
+    """
+    plan = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+    bench = BenchConfig(**{k: _tuple(v) for k, v in plan["bench"].items()})
+    torch.set_num_threads(1)
+    join_group()
+    add_sleeping_experts(EMULATED, bench.seconds_per_row)
+    topology = Topology.from_environment()
+    if plan["curve"]:
+        sizes = (1 << 14, 1 << 16, 1 << 18, 1 << 20)
+        curve = measure_curve(MeasureConfig(sizes=sizes))
+        if dist.get_rank() == 0:
+            write_json(Path(plan["curve"]), curve.to_dict())
+    for number, job in enumerate(plan["jobs"], 1):
+        result = _time(bench, job, topology)
+        if dist.get_rank() == 0:
+            write_json(Path(job["out"]), result)
+            middle = sorted(result["seconds"])[len(result["seconds"]) // 2]
+            name = f"{job['variant']}, {job['run']['text']} text, seed {job['run']['seed']}"
+            print(f"timed {number}/{len(plan['jobs'])} {name}: {middle:.3f} s", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _time(bench: BenchConfig, job: dict[str, Any], topology: Topology) -> dict[str, Any]:
+    run = Run(**job["run"])
+    replay = Replay(bench, run, VARIANTS[job["variant"]].dispatch, job["compute"], topology)
+    for batch in range(WARM_UP):
+        replay.step(batch)
+    seconds = []
+    for _ in range(job["rounds"]):
+        seconds += [replay.step(batch) for batch in range(bench.replay_batches)]
+    return {**job, "seconds": seconds, **replay.traffic()}
+
+
+class Replay:
+    """The MoE layers of one trained model on the ranks of this process group.
+
+    Args:
+        bench: sizes and folders.
+        run: the training run.
+        dispatch: how rows travel.
+        compute: EMULATED or REAL.
+        topology: node of each rank.
+    """
+
+    def __init__(
+        self, bench: BenchConfig, run: Run, dispatch: str, compute: str, topology: Topology
+    ) -> None:
+        folder = Path(bench.out) / "trained" / run.name
+        rank, recipe = dist.get_rank(), RECIPES[run.recipe]
+        stored = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        config = dataclasses.replace(
+            TrainConfig.from_dict(stored["config"]).model.moe_config(),
+            dispatch=dispatch,
+            backend=EMULATED if compute == EMULATED else "auto",
+            local_bonus=recipe.local_bonus,
+        )
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("expert",))
+        parallel = ExpertParallel.create(mesh, topology, config.num_experts)
+        if recipe.per_rank or dispatch == PADDED:  # a padded buffer is as large as the capacity
+            parallel = dataclasses.replace(parallel, selection_group=None)
+        weights = load_file(folder / "layers.safetensors")
+        self.layers: list[MoE] = []
+        for number in range(bench.num_layers):
+            layer = MoE(config, number)
+            prefix = f"{number}."
+            own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+            layer.load_state_dict(own)
+            self.layers.append(layer.distribute(parallel).train())
+        self.model = torch.nn.ModuleList(self.layers)
+        set_progress(self.model, 1.0)
+        self._inputs = load_file(folder / f"inputs-{rank}.safetensors")
+        self._bytes = {"within": 0, "between": 0, "steps": 0}
+        self._rows = torch.zeros(bench.num_layers, dist.get_world_size(), dtype=torch.int64)
+        self._padded = self.layers[0].dispatcher.padded
+        self._size = self._inputs["0.0"].element_size() * config.hidden_size
+
+    def step(self, batch: int) -> float:
+        """Forward and backward over a recorded batch; seconds until the last rank is done."""
+        inputs = [
+            self._inputs[f"{batch}.{n}"].clone().requires_grad_() for n in range(len(self.layers))
+        ]
+        dist.barrier()
+        began = time.perf_counter()
+        with watch(self.model, self._see):
+            outputs = [layer(x) for layer, x in zip(self.layers, inputs, strict=True)]
+        loss = sum((o.hidden_states.sum() for o in outputs), torch.zeros(()))
+        loss = loss + sum((v for o in outputs for v in o.losses.values()), torch.zeros(()))
+        loss.backward()
+        taken = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
+        dist.all_reduce(taken, dist.ReduceOp.MAX)
+        self.model.zero_grad(set_to_none=True)
+        for output in outputs:
+            self._bytes["within"] += int(output.stats["bytes_within_node"])
+            self._bytes["between"] += int(output.stats["bytes_between_nodes"])
+        self._bytes["steps"] += 1
+        return float(taken)
+
+    def traffic(self) -> dict[str, Any]:
+        """Bytes of all ranks in a forward pass, and rows between ranks in each layer, as means.
+
+        The backward pass sends the rows again, without their counts.
+        """
+        rows = self._rows.double() / self._bytes["steps"]
+        every = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, rows)
+        counted = torch.tensor([self._bytes["within"], self._bytes["between"]], dtype=torch.float64)
+        dist.all_reduce(counted)
+        within, between = (counted / self._bytes["steps"]).tolist()
+        return {
+            "bytes_within_node": within,
+            "bytes_between_nodes": between,
+            "rows": torch.stack(every, dim=1).tolist(),  # [layer, sender, receiver]
+            "row_bytes": self._size,
+        }
+
+    def _see(self, number: int, view: LayerView) -> None:
+        per_expert = view.selection.num_tokens_per_expert
+        if self._padded:
+            per_expert = torch.full_like(per_expert, view.selection.buffer_size)
+        self._rows[number] += per_expert.view(self._rows.shape[1], -1).sum(1)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

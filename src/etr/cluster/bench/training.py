@@ -1,0 +1,196 @@
+"""Small language models trained on four ranks, and what their routers then want."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from etr.cluster.bench.plan import RANKS, RECIPES, BenchConfig, Recipe, Run, nodes_of
+from etr.cluster.bench.sharding import sharded_by_routing
+from etr.data import Batch, OpenedData, TokenLoader, open_data
+from etr.moe import moe_layers
+from etr.moe.expert_parallel import ExpertParallel
+from etr.moe.stats import max_violation
+from etr.moe.topology import Topology
+from etr.moe.watch import LayerView, watch
+from etr.train.files import write_json
+from etr.train.loop import Trainer
+
+REPLAY = 10_000
+"""Added to the seed of a run for the text of its timed steps: as in training, in another order."""
+
+
+def train_missing(bench: BenchConfig, say: Callable[[str], None]) -> None:
+    """Train every run of the plan that has no result; its four ranks are processes started once."""
+    folder = Path(bench.out) / "trained"
+    missing = [run for run in bench.runs() if not (folder / run.name / "result.json").exists()]
+    say(f"{len(bench.runs()) - len(missing)} of {len(bench.runs())} models are trained")
+    if not missing:
+        return
+    open_data(bench.training(missing[0], "").data)  # built once, then read from its cache
+    folder.mkdir(parents=True, exist_ok=True)
+    meeting = folder / ".meeting"
+    meeting.unlink(missing_ok=True)
+    context = torch.multiprocessing.start_processes(
+        _rank, (bench, missing, str(meeting)), nprocs=RANKS, start_method="spawn", join=False
+    )
+    try:
+        while not context.join(timeout=1.0):
+            pass
+    finally:
+        for process in context.processes:
+            process.kill()
+        meeting.unlink(missing_ok=True)
+
+
+def _rank(rank: int, bench: BenchConfig, runs: list[Run], meeting: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{meeting}",
+        rank=rank,
+        world_size=RANKS,
+        timeout=timedelta(minutes=5),
+    )
+    data = open_data(bench.training(runs[0], "").data)
+    for number, run in enumerate(runs, 1):
+        result = _train(bench, run, data)
+        if rank == 0:
+            loss, violation = result["val_loss"], result["max_violation"]
+            print(
+                f"trained {number}/{len(runs)} {run.name}: held-out loss {loss:.4f}, "
+                f"MaxVio {violation:.2f}",
+                flush=True,
+            )
+    dist.destroy_process_group()
+
+
+def _train(bench: BenchConfig, run: Run, data: OpenedData) -> dict[str, Any]:
+    """Train one model, evaluate and record it; every rank returns the same result."""
+    folder, rank = Path(bench.out) / "trained" / run.name, dist.get_rank()
+    recipe, nodes = RECIPES[run.recipe], nodes_of(run.shape)
+    trainer = Trainer(bench.training(run, str(folder / "run")), data)
+    _arrange(trainer, recipe, nodes)
+    loaders = _Loaders(bench, run, data)
+    trainer.loader = loaders.own(bench.rows_per_rank, run.seed)
+    half = bench.steps // 2
+    with trainer:
+        while not trainer.finished:
+            if recipe.sharded and trainer.step == half:
+                whole = loaders.whole(bench.rows_per_rank, run.seed)
+                whole.load_state_dict(trainer.loader.state_dict())
+                dealt = sharded_by_routing(trainer, whole, bench.steps - half, nodes)
+                trainer.loader = dealt  # type: ignore[assignment]
+            trainer.train_step()
+        eval_rows = trainer.evaluate()
+        replay: Iterator[Batch] = loaders.own(bench.replay_rows, run.seed + REPLAY)
+        if recipe.sharded:
+            whole = loaders.whole(bench.replay_rows, run.seed + REPLAY)
+            replay = sharded_by_routing(trainer, whole, bench.replay_batches, nodes)
+        result, inputs = _record(bench, trainer, replay)
+    losses = [row["val_loss"] for row in eval_rows if row["kind"] == "eval"] or [math.nan]
+    found = [{"val_loss": losses[0], "dropless_loss": losses[-1]}]
+    dist.broadcast_object_list(found)
+    result |= found[0] | {"run": dataclasses.asdict(run), "config": trainer.config.to_dict()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(inputs, folder / f"inputs-{rank}.safetensors")
+    weights = _whole_layers(trainer)
+    if rank == 0:
+        save_file(weights, folder / "layers.safetensors")
+    dist.barrier()  # the result says that all files are there
+    if rank == 0:
+        write_json(folder / "result.json", result)
+    dist.barrier()
+    return result
+
+
+def _arrange(trainer: Trainer, recipe: Recipe, nodes: tuple[int, ...]) -> None:
+    """Nodes, the group that capacity counts, and the bonus, which no option of a run sets."""
+    layers = moe_layers(trainer.model)
+    assert layers[0].parallel is not None
+    mesh = layers[0].parallel.mesh
+    parallel = ExpertParallel.create(mesh, Topology(nodes), layers[0].config.num_experts)
+    if recipe.per_rank:
+        parallel = dataclasses.replace(parallel, selection_group=None)
+    for layer in layers:
+        layer.parallel = parallel
+        layer.config = dataclasses.replace(layer.config, local_bonus=recipe.local_bonus)
+
+
+class _Loaders:
+    """Training text of a run: its own domains for each rank, or the same mixture for all."""
+
+    def __init__(self, bench: BenchConfig, run: Run, data: OpenedData) -> None:
+        self._length, self._text, self._dataset = bench.sequence_length, run.text, data.dataset
+
+    def own(self, rows: int, seed: int) -> TokenLoader:
+        """This rank's rows."""
+        if self._text == "mixed":
+            return self._open(rows, seed, rank=dist.get_rank(), world_size=RANKS)
+        domains = self._dataset.domains
+        weights = {d: float(i % RANKS == dist.get_rank()) for i, d in enumerate(domains)}
+        return self._open(rows, seed, domain_weights=weights)
+
+    def whole(self, rows: int, seed: int) -> TokenLoader:
+        """The rows of all ranks."""
+        return self._open(rows * RANKS, seed)
+
+    def _open(self, rows: int, seed: int, **options: Any) -> TokenLoader:
+        return TokenLoader(
+            self._dataset,
+            sequence_length=self._length,
+            batch_size=rows,
+            seed=seed,
+            **options,
+        )
+
+
+@torch.no_grad()
+def _record(
+    bench: BenchConfig, trainer: Trainer, replay: Iterator[Batch]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Inputs of the MoE layers in the training mode of the end of training, and their routing."""
+    layers = moe_layers(trainer.model)
+    inputs: dict[str, Tensor] = {}
+    size = (2, RANKS, len(layers), layers[0].config.num_experts)
+    counts = torch.zeros(size, dtype=torch.int64)  # chosen and kept, of each rank's tokens
+    chosen, kept = counts[:, dist.get_rank()]
+
+    def see(layer: int, view: LayerView) -> None:
+        inputs[f"{len(inputs) // len(layers)}.{layer}"] = view.x.clone()
+        chosen[layer] += view.routing.num_choices_per_expert()
+        kept[layer] += view.selection.num_tokens_per_expert
+
+    trainer.model.train()
+    with watch(trainer.model, see):
+        for batch in islice(replay, bench.replay_batches):
+            trainer.model(input_ids=batch.input_ids)
+    for layer in layers:
+        layer.pending = {}
+    dist.all_reduce(counts)
+    return {
+        "chosen": counts[0].sum(1).tolist(),  # [ranks, experts]
+        "kept": counts[1].sum(1).tolist(),
+        "max_violation": float(max_violation(counts[0].sum(0)).mean()),
+    }, inputs
+
+
+def _whole_layers(trainer: Trainer) -> dict[str, Tensor]:
+    """State of every MoE layer with all experts, by layer number; every rank must call it."""
+    found = {}
+    for number, layer in enumerate(moe_layers(trainer.model)):
+        for name, value in layer.state_dict().items():
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            found[f"{number}.{name}"] = whole.detach().clone().contiguous()
+    return found

@@ -1,0 +1,149 @@
+"""Scores of several models side by side, as JSON and as one table."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from etr.evaluate.held_out import EvalResult
+from etr.evaluate.tasks import ALL, HELD_OUT, Score, Scores, TaskResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelResult:
+    """What one model scored.
+
+    Args:
+        model: its name in the table.
+        folder: where it was read from.
+        selection: how its experts selected, in words.
+        tasks: results, in the order asked for.
+    """
+
+    model: str
+    folder: str
+    selection: str
+    tasks: list[TaskResult]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRow:
+    """One measure of one category of one task; cells by model, None where it was not measured."""
+
+    task: str
+    category: str
+    measure: str
+    count: int
+    scores: tuple[Score | None, ...]
+
+    def cells(self) -> list[str]:
+        """As text."""
+        scores = ["-" if score is None else str(score) for score in self.scores]
+        return [self.task, self.category, self.measure, f"{self.count:,}", *scores]
+
+
+def held_out_result(result: EvalResult, bytes_per_token: dict[str, float]) -> TaskResult:
+    """Held-out loss as a task; its questions are tokens, its sample rows of text.
+
+    Args:
+        result: of `evaluate`.
+        bytes_per_token: of each domain.
+    """
+    tokens = result.tokens_by_domain
+    count = sum(tokens.values())
+    mean_bytes = sum(n * bytes_per_token[name] for name, n in tokens.items()) / count
+    scores: Scores = {ALL: _nats_and_bits(result.loss, result.error, count, mean_bytes)}
+    scores[ALL]["kept share"] = Score(value=result.kept_fraction, error=None, count=count)
+    for name, loss in result.loss_by_domain.items():
+        error = result.error_by_domain[name]
+        scores[name] = _nats_and_bits(loss, error, tokens[name], bytes_per_token[name])
+    return TaskResult(task=HELD_OUT, label="held-out text", scores=scores)
+
+
+def _nats_and_bits(
+    loss: float, error: float | None, count: int, bytes_per_token: float
+) -> dict[str, Score]:
+    scale = 1 / math.log(2) / bytes_per_token
+    bits = None if error is None else error * scale
+    return {
+        "bits/byte": Score(value=loss * scale, error=bits, count=count),
+        "nats/token": Score(value=loss, error=error, count=count),
+    }
+
+
+def score_rows(models: Sequence[ModelResult]) -> list[ScoreRow]:
+    """Every measure that any model has, in the order of the first that has it."""
+    by_model = [
+        {
+            (task.task, category, measure): score
+            for task in model.tasks
+            for category, scores in task.scores.items()
+            for measure, score in scores.items()
+        }
+        for model in models
+    ]
+    keys = dict.fromkeys(key for scores in by_model for key in scores)
+    rows = []
+    for key in keys:
+        scores = tuple(found.get(key) for found in by_model)
+        count = next(score.count for score in scores if score is not None)
+        rows.append(
+            ScoreRow(task=key[0], category=key[1], measure=key[2], count=count, scores=scores)
+        )
+    return rows
+
+
+def columns(models: Sequence[ModelResult]) -> list[str]:
+    """Heads of the table."""
+    return ["task", "category", "measure", "n", *(model.model for model in models)]
+
+
+def comparison_markdown(models: Sequence[ModelResult]) -> str:
+    """One table for all models, with standard errors, and how each model's experts selected."""
+    lines = [
+        "| " + " | ".join(columns(models)) + " |",
+        "| :--- | :--- | :--- |" + " ---: |" * (1 + len(models)),
+        *("| " + " | ".join(row.cells()) + " |" for row in score_rows(models)),
+        "",
+        *(f"- {model.model}: {model.selection}" for model in models),
+    ]
+    labels = {task.task: task.label for model in models for task in model.tasks}
+    lines += [f"- {task}: {label}" for task, label in labels.items()]
+    lines += ["", "After ±: the standard error of the mean over questions or rows of text."]
+    return "\n".join(lines) + "\n"
+
+
+def comparison_json(models: Sequence[ModelResult], settings: dict[str, Any]) -> dict[str, Any]:
+    """Plain values: what was asked for, and every score.
+
+    Args:
+        models: results.
+        settings: how it was run.
+    """
+    return {"format": 1, "settings": settings, "models": [dataclasses.asdict(m) for m in models]}
+
+
+def read_models(values: dict[str, Any]) -> list[ModelResult]:
+    """The models of what `comparison_json` wrote."""
+    return [
+        ModelResult(
+            **{
+                **model,
+                "tasks": [
+                    TaskResult(
+                        task=task["task"],
+                        label=task["label"],
+                        scores={
+                            category: {name: Score(**score) for name, score in scores.items()}
+                            for category, scores in task["scores"].items()
+                        },
+                    )
+                    for task in model["tasks"]
+                ],
+            }
+        )
+        for model in values["models"]
+    ]

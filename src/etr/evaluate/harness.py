@@ -1,0 +1,218 @@
+"""Running tasks through lm-evaluation-harness, without a network."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from etr.evaluate.held_out import evaluating
+from etr.evaluate.tasks.base import ALL, Score, Task, TaskResult, by_category, require
+from etr.moe.config import EvalSelection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CHOICE_MEASURES = ("acc_norm", "acc")
+"""Of multiple choice: by log-likelihood over the choice's length in characters, and without."""
+
+
+def run_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    *,
+    batch_size: int = 8,
+    chat: bool = False,
+    selection: EvalSelection = "threshold",
+) -> list[TaskResult]:
+    """Put every question of every task to a model; its mode and selection are restored.
+
+    Args:
+        model: a causal language model, on its own device.
+        tokenizer: the model's.
+        tasks: see `etr.evaluate.tasks`.
+        batch_size: sequences at once.
+        chat: put questions through the tokenizer's chat template.
+        selection: how experts select.
+    Raises:
+        ValueError: lm-eval is not installed, or the tokenizer has no chat template.
+    """
+    if not tasks:
+        return []
+    _check(tokenizer, chat)
+    wanted: list[Any] = [_as_harness_task(task) for task in tasks]
+    found = _simple_evaluate(
+        model, tokenizer, wanted, batch_size, chat, selection, include_defaults=False
+    )
+    return [_own_result(task, found["samples"][task.name]) for task in tasks]
+
+
+def run_named(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str],
+    *,
+    task_path: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    chat: bool = False,
+    selection: EvalSelection = "threshold",
+) -> list[TaskResult]:
+    """Run tasks that the harness knows by name, or by YAML files of one's own.
+
+    Args:
+        names: of tasks or groups; their data must be on this machine.
+        task_path: folder of YAML files, beside the harness's own.
+        limit: most questions, the first ones.
+    Raises:
+        ValueError: lm-eval is not installed, a task is unknown, or its data is not here.
+    """
+    if not names:
+        return []
+    _check(tokenizer, chat)
+    try:
+        found = _simple_evaluate(
+            model, tokenizer, list(names), batch_size, chat, selection,
+            include_defaults=task_path is None, include_path=task_path, limit=limit,
+        )  # fmt: skip
+    except (KeyError, OSError) as error:
+        raise ValueError(
+            f"tasks={tuple(names)!r}: lm-evaluation-harness does not know them, or their data is "
+            f"not on this machine ({type(error).__name__}: {error})"
+        ) from error
+    counts = found.get("n-samples", {})
+    return [
+        _named_result(name, values, counts.get(name, {}).get("effective", 0))
+        for name, values in found["results"].items()
+    ]
+
+
+def _check(tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise ValueError("chat=True, and the tokenizer has no chat template; leave it off")
+    require("lm_eval", "lm-eval")
+
+
+def _simple_evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[Any],
+    batch_size: int,
+    chat: bool,
+    selection: EvalSelection,
+    *,
+    include_defaults: bool,
+    include_path: str | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    import lm_eval
+
+    with offline(), evaluating(model, selection):
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+
+        harness_model: Any = HFLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            backend="causal",
+            device=str(model.device),
+            batch_size=batch_size,
+        )
+        manager = TaskManager(include_path=include_path, include_defaults=include_defaults)
+        found = lm_eval.simple_evaluate(
+            model=harness_model,
+            tasks=tasks,
+            task_manager=manager,
+            limit=limit,
+            apply_chat_template=chat,
+            bootstrap_iters=1000 if include_defaults or include_path else 0,
+            log_samples=True,
+        )
+    assert found is not None
+    result: dict[str, Any] = dict(found)
+    return result
+
+
+def _as_harness_task(task: Task) -> dict[str, Any]:
+    """A task in the words of the harness's configuration."""
+    import datasets
+
+    config: dict[str, Any] = {
+        "task": task.name,
+        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(task.questions)},
+        "test_split": "test",
+        "doc_to_text": lambda doc: doc["prompt"],
+        "num_fewshot": 0,
+    }
+    if task.score is None:
+        return config | {
+            "output_type": "multiple_choice",
+            "doc_to_choice": lambda doc: doc["choices"],
+            "doc_to_target": lambda doc: doc["answer"],
+            "metric_list": [{"metric": name} for name in CHOICE_MEASURES],
+        }
+    score = task.score
+    return config | {
+        "output_type": "generate_until",
+        "doc_to_target": lambda doc: "",
+        "generation_kwargs": {
+            "until": list(task.until),
+            "max_gen_toks": task.max_new_tokens,
+            "do_sample": False,
+        },
+        "process_results": lambda doc, answers: score(doc, answers[0]),
+        "metric_list": [],
+    }
+
+
+def _own_result(task: Task, samples: list[dict[str, Any]]) -> TaskResult:
+    in_order = sorted(samples, key=lambda sample: sample["doc_id"])
+    rows = [
+        (sample["doc"]["category"], {name: float(sample[name]) for name in sample["metrics"]})
+        for sample in in_order
+    ]
+    return TaskResult(task=task.name, label=task.label, scores=by_category(rows))
+
+
+def _named_result(name: str, values: dict[str, Any], count: int) -> TaskResult:
+    """Measures as the harness reports them: "acc,none" and "acc_stderr,none"."""
+    scores = {}
+    for key, value in values.items():
+        measure, comma, kind = key.partition(",")
+        if not comma or measure.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = values.get(f"{measure}_stderr,{kind}")
+        label = measure if kind == "none" else f"{measure} ({kind})"
+        known = isinstance(error, int | float)
+        scores[label] = Score(value=value, error=error if known else None, count=count)
+    return TaskResult(task=name, label=f"{name} of lm-evaluation-harness", scores={ALL: scores})
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Keep Hugging Face's libraries from the network, and the harness from talking."""
+    import datasets
+    import huggingface_hub.constants
+
+    switches = [
+        (huggingface_hub.constants, "HF_HUB_OFFLINE"),
+        (datasets.config, "HF_HUB_OFFLINE"),
+        (datasets.config, "HF_DATASETS_OFFLINE"),
+    ]
+    before = [getattr(module, name) for module, name in switches]
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    for module, name in switches:
+        setattr(module, name, True)
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lm_eval")
+            yield
+    finally:
+        logger.setLevel(level)
+        for (module, name), value in zip(switches, before, strict=True):
+            setattr(module, name, value)

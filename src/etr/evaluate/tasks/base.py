@@ -1,0 +1,153 @@
+"""What a task is: questions, how they are put, and how answers are scored."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+ALL = "all"
+"""The category that holds every question."""
+Scorer = Callable[[dict[str, Any], str], dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A mean over questions.
+
+    Args:
+        value: mean.
+        error: its standard error, s / sqrt(n); None for one question, or where nothing is sampled.
+        count: questions, or tokens.
+    """
+
+    value: float
+    error: float | None
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g}" if self.error is None else f"{self.value:.4f} ± {self.error:.4f}"
+
+
+Scores = dict[str, dict[str, Score]]
+"""By category, then by measure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Questions of one kind.
+
+    Args:
+        name: as the command line calls it.
+        label: what it is, for tables; says what it is not where a name could mislead.
+        questions: dictionaries with "prompt", "category", and either "choices" and "answer" (the
+            place of the right one) or whatever `score` reads.
+        score: (question, generated text) -> values by measure; None for multiple choice, which is
+            scored by the likelihood of the choices.
+        until: texts that end a generated answer.
+        max_new_tokens: most tokens of a generated answer.
+    """
+
+    name: str
+    label: str
+    questions: list[dict[str, Any]]
+    score: Scorer | None = None
+    until: tuple[str, ...] = ()
+    max_new_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        if not self.questions:
+            raise ValueError(f"task {self.name!r} has no questions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """What a model scored on one task.
+
+    Args:
+        task, label: of the task.
+        scores: by category ("all" first), then by measure.
+    """
+
+    task: str
+    label: str
+    scores: Scores
+
+
+def require(module: str, package: str) -> Any:
+    """Import what a task needs.
+
+    Raises:
+        ValueError: it is not installed; says how.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"this task needs the package {package}: pip install 'etr-moe[eval]' ({error})"
+        ) from error
+
+
+def mean_score(values: Sequence[float]) -> Score:
+    """Mean and standard error of independent values."""
+    count = len(values)
+    error = statistics.stdev(values) / math.sqrt(count) if count > 1 else None
+    return Score(value=statistics.fmean(values), error=error, count=count)
+
+
+def by_category(rows: Sequence[tuple[str, dict[str, float]]]) -> Scores:
+    """Scores of all questions, and of each category where there are several.
+
+    Args:
+        rows: category (may be empty) and values by measure of each question.
+    """
+    groups: dict[str, list[dict[str, float]]] = {ALL: [values for _, values in rows]}
+    names = sorted({category for category, _ in rows if category})
+    if len(names) > 1:
+        groups |= {name: [v for category, v in rows if category == name] for name in names}
+    return {
+        name: {measure: mean_score([row[measure] for row in group]) for measure in group[0]}
+        for name, group in groups.items()
+    }
+
+
+def spread(items: Sequence[T], limit: int | None) -> list[T]:
+    """At most `limit` items at equal distances, so that categories keep about their shares."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[i * len(items) // limit] for i in range(limit)]
+
+
+def read_lines(path: str | Path, fields: dict[str, type]) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file, each with the fields named.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line is no JSON object or lacks a field, with its number.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{str(path)!r} is no file; give one of JSON lines")
+    found = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}, line {number} must be a JSON object")
+        for name, kind in fields.items():
+            if not isinstance(values.get(name), kind) or isinstance(values[name], bool):
+                raise ValueError(
+                    f"{path}, line {number}: {name}={values.get(name)!r} must be of type "
+                    f"{kind.__name__}"
+                )
+        found.append(values)
+    return found

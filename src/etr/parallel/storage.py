@@ -1,0 +1,103 @@
+"""Tensors that ranks hold in parts, in safetensors files, by torch.distributed.checkpoint.
+
+What one layout of ranks wrote, any other reads: files say which part of a tensor they hold.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+from etr.moe.state import GlobalState
+from etr.parallel.ranks import Ranks
+
+Tensors = dict[str, Tensor]
+
+
+def model_tensors(model: nn.Module) -> Tensors:
+    """Weights and routing state by name, tied ones once; they share memory with the model."""
+    found: Tensors = {}
+    seen = set[int]()
+    # Beside the names this brings FSDP back to the parts that each rank keeps.
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) not in seen:
+            seen.add(id(value))
+            found[name] = value.detach()
+    return found
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+    """The optimizer's tensors by name, made first for a new one; they share memory with it.
+
+    Numbers such as the learning rate are no part of it: the run's config has them.
+    """
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def tensors_changed(model: nn.Module) -> None:
+    """To be called when the tensors of `model_tensors` have been written to."""
+    for module in model.modules():
+        if isinstance(module, GlobalState):
+            module.state_changed()
+
+
+def staged(tensors: Tensors) -> Tensors:
+    """Copies in the host's memory, so that training can go on while they are written."""
+    options = StagingOptions(
+        use_pinned_memory=False,
+        use_shared_memory=False,
+        use_async_staging=False,
+        use_non_blocking_copy=False,
+    )
+    copies = DefaultStager(options).stage(tensors)
+    assert isinstance(copies, dict)
+    return copies
+
+
+def write_tensors(folder: Path, tensors: Tensors, ranks: Ranks) -> None:
+    """Write a folder of safetensors files, a file or none a rank.
+
+    Args:
+        folder: of these tensors alone, the same on every rank.
+        tensors: DTensors are written in parts, others once.
+        ranks: all of them call this.
+    Raises:
+        CheckpointException: on every rank, with each rank's own error.
+    """
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with _quietly():
+        dcp.save(tensors, storage_writer=writer, **_among(ranks))
+
+
+def read_tensors(folder: Path, tensors: Tensors, ranks: Ranks) -> None:
+    """Fill tensors in place from a folder of safetensors files.
+
+    Raises:
+        CheckpointException: a name is missing, or its shape is another.
+    """
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    with _quietly():
+        dcp.load(tensors, storage_reader=reader, **_among(ranks))
+
+
+def _among(ranks: Ranks) -> dict[str, Any]:
+    return {"process_group": ranks.group, "no_dist": ranks.group is None}
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """That one process is one process is no news."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

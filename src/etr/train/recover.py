@@ -1,0 +1,302 @@
+"""After a router swap: teach the new router the old one's choices, and measure each step.
+
+Experts stay as they are. What a checkpoint's experts learned, they learned from the tokens that its
+old router sent them, so the new router is trained, for a few steps, to send them the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from etr.data import Batch, DataConfig, OpenedData, TokenLoader, held_out_batches
+from etr.evaluate import calibrate, evaluate
+from etr.hf import EtrForCausalLM
+from etr.hf.swap_router import set_temperatures, swap_router
+from etr.moe import moe_layers, set_eval_selection
+from etr.moe.affinity import router_dtype
+from etr.moe.config import parse_capacity
+from etr.moe.routers.token_choice import LinearRouter
+from etr.moe.select import top_experts
+from etr.moe.watch import LayerView, watch
+
+CAPACITIES = ("none", "1.1", "0.6")
+"""Capacity factors at which losses are measured; none drops nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverConfig:
+    """How the new router is taught, and on what."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """Text; losses are measured on its held-out part. The tokenizer is the model's own."""
+    capacity: str = "factor"
+    """Policy of the new layers, which the thresholds of the saved model imitate."""
+    steps: int = 100
+    """Steps in which the new router learns the old one's choices; experts stay as they are."""
+    learning_rate: float = 3e-3
+    """Of these steps."""
+    calibration_batches: int = 16
+    """Batches to fit temperatures and thresholds on."""
+    eval_tokens_per_domain: int = 8192
+    """Held-out tokens of each domain."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"steps={self.steps} must be >= 0")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate={self.learning_rate} must be > 0")
+        for name in ("calibration_batches", "eval_tokens_per_domain"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        parse_capacity(self.capacity)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """The model after one step of the way.
+
+    Args:
+        name: before, swapped, calibrated or recovered.
+        losses: held-out nats per token by capacity, see `CAPACITIES`; None where thresholds would
+            be needed and are not calibrated yet.
+        changed_tokens: share of (token, layer) pairs whose set of experts is not the old router's.
+    """
+
+    name: str
+    losses: dict[str, float | None]
+    changed_tokens: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """What a recovery did.
+
+    Args:
+        stages: in order.
+        distillation: divergence of new from old gates at each step, nats, mean over layers.
+    """
+
+    stages: tuple[Stage, ...]
+    distillation: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready values."""
+        return dataclasses.asdict(self)
+
+
+def recover(
+    model: EtrForCausalLM,
+    data: OpenedData,
+    config: RecoverConfig,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> Recovery:
+    """Swap the linear routers of `model` for ETR ones and teach them the old choices, in place.
+
+    Args:
+        model: with routers `token_choice` (see `convert`); ends calibrated, in eval mode.
+        data: text.
+        config: how.
+        on_step: called with each step's number and distillation loss.
+    Raises:
+        ValueError: another router, or too little text.
+    """
+    old = [_weight(layer.router).clone() for layer in moe_layers(model)]
+    loader = TokenLoader(
+        data.dataset,
+        sequence_length=config.data.sequence_length,
+        batch_size=config.data.batch_size,
+    )
+    sample = list(islice(loader, config.calibration_batches))
+    measure = _Measure(model, data, config, old, sample)
+    stages = [measure("before")]
+    report = swap_router(model, map(_arguments, sample), capacity=config.capacity, fit=False)
+    stages.append(measure("swapped", thresholds=False))
+    set_temperatures(model, report)
+    stages.append(measure("calibrated"))
+    losses = distill(model, old, islice(loader, config.steps), config.learning_rate, on_step)
+    stages.append(measure("recovered"))
+    calibrate(model, sample)
+    set_eval_selection(model, "threshold")
+    model.eval()
+    return Recovery(stages=tuple(stages), distillation=tuple(losses))
+
+
+def distill(
+    model: EtrForCausalLM,
+    old: list[Tensor],
+    batches: Iterable[Batch],
+    learning_rate: float,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> list[float]:
+    """Train the routers alone to choose as linear routers with weights `old` would.
+
+    The loss of a layer is the divergence of the new router's distribution over all experts from
+    the old one's. (Over the chosen experts alone it sharpens the router and moves more choices than
+    it brings back.) Nothing is dropped on the way, and no gradient leaves a layer.
+
+    Args:
+        model: its routers are trained in place, and nothing else.
+        old: weight [E, H] of each layer's old router.
+        batches: text, one a step.
+        learning_rate: of AdamW.
+        on_step: called with each step's number and loss.
+    Returns:
+        The loss of each step, mean over layers.
+    """
+    routers = [p for layer in moe_layers(model) for p in layer.router.parameters()]
+    optimizer = torch.optim.AdamW(routers, lr=learning_rate, weight_decay=0.0)
+    device = next(model.parameters()).device
+    losses: list[Tensor] = []
+    found = []
+
+    @torch.enable_grad()
+    def see(place: int, view: LayerView) -> None:
+        losses.append(choice_loss(view, old[place]))
+
+    with _dropless(model), watch(model, see):
+        for step, batch in enumerate(batches):
+            losses.clear()
+            with torch.no_grad():
+                model(**_arguments(batch.to(device)))
+            loss = torch.stack(losses).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(float(loss.detach()))
+            on_step(step + 1, found[-1])
+    return found
+
+
+def choice_loss(view: LayerView, old: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of a layer's new distribution over experts from the old one's.
+
+    Args:
+        view: what the layer saw; its router is asked again, so that the gradient ends there.
+        old: weight [E, H] of the old router.
+    Returns:
+        scalar, nats; mean over valid tokens.
+    """
+    x = view.x[view.routing.valid_mask]
+    inputs: Any = None  # ETR's scores depend on the token alone
+    new = view.layer.router.scores(x, inputs).logits
+    assert new is not None
+    wanted = (router_dtype(x) @ router_dtype(old).T).log_softmax(-1)
+    return F.kl_div(new.log_softmax(-1), wanted, reduction="batchmean", log_target=True)
+
+
+def _chosen(logits: Tensor, view: LayerView) -> Tensor:
+    """The experts of the best logits, bool [T, E]."""
+    chosen = torch.zeros_like(logits, dtype=torch.bool)
+    return chosen.scatter_(1, top_experts(logits, view.routing.top_k), True)
+
+
+class _Measure:
+    """Measures the stages of one recovery on the same text."""
+
+    def __init__(
+        self,
+        model: EtrForCausalLM,
+        data: OpenedData,
+        config: RecoverConfig,
+        old: list[Tensor],
+        sample: list[Batch],
+    ) -> None:
+        self._model, self._data, self._config = model, data, config
+        self._old, self._sample = old, sample
+
+    def __call__(self, name: str, *, thresholds: bool = True) -> Stage:
+        losses: dict[str, float | None] = {"none": self._loss("dropless")}
+        for factor in CAPACITIES[1:]:
+            losses[factor] = None
+            if thresholds:
+                with _at_capacity(self._model, float(factor)):
+                    calibrate(self._model, self._sample)
+                    losses[factor] = self._loss("threshold")
+        return Stage(name=name, losses=losses, changed_tokens=self._changed())
+
+    def _loss(self, selection: Any) -> float:
+        data, config = self._data, self._config
+        batches = held_out_batches(
+            data.dataset,
+            config.data.sequence_length,
+            config.data.batch_size,
+            config.eval_tokens_per_domain,
+        )
+        return evaluate(self._model, batches, data.dataset.domains, selection).loss
+
+    @torch.no_grad()
+    def _changed(self) -> float:
+        """On the hidden states that the model has now."""
+        changed = count = 0
+
+        def see(place: int, view: LayerView) -> None:
+            nonlocal changed, count
+            logits = router_dtype(view.x) @ router_dtype(self._old[place]).T
+            valid = view.routing.valid_mask
+            differs = (view.routing.routing_map() != _chosen(logits, view)).any(-1)
+            changed += int(differs[valid].sum())
+            count += int(valid.sum())
+
+        model = self._model
+        with _dropless(model), watch(model, see):
+            for batch in self._sample:
+                model(**_arguments(batch.to(next(model.parameters()).device)))
+        return changed / count
+
+
+@contextmanager
+def _dropless(model: EtrForCausalLM) -> Iterator[None]:
+    """Eval mode in which nothing is dropped."""
+    layers, was_training = moe_layers(model), model.training
+    before = [layer.eval_selection for layer in layers]
+    set_eval_selection(model, "dropless")
+    model.eval()
+    try:
+        yield
+    finally:
+        for layer, selection in zip(layers, before, strict=True):
+            layer.eval_selection = selection
+        model.train(was_training)
+
+
+@contextmanager
+def _at_capacity(model: EtrForCausalLM, factor: float) -> Iterator[None]:
+    """Let experts keep their best choosers up to a capacity factor; state is put back."""
+    layers = moe_layers(model)
+    policy = parse_capacity(f"factor:capacity_factor={factor}")
+    before = []
+    for layer in layers:
+        config = layer.config
+        state = {name: value.clone() for name, value in layer.calibration.state_dict().items()}
+        before.append((layer.capacity, layer.rank_by, state))
+        layer.capacity = policy.build(config.hidden_size, config.num_experts, config.top_k)
+        layer.capacity.to(next(layer.parameters()).device)
+        layer.rank_by = "score"
+    try:
+        yield
+    finally:
+        for layer, (capacity, rank_by, state) in zip(layers, before, strict=True):
+            layer.capacity, layer.rank_by = capacity, rank_by
+            layer.calibration.load_state_dict(state)
+
+
+def _weight(router: Any) -> Tensor:
+    if not isinstance(router, LinearRouter):
+        raise ValueError(
+            f"router {router.config.name!r} is not linear: there are no old choices to recover; "
+            "start from the folder that `etr convert --router keep` writes"
+        )
+    return router.weight.detach()
+
+
+def _arguments(batch: Batch) -> dict[str, Tensor]:
+    return {"input_ids": batch.input_ids, "attention_mask": batch.valid_mask.long()}

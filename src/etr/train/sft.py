@@ -1,0 +1,215 @@
+"""Supervised fine-tuning on conversations: TRL's SFTTrainer with what MoE layers need."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from etr.hf import EtrForCausalLM
+from etr.hf.callback import EtrCallback
+from etr.train.conversations import encode, read_conversations
+from etr.train.files import write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EXPERTS = ("experts.gate_up_proj", "experts.up_proj", "experts.down_proj")
+"""Ends of the names of expert weights, for adapters."""
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig:
+    """What to learn from, and how."""
+
+    data: str
+    """File of JSON lines: chat ({"messages": [...]}), {"prompt", "completion"}, or
+    {"instruction", "input", "output"}."""
+    out: str = "runs/sft"
+    """Folder for the model; must not exist."""
+    epochs: float = 1.0
+    """Passes over the data, unless `steps` is given."""
+    steps: int | None = None
+    """Optimizer steps."""
+    batch_size: int = 8
+    """Conversations per micro-batch on each rank."""
+    accumulation_steps: int = 1
+    """Micro-batches per optimizer step."""
+    max_length: int = 1024
+    """Longest conversation, tokens; the rest is cut off."""
+    learning_rate: float = 2e-5
+    """Peak learning rate; adapters usually take ten times as much."""
+    warmup_steps: int = 10
+    """Optimizer steps of linear warm-up."""
+    lora_rank: int = 0
+    """Train adapters of this rank on attention and experts, merged at the end; 0 trains all
+    weights. Needs peft."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast, with float32 weights and a float32 router."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    use_cpu: bool = False
+    """Leave an accelerator alone."""
+    seed: int = 0
+    """Seed of the order of the data and of the adapters."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulation_steps", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be at least 1, or None to use epochs")
+        for name in ("epochs", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be > 0")
+        for name in ("warmup_steps", "lora_rank", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftResult:
+    """What the training left.
+
+    Args:
+        out: folder with model, tokenizer and sft.json (the rows).
+        rows: metrics of each logged step.
+        notes: what a person should know, in words.
+    """
+
+    out: Path
+    rows: list[dict[str, Any]]
+    notes: tuple[str, ...]
+
+
+def sft(model: Any, tokenizer: PreTrainedTokenizerBase, config: SftConfig) -> SftResult:
+    """Fine-tune on the assistant's turns of conversations.
+
+    Args:
+        model: of this library or of transformers; trained in place.
+        tokenizer: its own; gets its end-of-text token as padding if it has none.
+        config: what to learn from, and how.
+    Raises:
+        FileNotFoundError: no such data.
+        ValueError: a package is missing, the folder exists, a line is no conversation, or the
+            tokenizer has neither padding nor end of text.
+    """
+    _require("trl", "sft")
+    out = Path(config.out)
+    if out.exists():
+        raise ValueError(f"out={config.out!r} exists already; name a new folder")
+    notes = [*_padding(tokenizer), *_template(tokenizer)]
+    conversations = read_conversations(config.data)
+    rows = encode(conversations, tokenizer, config.max_length)
+    if not rows:
+        raise ValueError(
+            f"max_length={config.max_length} cuts off the answer of every conversation"
+        )
+    if len(rows) < len(conversations):
+        notes.append(
+            f"{len(conversations) - len(rows)} of {len(conversations)} conversations have no "
+            f"answer within max_length={config.max_length} tokens and are left out"
+        )
+    trainer = _trainer(model, tokenizer, rows, config)
+    trainer.train()
+    trained = trainer.model.merge_and_unload() if config.lora_rank else trainer.model
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    if trainer.is_world_process_zero():
+        _save(trained, tokenizer, logged, out)
+    return SftResult(out=out, rows=logged, notes=tuple(notes))
+
+
+def _trainer(
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], config: SftConfig
+) -> Any:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    ours = isinstance(model, EtrForCausalLM)
+    arguments = SFTConfig(
+        output_dir=str(_temporary(Path(config.out))),
+        num_train_epochs=config.epochs,
+        max_steps=config.steps or -1,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation_steps,
+        max_length=config.max_length,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup_steps,
+        bf16=config.precision == "bf16",
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        use_cpu=config.use_cpu,
+        seed=config.seed,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        # The layers have a balance loss of their own.
+        router_aux_loss_coef=0.0 if ours else None,
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=_adapter(model, config) if config.lora_rank else None,
+    )
+    if ours:
+        EtrCallback.add_to(trainer)
+    return trainer
+
+
+def _adapter(model: Any, config: SftConfig) -> Any:
+    _require("peft", "peft")
+    from peft import LoraConfig
+
+    names = [name for name, _ in model.named_parameters()]
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_rank,
+        lora_alpha=2 * config.lora_rank,
+        target_modules=[n for n in ATTENTION if any(f".{n}." in name for name in names)],
+        target_parameters=[n for n in EXPERTS if any(name.endswith(f".{n}") for name in names)],
+    )
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    if tokenizer.pad_token_id is not None:
+        return []
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the tokenizer has neither a pad_token nor an eos_token; set one and save it beside "
+            "the model"
+        )
+    tokenizer.pad_token = tokenizer.eos_token
+    return [f"the tokenizer has no pad_token; its eos_token {tokenizer.eos_token!r} pads"]
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    if getattr(tokenizer, "chat_template", None):
+        return []
+    return ["the tokenizer has no chat template; turns are written as 'User: ...\\nAssistant: ...'"]
+
+
+def _save(
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], out: Path
+) -> None:
+    temporary = _temporary(out)
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    write_json(temporary / "sft.json", {"rows": rows})
+    os.replace(temporary, out)
+
+
+def _temporary(out: Path) -> Path:
+    return out.with_name(f".tmp-{out.name}")
+
+
+def _require(package: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"needs the package {package}: pip install 'etr-moe[{extra}]'")

@@ -1,0 +1,146 @@
+"""docs/guides/{finetune,upcycle,serving}.md: their blocks and commands run as shown."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "docs"))
+
+from markdown_blocks import ROOT, Block, blocks, run
+
+from etr.cli import main
+from etr.data import BYTE_VOCAB_SIZE, byte_tokenizer
+from etr.hf import EtrConfig, EtrForCausalLM, load_pretrained
+from etr.moe import moe_layers
+
+pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
+PAGES = [ROOT / "docs/guides" / f"{name}.md" for name in ("finetune", "upcycle", "serving")]
+PYTHON = [(page, block) for page in PAGES for block in blocks(page, "python")]
+COMMANDS = [
+    line for page in PAGES for block in blocks(page, "sh") for line in block.text.splitlines()
+]
+TEXT = "--data my-text --cache-dir cache --sequence-length 32 --batch-size 4"
+SMALL = {  # added to the commands, so that they take little time and read a text of the test's
+    "sft": "--use-cpu",
+    "finetune": f"{TEXT} --calibration-batches 2 --eval-tokens-per-domain 64",
+    "export": f"{TEXT} --num-batches 2",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dense model, a Mixtral, one of ours, conversations and a text."""
+    folder = tmp_path_factory.mktemp("guides")
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": BYTE_VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.2,
+    }
+    base = MixtralConfig(num_local_experts=4, **sizes)
+    models = {
+        "dense": LlamaForCausalLM(LlamaConfig(**sizes)),
+        "mixtral": MixtralForCausalLM(base),
+        "model": EtrForCausalLM(EtrConfig.from_base(base)),
+    }
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        byte_tokenizer().save_pretrained(folder / name)
+    talk = {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}
+    (folder / "talks.jsonl").write_text(f"{json.dumps(talk)}\n" * 6)
+    (folder / "my-text").mkdir()
+    for number in range(40):
+        text = " ".join(str((number * 7919 + i * i) % 1000) for i in range(100))
+        (folder / "my-text" / f"{number}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+
+
+@pytest.mark.parametrize(
+    ("page", "block"), PYTHON, ids=[f"{page.stem}:{block.line}" for page, block in PYTHON]
+)
+def test_python_blocks_run(page: Path, block: Block) -> None:
+    for package, use in (("accelerate", "Trainer("), ("peft", "peft")):
+        if use in block.text:
+            pytest.importorskip(package)
+    run(page, block)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_run(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, verb, *rest = shlex.split(command)
+    if verb == "sft":
+        pytest.importorskip("trl", reason="needs the extra sft")
+    code = main([verb, *rest, *shlex.split(SMALL.get(verb, ""))])
+    shown = capsys.readouterr()
+    assert code == 0, shown.err
+    check = CHECKS.get(verb)
+    if check is not None:
+        check(" ".join(shown.out.split()))
+
+
+def upcycled(shown: str) -> None:
+    assert "computes what the dense model does" in shown
+    assert "logits differ by at most" in shown
+    assert moe_layers(load_pretrained("moe"))[0].config.num_experts == 4
+
+
+def recovered(shown: str) -> None:
+    for stage in ("before", "swapped", "calibrated", "recovered"):
+        assert stage in shown
+    assert all(layer.has_thresholds() for layer in moe_layers(load_pretrained("recovered")))
+    assert len(json.loads(Path("recovered/recover.json").read_text())["stages"]) == 4
+
+
+def exported(shown: str) -> None:
+    assert "held-out loss dropless" in shown
+    assert "held-out loss plain" in shown
+    assert "logits of dropless and plain differ by at most" in shown
+    assert json.loads(Path("plain/config.json").read_text())["model_type"] == "mixtral"
+
+
+def tuned(shown: str) -> None:
+    assert "note: the tokenizer has no chat template" in shown
+    assert load_pretrained("tuned").config.model_type == "etr"
+
+
+CHECKS = {"upcycle": upcycled, "finetune": recovered, "export": exported, "sft": tuned}
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("upcycle dense other --num-experts 3 --experts slice", "num_experts=3 must divide"),
+        ("upcycle nowhere other --num-experts 3", "is no folder"),
+        ("finetune mixtral", "say --recover"),
+        ("export model other", "say --plain"),
+        ("sft model --data talks.jsonl --out model", "needs the package|exists already"),
+    ],
+)
+def test_refusals_are_short(
+    command: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(shlex.split(command))
+    except SystemExit as error:  # options that are wrong in themselves
+        code = error.code  # type: ignore[assignment]
+    assert code == 2
+    shown = capsys.readouterr().err
+    assert any(part in " ".join(shown.split()) for part in expected.split("|"))
+    assert "Traceback" not in shown
+    assert not Path("other").exists()

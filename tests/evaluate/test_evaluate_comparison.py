@@ -1,0 +1,181 @@
+"""One table for several models, and the command that makes it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
+
+from etr.cli import main
+from etr.data import BYTE_VOCAB_SIZE, byte_tokenizer
+from etr.evaluate import EvalResult, ModelResult, TaskResult, comparison_json, comparison_markdown
+from etr.evaluate.comparison import held_out_result, read_models, score_rows
+from etr.evaluate.held_out import ratio_error
+from etr.evaluate.tasks import Score
+from etr.hf import EtrConfig, EtrForCausalLM
+
+pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
+SIZES: dict[str, Any] = {
+    "vocab_size": BYTE_VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "pad_token_id": byte_tokenizer().pad_token_id,
+}
+
+
+def save(folder: Path, **options: Any) -> Path:
+    """A two-layer model: ours with options, a plain dense one without."""
+    torch.manual_seed(0)
+    if options:
+        base = MixtralConfig(num_local_experts=4, **SIZES)
+        model: Any = EtrForCausalLM(EtrConfig.from_base(base, top_k=1, **options))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(40):
+        (folder / f"{number}.txt").write_text(f"text number {number}, one two three\n" * 8)
+    return folder
+
+
+@pytest.fixture
+def options(text: Path, tmp_path: Path) -> list[str]:
+    words = ["--data", str(text), "--cache-dir", str(tmp_path / "cache")]
+    return [*words, "--sequence-length", "32", "--batch-size", "4"]
+
+
+def result(name: str, value: float, task: str = "t") -> ModelResult:
+    score = Score(value=value, error=0.125, count=10)
+    scored = TaskResult(task=task, label="questions", scores={"all": {"acc": score}})
+    return ModelResult(model=name, folder=f"runs/{name}", selection="dropless", tasks=[scored])
+
+
+def test_models_stand_side_by_side() -> None:
+    models = [result("a", 0.5), result("b", 0.25), result("c", 1.0, task="u")]
+    first, second = score_rows(models)
+    assert first.cells() == ["t", "all", "acc", "10", "0.5000 ± 0.1250", "0.2500 ± 0.1250", "-"]
+    assert second.cells()[-3:] == ["-", "-", "1.0000 ± 0.1250"]
+    page = comparison_markdown(models)
+    assert "| task | category | measure | n | a | b | c |" in page
+    assert "- a: dropless" in page
+    assert "- u: questions" in page
+
+
+def test_results_survive_json() -> None:
+    models = [result("a", 0.5)]
+    values = json.loads(json.dumps(comparison_json(models, {"limit": 3})))
+    assert values["settings"] == {"limit": 3}
+    assert read_models(values) == models
+
+
+def test_held_out_loss_in_bits() -> None:
+    loss = EvalResult(
+        loss=1.5,
+        loss_by_domain={"x": 1.0, "y": 2.0},
+        tokens_by_domain={"x": 50, "y": 50},
+        kept_fraction=0.75,
+        selection="threshold",
+        error=0.2,
+        error_by_domain={"x": 0.1, "y": None},
+    )
+    scores = held_out_result(loss, {"x": 1.0, "y": 3.0}).scores
+    assert scores["all"]["bits/byte"].value == pytest.approx(1.5 / math.log(2) / 2.0)
+    assert scores["all"]["bits/byte"].error == pytest.approx(0.2 / math.log(2) / 2.0)
+    assert scores["all"]["kept share"].value == 0.75
+    assert scores["y"]["bits/byte"].value == pytest.approx(2.0 / math.log(2) / 3.0)
+    assert scores["y"]["bits/byte"].error is None
+
+
+def test_the_error_of_a_ratio_is_its_spread_over_samples() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def sample() -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = torch.randint(20, 60, (200,), generator=generator)
+        each = 2 + torch.randn(200, generator=generator, dtype=torch.float64) / 2
+        return tokens * each, tokens
+
+    ratios, errors = [], []
+    for _ in range(300):
+        nats, tokens = sample()
+        ratios.append(float(nats.sum() / tokens.sum()))
+        errors.append(ratio_error(nats, tokens))
+    spread = torch.tensor(ratios).std().item()
+    assert sum(errors) / len(errors) == pytest.approx(spread, rel=0.15)
+    assert ratio_error(torch.ones(1), torch.ones(1)) is None
+
+
+def test_a_two_layer_model_and_a_dense_one(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained without thresholds, the sparse one evaluates dropless and says so."""
+    ours = save(tmp_path / "ours", router="token_choice", capacity="none")
+    dense = save(tmp_path / "dense")
+    table, values = tmp_path / "out" / "table.md", tmp_path / "out" / "scores.json"
+    files = ["--markdown", str(table), "--json", str(values)]
+    assert main(["evaluate", str(ours), str(dense), *options, *files]) == 0
+    out = capsys.readouterr().out
+    assert "dropless selection, since the model has no calibrated thresholds" in out
+    assert "no experts that select" in out
+    assert "| task | category | measure | n | ours | dense |" in table.read_text()
+    models = read_models(json.loads(values.read_text()))
+    bits = [model.tasks[0].scores["all"]["bits/byte"] for model in models]
+    assert all(0 < score.value < 20 and score.error for score in bits)
+    assert bits[0].value != bits[1].value
+
+
+def test_tasks_of_a_two_layer_model(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval", reason="the extra 'eval' (lm-eval) is not installed")
+    folder = save(tmp_path / "ours", router="etr")
+    questions = tmp_path / "q.jsonl"
+    row = {"question": "two plus two is", "choices": ["four", "nine"], "answer": 0}
+    rows = [row | {"category": category} for category in ("a", "b", "b")]
+    questions.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    values = tmp_path / "scores.json"
+    named = ["--tasks", "mmlu_dev", "questions", "bits_per_byte", "--limit", "6"]
+    words = [*named, "--questions", str(questions), "--json", str(values), *options]
+    assert main(["evaluate", str(folder), *words]) == 0
+    assert "acc_norm" in capsys.readouterr().out
+    (model,) = read_models(json.loads(values.read_text()))
+    assert [task.task for task in model.tasks] == ["mmlu_dev", "questions", "bits_per_byte"]
+    scores = model.tasks[1].scores
+    assert list(scores) == ["all", "a", "b"]
+    assert [scores[name]["acc"].count for name in scores] == [3, 1, 2]
+    assert scores["a"]["acc"].value == scores["b"]["acc"].value
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tasks", "gsm8k"], "task 'gsm8k' and its file go together"),
+        (["--max-tokens-per-domain", "0"], "must be at least 1"),
+    ],
+)
+def test_options_are_checked(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["evaluate", "absent", *words])
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_missing_file_shows_before_a_model_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "absent", "--tasks", "questions", "--questions", "none.jsonl"]) == 2
+    assert "'none.jsonl' is no file" in capsys.readouterr().err

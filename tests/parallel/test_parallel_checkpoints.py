@@ -1,0 +1,222 @@
+"""Checkpoints of one process that go wrong: damaged files, a full disk, writing in background."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import subprocess
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from parallel_runs import tiny_config, write_corpus
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.filesystem import FileSystem
+
+from etr.data import OpenedData, open_data
+from etr.hf import EtrForCausalLM
+from etr.train import TrainConfig, checkpoint, train
+from etr.train.checkpoint import list_checkpoints
+from etr.train.metrics import read_metrics
+
+pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    write_corpus(folder / "corpus")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> OpenedData:
+    return open_data(tiny_config(folder, "any").data)
+
+
+def losses(config: TrainConfig) -> list[float]:
+    rows = read_metrics(Path(config.out) / "metrics.jsonl")
+    return [row["loss"] for row in rows if row["kind"] == "train"]
+
+
+def names(config: TrainConfig) -> list[str]:
+    return sorted(path.name for path in (Path(config.out) / "checkpoints").iterdir())
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, data: OpenedData) -> list[float]:
+    """Losses of a run that nothing disturbs."""
+    config = tiny_config(folder, "whole", checkpoint_every=2)
+    train(config, data=data)
+    return losses(config)
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "words"),
+    [
+        ("model.safetensors", shorten, r"model.safetensors has \d+ of \d+ bytes"),
+        ("model.safetensors", flip, "model.safetensors has another checksum"),
+        ("optimizer/*", flip, "another checksum"),
+        ("optimizer/*", Path.unlink, "is missing"),
+        ("train_state.json", shorten, "train_state.json"),
+        ("manifest.json", Path.unlink, "manifest.json cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    folder: Path, data: OpenedData, whole: list[float], file: str, damage: Any, words: str
+) -> None:
+    name = f"damaged-{file.split('.')[0].strip('/*')}-{damage.__name__}"
+    config = tiny_config(folder, name, steps=4, checkpoint_every=2)
+    train(config, data=data)
+    newest = list_checkpoints(Path(config.out))[-1]
+    damage(next(newest.glob(file)))
+    # The cosine knows its end: what the steps in between learned is that of the shorter run.
+    before = losses(config)
+    with pytest.warns(UserWarning, match=words):
+        train(dataclasses.replace(config, resume=True), data=data)
+    assert losses(config) == before
+    assert names(config) == ["step-00000002", "step-00000004"]
+
+
+def test_a_run_with_nothing_whole_is_refused(folder: Path, data: OpenedData) -> None:
+    config = tiny_config(folder, "nothing", steps=1)
+    train(config, data=data)
+    shorten(list_checkpoints(Path(config.out))[-1] / "model.safetensors")
+    with (
+        pytest.raises(ValueError, match=r"every checkpoint of .* is damaged"),
+        pytest.warns(UserWarning, match="is damaged"),
+    ):
+        train(dataclasses.replace(config, auto_resume=True), data=data)
+
+
+def test_auto_resume_starts_or_goes_on(folder: Path, data: OpenedData, whole: list[float]) -> None:
+    config = tiny_config(folder, "auto", checkpoint_every=2, auto_resume=True)
+    train(config, data=data)
+    assert losses(config) == whole
+    train(config, data=data)
+    assert losses(config) == whole
+
+
+def test_writing_in_the_background_changes_nothing(
+    folder: Path, data: OpenedData, whole: list[float]
+) -> None:
+    """Neither what is learned nor what is saved, though weights move while files are written."""
+    config = tiny_config(folder, "aside", checkpoint_every=2, background_checkpoints=True)
+    train(config, data=data)
+    assert losses(config) == whole
+    both = (list_checkpoints(path) for path in (Path(config.out), folder / "whole"))
+    for mine, theirs in zip(*both, strict=True):
+        files = [path.relative_to(theirs) for path in theirs.rglob("*.safetensors")]
+        assert len(files) == 2
+        for file in files:
+            want = load_file(theirs / file)
+            for name, value in load_file(mine / file).items():
+                assert torch.equal(value, want[name]), name
+
+
+WRITES = {
+    "first": lambda path: True,
+    "weights": lambda path: path.name == "model.safetensors",
+    "optimizer": lambda path: path.parent.name == "optimizer",
+    "state": lambda path: "train_state" in path.name,
+    "manifest": lambda path: "manifest" in path.name,
+    "tokenizer": lambda path: "tokenizer" in path.name,
+}
+
+
+@pytest.mark.parametrize(
+    ("where", "background"),
+    [*((where, False) for where in WRITES), ("optimizer", True), ("manifest", True)],
+)
+def test_a_full_disk_costs_the_checkpoint_not_the_run(
+    folder: Path,
+    data: OpenedData,
+    whole: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    background: bool,
+) -> None:
+    """Every write inside the folder of step 4 fails, one kind of file at a time."""
+    config = tiny_config(
+        folder, f"full-{where}-{background}", checkpoint_every=2, background_checkpoints=background
+    )
+    with monkeypatch.context() as patch:
+        refuse_writes(patch, lambda p: "tmp-step-00000004" in str(p) and WRITES[where](p))
+        with pytest.warns(UserWarning, match=r"no checkpoint of step 4 .*No space left on device"):
+            train(config, data=data)
+    assert losses(config) == whole
+    assert names(config) == ["step-00000002", "step-00000006"]
+
+
+def refuse_writes(patch: pytest.MonkeyPatch, refused: Any) -> None:
+    """No space left for the paths for which `refused` is true."""
+
+    def guard(function: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            paths = [Path(a) for a in (*args, *kwargs.values()) if isinstance(a, str | Path)]
+            writes = not any(a == "rb" or a == "r" for a in args)
+            if writes and any(refused(path) for path in paths):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    import transformers.modeling_utils as modeling
+
+    patch.setattr("builtins.open", guard(open))
+    patch.setattr(modeling, "safe_save_file", guard(modeling.safe_save_file))
+    patch.setattr(Path, "open", guard(Path.open))
+    patch.setattr(Path, "write_text", guard(Path.write_text))
+    patch.setattr(FileSystem, "create_stream", guard(FileSystem.create_stream))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, folder: Path, whole: list[float]) -> Iterator[Path]:
+    """A file system with room for one and a half checkpoints, where one may be mounted."""
+    files = list_checkpoints(folder / "whole")[0].rglob("*")
+    size = sum(path.stat().st_size for path in files)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size * 3 // 2}", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_is_really_full(
+    folder: Path, data: OpenedData, small_disk: Path, whole: list[float]
+) -> None:
+    config = tiny_config(folder, "any", checkpoint_every=2, out=str(small_disk / "run"))
+    with pytest.warns(UserWarning, match="No space left on device"):
+        train(config, data=data)
+    assert losses(config) == whole
+    assert names(config) == ["step-00000002"]
+    EtrForCausalLM.from_pretrained(list_checkpoints(Path(config.out))[0])
+
+
+def test_other_errors_end_the_run(
+    folder: Path, data: OpenedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise TypeError("a bug")
+
+    for background in (False, True):
+        config = tiny_config(folder, f"bug-{background}", background_checkpoints=background)
+        monkeypatch.setattr(checkpoint, "write_tensors", broken)
+        with pytest.raises(TypeError, match="a bug"), warnings.catch_warnings():
+            train(config, data=data)

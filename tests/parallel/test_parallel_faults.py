@@ -1,0 +1,51 @@
+"""Runs under torchrun whose ranks and nodes die, raise or hang."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.faults import END, PAGE, STEPS, Outcome, killed, spoiled, table, undisturbed
+from benchmarks.faults_worker import MESSAGE
+
+pytestmark = [
+    pytest.mark.faults,
+    pytest.mark.slow,
+    pytest.mark.distributed,
+    pytest.mark.timeout(1200),
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    outcome = undisturbed(tmp_path_factory.mktemp("faults") / "whole")
+    assert outcome.exit_code == 0, outcome.output
+    assert len(outcome.losses) == STEPS
+    return outcome
+
+
+@pytest.mark.parametrize("nodes", [1, 2], ids=["rank", "node"])
+def test_a_killed_job_restarts_and_learns_the_same(
+    tmp_path: Path, whole: Outcome, nodes: int
+) -> None:
+    outcome = killed(tmp_path / "job", nodes)
+    assert outcome.exit_code == 0, outcome.output
+    assert outcome.lost_steps > 0
+    assert outcome.losses == whole.losses
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"), [("raise", f"RuntimeError: {MESSAGE}"), ("hang", "imed out")]
+)
+def test_a_rank_at_fault_ends_the_job(tmp_path: Path, fault: str, words: str) -> None:
+    outcome = spoiled(tmp_path / "job", fault)
+    assert outcome.exit_code != 0
+    assert words in outcome.output
+    assert len(outcome.losses) == 3
+
+
+def test_the_page_has_a_row_for_each_fault(whole: Outcome) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert table(whole, []) in page
+    assert page.index(END) > 0

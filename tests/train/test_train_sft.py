@@ -1,0 +1,217 @@
+"""Conversations: what is read, what is learned from; and SFTTrainer with MoE layers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import MixtralConfig
+
+from etr.data import byte_tokenizer
+from etr.hf import EtrConfig, EtrForCausalLM, load_pretrained
+from etr.moe import moe_layers
+from etr.train.conversations import Message, encode, read_conversations
+from etr.train.sft import SftConfig, sft
+
+IGNORED = -100
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def write(path: Path, *lines: Any) -> Path:
+    path.write_text("".join(f"{x if isinstance(x, str) else json.dumps(x)}\n" for x in lines))
+    return path
+
+
+def chat(*texts: str) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[i % 2], "content": t} for i, t in enumerate(texts)]}
+
+
+def test_three_formats_and_empty_lines_are_read(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.jsonl",
+        chat("hi", "ho"),
+        "",
+        {"prompt": "2+2?", "completion": "4"},
+        {"instruction": "Add", "input": "1, 2", "output": "3"},
+        {"instruction": "Say x", "input": "", "output": "x"},
+    )
+    found = [[m.content for m in messages] for messages in read_conversations(path)]
+    assert found == [["hi", "ho"], ["2+2?", "4"], ["Add\n\n1, 2", "3"], ["Say x", "x"]]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "Expecting property name"),
+        ("[1]", "must be a JSON object"),
+        ({"text": "a"}, "has the keys text; must be"),
+        ({"messages": []}, "must be a list of turns"),
+        ({"messages": [{"role": "bot", "content": "a"}]}, "one of system, user, assistant"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "no turn of the assistant"),
+        ({"messages": [{"role": "assistant", "content": ""}]}, "'content' must be a text"),
+        ({"prompt": "a"}, "'completion' must be a text"),
+        ({"instruction": "a", "output": 3}, "'output' must be a text"),
+    ],
+)
+def test_bad_lines_are_named(line: Any, reason: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", chat("a", "b"), "", line)
+    with pytest.raises(ValueError, match="line 3: ") as error:
+        read_conversations(path)
+    assert reason in str(error.value)
+
+
+def test_files_without_conversations_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="is no file"):
+        read_conversations(tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match="holds no conversation"):
+        read_conversations(write(tmp_path / "a.jsonl", ""))
+    (tmp_path / "b.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"line 1: .*utf-8"):
+        read_conversations(tmp_path / "b.jsonl")
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_the_assistant_is_learned_from_alone(template: str | None) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    talk = [Message(role=r, content=c) for r, c in (("user", "ab"), ("assistant", "cd")) * 2]
+    (row,) = encode([talk], tokenizer, 1000)
+    text = tokenizer.decode(row["input_ids"])
+    learned = tokenizer.decode([t for t in row["labels"] if t != IGNORED])
+    if template is None:
+        assert text == "User: ab\nAssistant: cd<eos>\nUser: ab\nAssistant: cd<eos>\n"
+        assert learned == "cd<eos>cd<eos>"
+    else:
+        assert text == "[user]ab;[assistant]cd;[user]ab;[assistant]cd;"
+        assert learned == "cd;cd;"
+    kept = [t for t, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED]
+    assert kept == [t for t in row["labels"] if t != IGNORED]
+
+
+def test_long_conversations_are_cut_and_left_out_without_an_answer() -> None:
+    tokenizer = byte_tokenizer()
+    talk = [Message(role="user", content="a" * 20), Message(role="assistant", content="b" * 20)]
+    assert encode([talk], tokenizer, 30) == []
+    (row,) = encode([talk], tokenizer, 44)
+    assert len(row["input_ids"]) == len(row["labels"]) == 44
+    assert sum(label != IGNORED for label in row["labels"]) == 6
+
+
+def test_a_template_that_rewrites_turns_is_refused() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    talk = [Message(role=r, content="x") for r in ("user", "assistant", "user")]
+    with pytest.raises(ValueError, match="conversation 1 cannot be written: its chat template"):
+        encode([talk], tokenizer, 100)
+
+
+def tiny() -> EtrForCausalLM:
+    torch.manual_seed(0)
+    base = MixtralConfig(
+        vocab_size=264,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+    )
+    return EtrForCausalLM(EtrConfig.from_base(base))
+
+
+@pytest.fixture
+def talks(tmp_path: Path) -> Path:
+    return write(
+        tmp_path / "talks.jsonl", *(chat(f"say {n}", "ok " * (1 + n % 3)) for n in range(16))
+    )
+
+
+def options(talks: Path, out: Path, **changes: Any) -> SftConfig:
+    values: dict[str, Any] = {
+        "data": str(talks),
+        "out": str(out),
+        "steps": 4,
+        "batch_size": 4,
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+        "use_cpu": True,
+    }
+    return SftConfig(**{**values, **changes})
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_fine_tuning_learns_answers_and_thresholds(rank: int, talks: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="needs the extra sft")
+    if rank:
+        pytest.importorskip("peft", reason="needs the extra peft")
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = None
+    model = tiny()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    result = sft(model, tokenizer, options(talks, tmp_path / "out", lora_rank=rank, steps=6))
+    assert any("eos_token '<eos>' pads" in note for note in result.notes)
+    assert any("no chat template" in note for note in result.notes)
+    assert len(result.rows) == 6
+    assert float(result.rows[-1]["loss"]) < float(result.rows[0]["loss"])
+    assert result.rows[0]["router_loss_aux"] > 0
+    assert result.rows[0]["capacity_factor"] < result.rows[-1]["capacity_factor"]
+    tuned = load_pretrained(result.out)
+    assert all(layer.calibration.is_calibrated for layer in moe_layers(tuned))
+    changed = {n for n, p in tuned.named_parameters() if not torch.equal(p, before[n])}
+    assert ("lm_head.weight" in changed) == (rank == 0)
+    assert {name for name in changed if "experts" in name} == {
+        name for name in before if "experts" in name
+    }
+    assert (result.out / "tokenizer.json").is_file()
+    assert json.loads((result.out / "sft.json").read_text())["rows"][0]["step"] == 1
+
+
+def test_router_losses_reach_the_routers_past_our_forward(talks: Path, tmp_path: Path) -> None:
+    """SFTTrainer computes the loss itself; without text gradient the balance loss still acts."""
+    model = tiny().train()
+    x = torch.randint(0, 255, (2, 8))
+    mask = torch.ones_like(x)
+    mask[0, 5:] = 0
+    grads = []
+    for backbone in (False, True):
+        model.zero_grad()
+        if backbone:
+            hidden = model.model(input_ids=x, attention_mask=mask).last_hidden_state
+            (0.0 * hidden.sum()).backward()
+        else:
+            out = model(x, attention_mask=mask)
+            sum(out.router_losses.values()).backward()
+        grads.append([layer.router.weight.grad.clone() for layer in moe_layers(model)])
+        for layer in moe_layers(model):
+            assert int(layer.pending["num_valid_tokens"]) == (26 if backbone else 13)
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs)
+        assert mine.abs().sum() > 0
+    with pytest.raises(ValueError, match=r"router_aux_loss_coef=0.0"):
+        model.model(input_ids=x, output_router_logits=True)
+
+
+def test_bad_options_are_refused_before_anything_is_written(talks: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="needs the extra sft")
+    tokenizer = byte_tokenizer()
+    with pytest.raises(ValueError, match="exists already"):
+        sft(tiny(), tokenizer, options(talks, tmp_path))
+    with pytest.raises(ValueError, match="cuts off the answer of every"):
+        sft(tiny(), tokenizer, options(talks, tmp_path / "out", max_length=4))
+    tokenizer.pad_token = tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="neither a pad_token nor an eos_token"):
+        sft(tiny(), tokenizer, options(talks, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="steps=0 must be at least 1"):
+        options(talks, tmp_path, steps=0)
