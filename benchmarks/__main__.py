@@ -37,8 +37,9 @@ class Options:
     """cpu, cuda, or another device of torch."""
     threads: int | None = None
     """Threads of torch. None: as many as torch takes by itself."""
-    mallopt: bool = False
-    """Let glibc keep freed memory, for all systems alike; stated in the results."""
+    mallopt: bool = True
+    """Let glibc keep freed memory, for all systems alike, so that page faults do not drown what is
+    compared; stated in the results. --no-mallopt: its defaults, as an untuned process has them."""
     against: str | None = None
     """Root of another checkout, whose demo step is timed in turn with this one's."""
     out: str = "runs/bench"
@@ -114,7 +115,7 @@ def command(options: Options) -> str:
         value = getattr(options, field.name)
         if field.name in ("out", "again", "against") or value == field.default:
             continue
-        words.append(f"--{field.name}")
+        words.append(f"--no-{field.name}" if value is False else f"--{field.name}")
         if not isinstance(value, bool):
             words.append(" ".join(value) if isinstance(value, tuple) else str(value))
     return " ".join(words)

@@ -15,7 +15,7 @@ class Case:
     """Sizes of one comparison.
 
     Args:
-        group: layer, routing, router, growth, memory or training; says what is measured.
+        group: layer, routing, router, growth, memory, training or generate; says what is measured.
         label: tells cases of the same sizes apart, or empty.
         num_tokens: T.
         hidden_size, intermediate_size: H and I.
@@ -176,6 +176,16 @@ def training_cases() -> list[Case]:
     ]
 
 
+def generate_cases() -> list[Case]:
+    """Prefill and decode of a whole model; the tokens of `decode` are sequences."""
+    return [
+        _of(shape, group="generate", label=label, num_tokens=num_tokens, dtype=dtype, budget=6.0)
+        for shape in (FEW_TOP_2, MANY)
+        for label, num_tokens in (("prefill", 1024), ("decode", 8))
+        for dtype in DTYPES
+    ]
+
+
 def all_cases() -> list[Case]:
     """Every case, in the order in which they run."""
     return [
@@ -185,4 +195,5 @@ def all_cases() -> list[Case]:
         *growth_cases(),
         *memory_cases(),
         *training_cases(),
+        *generate_cases(),
     ]

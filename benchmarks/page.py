@@ -20,6 +20,7 @@ HEADINGS = {
     "router": "The router alone",
     "memory": "Memory of capacities",
     "training": "Training step of the demo",
+    "generate": "Prefill and decode of a whole model",
 }
 HOW = """\
 Every system runs one step in turn, round after round; ratios are taken within a round, and shown as

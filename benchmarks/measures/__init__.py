@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from benchmarks.cases import Case
+from benchmarks.measures.generate import measure_generate
 from benchmarks.measures.layer import measure_growth, measure_layer
 from benchmarks.measures.memory import measure_memory
 from benchmarks.measures.router import measure_router
@@ -21,5 +22,6 @@ MEASURES: dict[str, Callable[[Case, Settings, OnNote], list[Row]]] = {
     "growth": measure_growth,
     "memory": measure_memory,
     "training": measure_training,
+    "generate": measure_generate,
 }
 """By group of the case: (case, settings, what to tell about progress) -> rows."""

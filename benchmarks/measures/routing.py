@@ -11,6 +11,7 @@ from benchmarks.settings import Settings
 from benchmarks.systems import make_problem
 from benchmarks.systems.layer import make_layer
 from etr.moe import EtrRouter, MoE, RoutingContext
+from etr.moe.exchange import Traffic
 from etr.moe.routing import Routing, Selection
 
 LAYER = "layer"
@@ -26,7 +27,9 @@ class RoutingOnly(MoE):
     products pays less, so this is an upper bound.
     """
 
-    def run_experts(self, x: Tensor, routing: Routing, selection: Selection) -> Tensor:
+    def run_experts(
+        self, x: Tensor, routing: Routing, selection: Selection, traffic: Traffic | None = None
+    ) -> Tensor:
         padded = self._backend(routing, selection).padded
         rows, handle = self.dispatcher.dispatch(x, routing, selection, padded=padded)
         return self.dispatcher.combine(rows, handle)
