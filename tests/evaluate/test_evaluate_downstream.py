@@ -40,11 +40,8 @@ class Commands:
             model = ModelResult(model=name, folder=words[1], selection="dropless", tasks=[result])
             self._write(words, "--json", comparison_json([model], {}))
             return
-        self._write([*words, "--to", f"{words[2]}/config.json"], "--to", {})
-        if words[0] == "sft":
-            self._write(
-                [*words, "--to", f"{words[words.index('--out') + 1]}/config.json"], "--to", {}
-            )
+        out = words[words.index("--out") + 1] if words[0] == "sft" else words[2]
+        self._write(["--to", f"{out}/config.json"], "--to", {})
 
     @staticmethod
     def _write(words: Sequence[str], option: str, values: object) -> None:
