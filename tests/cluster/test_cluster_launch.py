@@ -56,6 +56,8 @@ def test_an_interrupt_leaves_nothing_behind(number, code):
         [*command, *options, "--", "sh", "-c", "echo started; sleep 300"],
         stdout=subprocess.PIPE,
         text=True,
+        # A shell that runs the tests in the background has them ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     assert "started" in process.stdout.readline()
