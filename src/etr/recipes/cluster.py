@@ -18,6 +18,7 @@ SMOKE = BenchConfig(
     rounds=1,
     sequence_length=32,
     shapes=("2x2",),
+    other_ratios=(2.0,),
     max_bytes_per_domain=60_000,
     eval_tokens_per_domain=256,
 )

@@ -6,7 +6,17 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from etr.cluster.bench.book import Book, Cell, loss_differences, ratios
-from etr.cluster.bench.plan import RANKS, REAL_TOO, RECIPES, VARIANTS, BenchConfig, nodes_of
+from etr.cluster.bench.plan import (
+    EMULATED,
+    MAIN_ROWS,
+    RANKS,
+    REAL,
+    RECIPES,
+    VARIANTS,
+    BenchConfig,
+    emulated_at,
+    nodes_of,
+)
 from etr.cluster.bench.prediction import predict
 from etr.report.statistics import mean, t_interval
 
@@ -23,6 +33,7 @@ def page(config: BenchConfig, results: dict[str, Any]) -> str:
         *(_shape(book, shape) for shape in config.shapes),
         _mixed(book),
         _locality(book),
+        _ratios(book),
         _real(book),
         _prediction(book),
         _network(book),
@@ -43,10 +54,12 @@ def _method(config: BenchConfig) -> str:
         f"{tokens:,} tokens a rank, in the routing that the model has at the end of its training "
         "and its capacity schedule; attention and optimizer are not in it.\n\n"
         "**Compute is emulated** unless a table says real: an expert sleeps "
-        f"{config.seconds_per_row * 1e6:.1f} µs for a row, and twice that in the backward pass, as "
-        f"long as {config.compute_ratio:g} times the row takes over its share of a node's uplink. "
-        "Real accelerators stand in about that ratio to their network where experts as wide as "
-        "Mixtral's sit across nodes of eight with one 400 Gbit/s uplink each. Padded rows are "
+        f"{config.seconds_per_row() * 1e6:.1f} µs for a row, and twice that in the backward pass, "
+        f"{config.compute_ratio:g} times what the row takes over its share of a node's uplink. "
+        "That ratio is a choice, and every time below depends on it: a row of Mixtral's experts "
+        "takes 352 MFLOP, 0.9 µs at 400 TFLOP/s, and its 8 KiB in bfloat16 take 1.3 µs over an "
+        "eighth of a 400 Gbit/s uplink, a ratio of 0.7; with such a link for every accelerator "
+        "it is 5, with narrower experts less. Padded rows are "
         "computed like others. Times are medians over steps and rounds, means over seeds "
         f"{', '.join(map(str, config.seeds))}; every variant takes its turn in each round. Ratios "
         "are to the baseline, paired by seed, with Student's 95 % interval. Held-out loss is as "
@@ -169,15 +182,37 @@ def _locality(book: Book) -> str:
     )
 
 
+def _ratios(book: Book) -> str:
+    """The main rows with computation that is faster or slower than the network."""
+    config, shape = book.config, book.config.shapes[0]
+    base: Cell = (shape, "own", "baseline")
+    rows = []
+    for value in sorted({config.compute_ratio, *config.other_ratios}):
+        compute = EMULATED if value == config.compute_ratio else emulated_at(value)
+        for name in MAIN_ROWS:
+            seconds = book.seconds((shape, "own", name), compute)
+            if len(seconds) == len(config.seeds):
+                step = mean(list(seconds.values()))
+                against = ratio(seconds, book.seconds(base, compute))
+                rows.append((f"{value:g}", VARIANTS[name].title, f"{step:.3f}", against))
+    if len({row[0] for row in rows}) < 2:
+        return ""
+    return (
+        f"## Other ratios of compute to network, {shape}, own text\n\nThe same models and rows; an "
+        "expert's time for a row is the only difference.\n\n"
+        + markdown(("compute / network", "variant", "step (s)", "step / baseline"), rows)
+    )
+
+
 def _real(book: Book) -> str:
     rows = []
     for shape in book.config.shapes:
         base: Cell = (shape, "own", "baseline")
-        for name in REAL_TOO:
-            seconds = book.seconds((shape, "own", name), "real")
+        for name in MAIN_ROWS:
+            seconds = book.seconds((shape, "own", name), REAL)
             if len(seconds) == len(book.config.seeds):
                 step = mean(list(seconds.values()))
-                against = ratio(seconds, book.seconds(base, "real"))
+                against = ratio(seconds, book.seconds(base, REAL))
                 rows.append((shape, VARIANTS[name].title, f"{step:.3f}", against))
     if not rows:
         return ""

@@ -15,6 +15,7 @@ from etr.train import ModelConfig, OptimizerConfig, RoutingOptions, TrainConfig
 RANKS = 4
 """Ranks of every run; both shapes have as many."""
 Text = Literal["own", "mixed"]
+EMULATED, REAL = "emulated", "real"
 PADDED, PLAIN = "all_to_all_padded", "all_to_all"
 CHUNKED = "chunked:all_to_all,chunks=4"
 _SHAPES = {"2x2": 2, "4x1": 4}
@@ -139,8 +140,8 @@ VARIANTS: dict[str, Variant] = {
 """Rows by name."""
 
 OWN_TEXT = tuple(name for name in VARIANTS if name not in ("bonus", "sharded"))
-REAL_TOO = ("baseline", "locmoe", "etr-published", "etr")
-"""Rows that are also timed with the experts of the trained model instead of emulated ones."""
+MAIN_ROWS = ("baseline", "locmoe", "etr-published", "etr")
+"""Rows that are also timed with the trained experts, and at other ratios of compute to network."""
 MIXED_TEXT = ("baseline", "etr-published", "locality", "bonus", "sharded")
 
 
@@ -152,8 +153,8 @@ class BenchConfig:
     """Folder of results; what is there is not run again."""
     page: str | None = None
     """Also write the page as this Markdown file, e.g. docs/results/cluster.md."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Each model is trained once with every seed."""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """Each model is trained once with every seed. On seed 0 the locality loss got its weight."""
     steps: int = 300
     """Optimizer steps of each training run."""
     hidden_size: int = 128
@@ -177,6 +178,8 @@ class BenchConfig:
     compute_ratio: float = 1.0
     """Emulated time of an expert's forward pass over a row, in units of the time that the row
     takes over a node's uplink shared by its ranks (2x2)."""
+    other_ratios: tuple[float, ...] = (0.5, 2.0)
+    """Ratios at which the main rows are timed too, on the first shape."""
     shapes: tuple[str, ...] = ("2x2", "4x1")
     """Nodes x ranks per node."""
     max_bytes_per_domain: int = 2_000_000
@@ -194,8 +197,9 @@ class BenchConfig:
             unknown = sorted(set(getattr(self, name)) - set(known))
             if unknown or not getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)} must be of {', '.join(known)}")
-        if not self.compute_ratio >= 0:
-            raise ValueError(f"compute_ratio={self.compute_ratio} must be >= 0")
+        for ratio in (self.compute_ratio, *self.other_ratios):
+            if not ratio >= 0:
+                raise ValueError(f"compute_ratio={ratio} must be >= 0")
         if not self.seeds:
             raise ValueError("seeds=() needs at least one")
         for name in ("inter", "intra"):
@@ -261,10 +265,26 @@ class BenchConfig:
         """Bytes of a row as it travels, float32."""
         return 4 * self.hidden_size
 
-    @property
-    def seconds_per_row(self) -> float:
-        """Emulated time of an expert's forward pass over a row; the backward pass takes twice."""
-        return self.compute_ratio * self.row_bytes * 2 * 8 / parse_rate(self.inter)
+    def seconds_per_row(self, ratio: float | None = None) -> float:
+        """Emulated time of an expert's forward pass over a row; the backward pass takes twice.
+
+        Args:
+            ratio: of compute to network; None for `compute_ratio`.
+        """
+        ratio = self.compute_ratio if ratio is None else ratio
+        return ratio * self.row_bytes * 2 * 8 / parse_rate(self.inter)
+
+    def computes(self, shape: str, text: Text, variant: str) -> list[str]:
+        """How a row's computation is timed: emulated, at other ratios, and real."""
+        if variant not in MAIN_ROWS or text != "own":
+            return [EMULATED]
+        other = self.other_ratios if shape == self.shapes[0] else ()
+        return [EMULATED, *map(emulated_at, other), REAL]
+
+
+def emulated_at(ratio: float) -> str:
+    """Name of the emulated compute at another ratio."""
+    return f"{EMULATED}-at-{ratio:g}"
 
 
 def nodes_of(shape: str) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ def predict(
     for rows in torch.tensor(timed["rows"], dtype=torch.float64):
         there = links.exchange_seconds(rows * timed["row_bytes"], nodes)
         back = links.exchange_seconds(rows.T * timed["row_bytes"], nodes)
-        compute = float(rows.sum(0).max()) * config.seconds_per_row
+        compute = float(rows.sum(0).max()) * config.seconds_per_row()
         total += layer_seconds(there, compute, back, chunks)
         total += layer_seconds(back, 2 * compute, there, chunks)
     return total

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from etr.cluster.bench.page import page
-from etr.cluster.bench.plan import REAL_TOO, BenchConfig
+from etr.cluster.bench.plan import BenchConfig
 from etr.cluster.bench.training import train_missing
 from etr.cluster.launch import EmulatedCluster, emulate
 from etr.cluster.network import why_unavailable
@@ -85,8 +85,7 @@ def _jobs(config: BenchConfig, shape: str, out: Path) -> list[dict[str, Any]]:
     for number in range(config.rounds):
         for seed in config.seeds:
             for _, text, variant in (cell for cell in config.cells() if cell[0] == shape):
-                both = variant in REAL_TOO and text == "own"
-                for compute in ("emulated", "real") if both else ("emulated",):
+                for compute in config.computes(shape, text, variant):
                     name = f"{variant}-{text}-{compute}-seed{seed}-round{number}.json"
                     found.append(
                         {
@@ -104,7 +103,7 @@ def _jobs(config: BenchConfig, shape: str, out: Path) -> list[dict[str, Any]]:
 
 def _check_config(config: BenchConfig, out: Path) -> None:
     """One folder holds one benchmark; rows, seeds and rounds may be added to it."""
-    free = ("out", "page", "seeds", "rounds", "shapes", "variants")
+    free = ("out", "page", "seeds", "rounds", "shapes", "variants", "other_ratios")
     own = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
     path = out / "bench.json"
     if not path.exists():

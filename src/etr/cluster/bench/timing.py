@@ -18,7 +18,16 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 
-from etr.cluster.bench.plan import PADDED, RECIPES, VARIANTS, BenchConfig, Run
+from etr.cluster.bench.plan import (
+    EMULATED,
+    PADDED,
+    REAL,
+    RECIPES,
+    VARIANTS,
+    BenchConfig,
+    Run,
+    emulated_at,
+)
 from etr.cluster.bench.sleep import add_sleeping_experts
 from etr.cluster.measure import MeasureConfig, join_group, measure_curve
 from etr.moe import MoE, set_progress
@@ -28,7 +37,6 @@ from etr.moe.watch import LayerView, watch
 from etr.train.config import TrainConfig
 from etr.train.files import write_json
 
-EMULATED, REAL = "emulated", "real"
 WARM_UP = 1
 """Steps of each variant before its clock starts."""
 
@@ -43,7 +51,9 @@ def main(arguments: list[str]) -> None:
     bench = BenchConfig(**{k: _tuple(v) for k, v in plan["bench"].items()})
     torch.set_num_threads(1)
     join_group()
-    add_sleeping_experts(EMULATED, bench.seconds_per_row)
+    add_sleeping_experts(EMULATED, bench.seconds_per_row())
+    for other in bench.other_ratios:
+        add_sleeping_experts(emulated_at(other), bench.seconds_per_row(other))
     topology = Topology.from_environment()
     if plan["curve"]:
         sizes = (1 << 14, 1 << 16, 1 << 18, 1 << 20)
@@ -79,7 +89,7 @@ class Replay:
         bench: sizes and folders.
         run: the training run.
         dispatch: how rows travel.
-        compute: EMULATED or REAL.
+        compute: name of an emulated compute, or REAL.
         topology: node of each rank.
     """
 
@@ -92,7 +102,7 @@ class Replay:
         config = dataclasses.replace(
             TrainConfig.from_dict(stored["config"]).model.moe_config(),
             dispatch=dispatch,
-            backend=EMULATED if compute == EMULATED else "auto",
+            backend="auto" if compute == REAL else compute,
             local_bonus=recipe.local_bonus,
         )
         mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("expert",))
