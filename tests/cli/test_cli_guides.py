@@ -1,4 +1,4 @@
-"""docs/guides/{finetune,upcycle,serving}.md: their blocks and commands run as shown."""
+"""docs/guides/{finetune,upcycle,serving,mixtral}.md: their blocks and commands run as shown."""
 
 from __future__ import annotations
 
@@ -21,16 +21,20 @@ from etr.hf import EtrConfig, EtrForCausalLM, load_pretrained
 from etr.moe import moe_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
-PAGES = [ROOT / "docs/guides" / f"{name}.md" for name in ("finetune", "upcycle", "serving")]
+GUIDES = ("finetune", "upcycle", "serving", "mixtral")
+PAGES = [ROOT / "docs/guides" / f"{name}.md" for name in GUIDES]
 PYTHON = [(page, block) for page in PAGES for block in blocks(page, "python")]
 COMMANDS = [
     line for page in PAGES for block in blocks(page, "sh") for line in block.text.splitlines()
 ]
 TEXT = "--data my-text --cache-dir cache --sequence-length 32 --batch-size 4"
+PACKAGES = (("etr sft", "trl"), ("tuned", "trl"), ("--tasks", "lm_eval"))
+"""What a command says, and the package that it or one before it needs."""
 SMALL = {  # added to the commands, so that they take little time and read a text of the test's
     "sft": "--use-cpu",
     "finetune": f"{TEXT} --calibration-batches 2 --eval-tokens-per-domain 64",
     "export": f"{TEXT} --num-batches 2",
+    "evaluate": "--sequence-length 32 --batch-size 4 --cache-dir cache",
 }
 
 
@@ -59,6 +63,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         byte_tokenizer().save_pretrained(folder / name)
     talk = {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}
     (folder / "talks.jsonl").write_text(f"{json.dumps(talk)}\n" * 6)
+    question = {"question": "Ice is", "choices": ["cold", "hot"], "answer": 0}
+    (folder / "questions.jsonl").write_text(f"{json.dumps(question)}\n" * 2)
     (folder / "my-text").mkdir()
     for number in range(40):
         text = " ".join(str((number * 7919 + i * i) % 1000) for i in range(100))
@@ -71,27 +77,29 @@ def there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
 
 
-@pytest.mark.parametrize(
-    ("page", "block"), PYTHON, ids=[f"{page.stem}:{block.line}" for page, block in PYTHON]
-)
-def test_python_blocks_run(page: Path, block: Block) -> None:
-    for package, use in (("accelerate", "Trainer("), ("peft", "peft")):
-        if use in block.text:
-            pytest.importorskip(package)
-    run(page, block)
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_run(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     _, verb, *rest = shlex.split(command)
-    if verb == "sft":
-        pytest.importorskip("trl", reason="needs the extra sft")
+    for part, package in PACKAGES:
+        if part in command:
+            pytest.importorskip(package)
     code = main([verb, *rest, *shlex.split(SMALL.get(verb, ""))])
     shown = capsys.readouterr()
     assert code == 0, shown.err
     check = CHECKS.get(verb)
     if check is not None:
         check(" ".join(shown.out.split()))
+
+
+@pytest.mark.parametrize(
+    ("page", "block"), PYTHON, ids=[f"{page.stem}:{block.line}" for page, block in PYTHON]
+)
+def test_python_blocks_run(page: Path, block: Block) -> None:
+    """After the commands, whose models they load."""
+    for package, use in (("accelerate", "Trainer("), ("peft", "peft")):
+        if use in block.text:
+            pytest.importorskip(package)
+    run(page, block)
 
 
 def upcycled(shown: str) -> None:
