@@ -33,7 +33,7 @@ def make_layer(backend: str, dtype: torch.dtype, top_k: int = 2) -> etr.MoE:
 
 @pytest.mark.parametrize("num_tokens", [5, 700, 4096])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", ["triton", "grouped_mm", "bmm"])
+@pytest.mark.parametrize("name", ["triton", "sonic", "grouped_mm", "bmm"])
 def test_backends_equal_the_loop(name: str, dtype: torch.dtype, num_tokens: int) -> None:
     reason = EXPERT_BACKENDS[name].unavailable()
     if reason is not None:

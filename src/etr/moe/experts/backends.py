@@ -17,6 +17,7 @@ from etr.moe.experts.feed_forward import Engine, Problem, Route, feed_forward
 from etr.moe.experts.fused import Fused, kernels_run, why_unavailable
 from etr.moe.experts.one_by_one import OneByOne
 from etr.moe.experts.products import Batched, Grouped
+from etr.moe.experts.sonic import Pairs, run_sonic, sonic_runs, why_no_sonic
 from etr.moe.experts.weights import ExpertParams
 from etr.moe.experts.whole import Whole
 
@@ -87,6 +88,38 @@ class ExpertBackend:
         if self.padded:
             return expert.repeat_interleave(problem.num_rows // problem.up.shape[0])
         return expert.repeat_interleave(problem.counts, output_size=problem.num_rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SonicBackend(ExpertBackend):
+    """SonicMoE does its own gathering and its own backward pass, so it is no engine."""
+
+    def run(self, rows: Tensor, num_tokens_per_expert: Tensor, params: ExpertParams) -> Tensor:
+        self._check()
+        if not sonic_runs(params, rows.shape[0]):
+            return super().run(rows, num_tokens_per_expert, params)
+        row = torch.arange(rows.shape[0], device=rows.device)
+        problem = _problem(rows, None, num_tokens_per_expert, params)
+        pairs = Pairs(row, self._expert_of_row(problem), rows.new_ones(rows.shape[0]))
+        return run_sonic(rows, pairs, params)
+
+    def run_routed(self, x: Tensor, handle: DispatchHandle, params: ExpertParams) -> Tensor:
+        self._check()
+        if not sonic_runs(params, handle.token_of_row.shape[0]):
+            return super().run_routed(x, handle, params)
+        route = Route(
+            handle.weight_of_row,
+            handle.token_of_row,
+            handle.rows_by_token,
+            handle.start_of_token,
+        )
+        problem = _problem(x, route, handle.num_tokens_per_expert, params)
+        return run_sonic(x, Pairs.of(handle, self._expert_of_row(problem)), params)
+
+    def _check(self) -> None:
+        reason = self.unavailable()
+        if reason is not None:
+            raise ValueError(f"backend={self.name!r} cannot run: {reason}; choose another")
 
 
 def _problem(source: Tensor, route: Route | None, counts: Tensor, params: ExpertParams) -> Problem:
@@ -164,6 +197,13 @@ EXPERT_BACKENDS: dict[str, ExpertBackend] = {
             summary="grouped GEMMs with gather, activation and combine weights fused in (GPU)",
             unavailable=why_unavailable,
         ),
+        SonicBackend(
+            name="sonic",
+            padded=False,
+            engine=lambda problem: GROUPED if grouped_mm_runs(problem) else LOOP,
+            summary="SonicMoE's kernels in half precision, where it is installed; else grouped_mm",
+            unavailable=lambda: why_no_sonic(),
+        ),
     )
 }
 """Expert backends by name."""
@@ -177,7 +217,7 @@ def auto_backend(device_type: str, padded: bool) -> str:
     - Elsewhere, and while compiling, `bmm` where the router's preset asks for padded buffers and a
       capacity bounds them: static shapes, nothing read by the host. Otherwise `grouped_mm`.
 
-    `triton` runs where it is asked for by name.
+    `triton` and `sonic` run where they are asked for by name.
 
     Args:
         device_type: of the tokens, such as "cpu".
