@@ -88,6 +88,19 @@ def test_a_matched_block_needs_what_it_is_matched_to(tmp_path: Path) -> None:
         SMOKE.block("nothing")
 
 
+def test_blocks_named_in_any_order_run_in_that_of_the_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = StudyRunner(study=SMOKE, out=tmp_path, weights=tmp_path / "weights")
+    order: list[str] = []
+    monkeypatch.setattr(StudyRunner, "runs", lambda self, block: [])
+    monkeypatch.setattr(
+        StudyRunner, "_run_block", lambda self, block, runs, show: order.append(block.name)
+    )
+    runner.run(["headline, matched", "capacity"], lambda *_: None)
+    assert order == ["capacity", "headline, matched"]
+
+
 @pytest.mark.parametrize("study", [FULL, SMOKE], ids=["full", "smoke"])
 def test_recipes_are_sound(study: object) -> None:
     names = [block.name for block in study.blocks]

@@ -71,12 +71,14 @@ class StudyRunner:
         return self.out / "quality"
 
     def run(self, names: Sequence[str], show: Show) -> Path:
-        """Run the named blocks (all where none is named), and write the page.
+        """Run the named blocks (all where none is named) in the study's order; write the page.
 
         Args:
+            names: of blocks, in any order: a matched one needs those before it in the study.
             show: called with a block's name, its steps done and its steps in all.
         """
-        wanted = [self.study.block(name) for name in names] or list(self.study.blocks)
+        chosen = {self.study.block(name) for name in names} or set(self.study.blocks)
+        wanted = [block for block in self.study.blocks if block in chosen]
         for block in wanted:
             if block.match == "seconds" and not set(block.rows) <= set(self._times(block.task)):
                 self.time(block.task)
