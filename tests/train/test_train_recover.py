@@ -19,7 +19,7 @@ from etr.train.recover import CAPACITIES, RecoverConfig, recover
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
 
 
-def mixtral(router: str = "keep") -> EtrForCausalLM:
+def mixtral(router: str = "keep", num_local_experts: int = 4) -> EtrForCausalLM:
     torch.manual_seed(0)
     base = MixtralConfig(
         vocab_size=BYTE_VOCAB_SIZE,
@@ -28,14 +28,15 @@ def mixtral(router: str = "keep") -> EtrForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
-        num_local_experts=4,
+        num_local_experts=num_local_experts,
         max_position_embeddings=64,
         initializer_range=0.2,
     )
     model = EtrForCausalLM(EtrConfig.from_base(base, router))
     if router == "keep":  # far from orthonormal, so that a swap changes choices
         for layer in moe_layers(model):
-            mix = torch.eye(4) + 0.8 * torch.ones(4, 4).tril(-1)
+            ones = torch.ones(num_local_experts, num_local_experts)
+            mix = torch.eye(num_local_experts) + 0.8 * ones.tril(-1)
             layer.router.weight.data = mix @ layer.router.weight.data
     return model.eval()
 
@@ -52,7 +53,7 @@ def test_the_old_choices_come_back_and_experts_stay(
     old = {n: p.clone() for n, p in model.named_parameters() if ".router." not in n}
     steps: list[int] = []
     found = recover(model, data, config(data_config), on_step=lambda step, loss: steps.append(step))
-    assert [stage.name for stage in found.stages] == list(STAGES)
+    assert [stage.name for stage in found.stages] == list(STAGES)[:4]
     before, swapped, calibrated, recovered = found.stages
     assert before.changed_tokens == 0
     assert min(swapped.changed_tokens, calibrated.changed_tokens) > recovered.changed_tokens > 0
@@ -93,20 +94,27 @@ def test_bad_input_is_refused(data: OpenedData, data_config: DataConfig) -> None
         config(data_config, steps=-1)
 
 
+@pytest.mark.slow
 def test_the_worked_example(data_config: DataConfig, tmp_path: Path) -> None:
     recipe = RecoverRecipe(
         out=str(tmp_path),
         data=data_config,
         train_steps=4,
         steps=3,
+        into_fixed=2,
         hidden_size=32,
         eval_tokens_per_domain=128,
     )
     result = run(recipe)
     assert json.loads((tmp_path / "recover.json").read_text())["stages"] == list(result["stages"])
+    assert [stage["name"] for stage in result["stages"]] == list(STAGES)
     text = page(result)
     for stage in result["stages"]:
         assert f"| {stage['name']} | {STAGES[stage['name']]} |" in text
     assert f"{result['stages'][0]['losses']['none']:.4f}" in text
-    again = run(recipe)  # folders that are there are not made again
-    assert again["stages"] == result["stages"]
+    more = result["stages"][5]["losses"]["none"] - result["stages"][4]["losses"]["none"]
+    assert f"at capacities none, 1.1, 0.6: {more:+.4f}, " in text
+    # Folders that are there are not made again.
+    again = run(dataclasses.replace(recipe, into_fixed=0))
+    assert again["stages"] == result["stages"][:4]
+    assert "fixed frame" not in page(again)

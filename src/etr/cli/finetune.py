@@ -46,10 +46,8 @@ def run(arguments: list[str]) -> int:
         raise ValueError(f"out={config.out!r} exists already; name a new folder")
     model, _, folder = open_model(config.model)
     data = open_data(dataclasses.replace(config.data, tokenizer=str(folder)))
-    with steps_progress("recovering", config.steps) as show:
-        found = recover(
-            model, data, config, on_step=lambda step, loss: show(step, f"distillation {loss:.3f}")
-        )
+    with steps_progress("recovering", config.total_steps) as show:
+        found = recover(model, data, config, on_step=show)
     write_model(model, out, folder)
     write_json(out / "recover.json", {"config": dataclasses.asdict(config), **found.to_dict()})
     Console().print(_table(found))

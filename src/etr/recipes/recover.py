@@ -1,5 +1,7 @@
 """A small Mixtral, its router swapped for ETR's and taught the old choices: the worked example.
 
+Then on into the fixed frame, beside a copy that trains as long without.
+
 python -m etr.recipes.recover --out runs/recover --page docs/results/convert.md
 """
 
@@ -18,6 +20,7 @@ from etr.hf import convert, load_pretrained
 from etr.train import ModelConfig, OptimizerConfig, RoutingOptions, TrainConfig, train
 from etr.train.checkpoint import list_checkpoints
 from etr.train.files import write_json, write_text
+from etr.train.into_fixed import MOVING_SHARE
 from etr.train.recover import CAPACITIES, RecoverConfig, recover
 
 STAGES = {
@@ -25,6 +28,8 @@ STAGES = {
     "swapped": "ETR router with the nearest orthonormal directions",
     "calibrated": "its temperatures fitted, thresholds calibrated",
     "recovered": "the old choices distilled into it, experts frozen",
+    "trained": "the same directions, the whole model trained on",
+    "fixed": "the fixed frame, the whole model trained on as long",
 }
 
 
@@ -40,8 +45,12 @@ class RecoverRecipe:
     """Text of all stages."""
     train_steps: int = 400
     """Optimizer steps of the Mixtral."""
+    learning_rate: float = 3e-3
+    """Peak learning rate of the Mixtral, and of the steps into the fixed frame."""
     steps: int = 200
     """Steps of the distillation."""
+    into_fixed: int = 200
+    """Steps into the fixed frame, and of the copy that keeps its directions. 0: neither."""
     hidden_size: int = 128
     """Width of the Mixtral."""
     eval_tokens_per_domain: int = 8192
@@ -64,7 +73,7 @@ def tiny_mixtral(recipe: RecoverRecipe) -> TrainConfig:
                 normalize="chosen",
             ),
         ),
-        optimizer=OptimizerConfig(learning_rate=3e-3),
+        optimizer=OptimizerConfig(learning_rate=recipe.learning_rate),
         steps=recipe.train_steps,
         eval_every=recipe.train_steps,
         eval_tokens_per_domain=recipe.eval_tokens_per_domain,
@@ -92,7 +101,11 @@ def run(recipe: RecoverRecipe) -> dict[str, Any]:
     model = load_pretrained(out / "keep")
     data = dataclasses.replace(recipe.data, tokenizer=str(out / "keep"))
     config = RecoverConfig(
-        data=data, steps=recipe.steps, eval_tokens_per_domain=recipe.eval_tokens_per_domain
+        data=data,
+        steps=recipe.steps,
+        into_fixed=recipe.into_fixed,
+        into_fixed_learning_rate=recipe.learning_rate,
+        eval_tokens_per_domain=recipe.eval_tokens_per_domain,
     )
     found = recover(model, open_data(data), config)
     result = {"format": 1, "recipe": dataclasses.asdict(recipe), **found.to_dict()}
@@ -137,8 +150,36 @@ def page(result: dict[str, Any]) -> str:
             "router cannot copy every linear one: where the old rows are far from orthogonal, some "
             "choices stay different.",
             "",
+            *_into_fixed(result),
         ]
     )
+
+
+def _into_fixed(result: dict[str, Any]) -> list[str]:
+    """What became of the fixed frame, as lines of Markdown; none where it was not asked for."""
+    losses = {stage["name"]: stage["losses"] for stage in result["stages"]}
+    if "fixed" not in losses:
+        return []
+    recipe = result["recipe"]
+    more = (f"{losses['fixed'][name] - losses['trained'][name]:+.4f}" for name in CAPACITIES)
+    return [
+        "## Into the fixed frame",
+        "",
+        "The experts of each layer were numbered anew, so that learned directions are near the "
+        "blocks, which changes nothing of what the model computes. Then two copies of *recovered* "
+        f"were trained for {recipe['into_fixed']} steps on the same batches: all weights but the "
+        "directions, language-model and balance loss, capacity factor 1.1, peak learning rate "
+        f"{recipe['learning_rate']:g} as for the Mixtral (at a third of it both rows lose, "
+        "and the fixed one more; chosen by these losses). In *trained* the directions stayed. In "
+        "*fixed* they turned to the paper's fixed blocks over the first "
+        f"{MOVING_SHARE:.0%} of the steps; its routers then have no weight but a temperature.",
+        "",
+        "What more training gains by itself is the difference of *recovered* and *trained*. The "
+        f"loss of *fixed* less that of *trained*, at capacities {', '.join(CAPACITIES)}: "
+        f"{', '.join(more)}. In both rows the last column compares with the old router's weights "
+        "on hidden states that have changed since.",
+        "",
+    ]
 
 
 def _cell(loss: float | None) -> str:

@@ -1,7 +1,8 @@
 """After a router swap: teach the new router the old one's choices, and measure each step.
 
 Experts stay as they are. What a checkpoint's experts learned, they learned from the tokens that its
-old router sent them, so the new router is trained, for a few steps, to send them the same.
+old router sent them, so the new router is trained, for a few steps, to send them the same. After
+that, if asked for, the whole model trains while the directions turn to the fixed frame.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from etr.moe.config import parse_capacity
 from etr.moe.routers.token_choice import LinearRouter
 from etr.moe.select import top_experts
 from etr.moe.watch import LayerView, watch
+from etr.train.config import OptimizerConfig
+from etr.train.into_fixed import check_blocks, into_fixed, number_experts
 
 CAPACITIES = ("none", "1.1", "0.6")
 """Capacity factors at which losses are measured; none drops nothing."""
@@ -44,20 +47,32 @@ class RecoverConfig:
     """Steps in which the new router learns the old one's choices; experts stay as they are."""
     learning_rate: float = 3e-3
     """Of these steps."""
+    into_fixed: int = 0
+    """After them, steps in which the directions turn to the fixed frame while the whole model
+    trains, and as many of a copy whose directions stay, to compare with. 0: they stay learned."""
+    into_fixed_learning_rate: float = 1e-3
+    """Peak learning rate of these steps."""
     calibration_batches: int = 16
     """Batches to fit temperatures and thresholds on."""
     eval_tokens_per_domain: int = 8192
     """Held-out tokens of each domain."""
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ValueError(f"steps={self.steps} must be >= 0")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate={self.learning_rate} must be > 0")
+        for name in ("steps", "into_fixed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be >= 0")
+        for name in ("learning_rate", "into_fixed_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be > 0")
         for name in ("calibration_batches", "eval_tokens_per_domain"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         parse_capacity(self.capacity)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all kinds, those of the copy too."""
+        return self.steps + 2 * self.into_fixed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +80,8 @@ class Stage:
     """The model after one step of the way.
 
     Args:
-        name: before, swapped, calibrated or recovered.
+        name: before, swapped, calibrated or recovered; after training on, trained (directions as
+            they were) or fixed.
         losses: held-out nats per token by capacity, see `CAPACITIES`; None where thresholds would
             be needed and are not calibrated yet.
         changed_tokens: share of (token, layer) pairs whose set of experts is not the old router's.
@@ -83,10 +99,12 @@ class Recovery:
     Args:
         stages: in order.
         distillation: divergence of new from old gates at each step, nats, mean over layers.
+        training: cross-entropy at each step on the way to the fixed frame, nats per token.
     """
 
     stages: tuple[Stage, ...]
     distillation: tuple[float, ...]
+    training: tuple[float, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready values."""
@@ -97,18 +115,23 @@ def recover(
     model: EtrForCausalLM,
     data: OpenedData,
     config: RecoverConfig,
-    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    on_step: Callable[[int, str], None] = lambda step, words: None,
 ) -> Recovery:
     """Swap the linear routers of `model` for ETR ones and teach them the old choices, in place.
+
+    With `into_fixed`, then train on into the fixed frame; a copy of the model is held meanwhile.
 
     Args:
         model: with routers `token_choice` (see `convert`); ends calibrated, in eval mode.
         data: text.
         config: how.
-        on_step: called with each step's number and distillation loss.
+        on_step: called with each step's number, of `config.total_steps`, and its loss in words.
     Raises:
-        ValueError: another router, or too little text.
+        ValueError: another router, too little text, or no fixed frame at this width.
+        TrainingDiverged: the loss became NaN or infinite on the way to the fixed frame.
     """
+    if config.into_fixed:
+        check_blocks(model)
     old = [_weight(layer.router).clone() for layer in moe_layers(model)]
     loader = TokenLoader(
         data.dataset,
@@ -116,18 +139,36 @@ def recover(
         batch_size=config.data.batch_size,
     )
     sample = list(islice(loader, config.calibration_batches))
-    measure = _Measure(model, data, config, old, sample)
-    stages = [measure("before")]
+    measure = _Measure(data, config, old, sample)
+    stages = [measure("before", model)]
     report = swap_router(model, map(_arguments, sample), capacity=config.capacity, fit=False)
-    stages.append(measure("swapped", thresholds=False))
+    stages.append(measure("swapped", model, thresholds=False))
     set_temperatures(model, report)
-    stages.append(measure("calibrated"))
-    losses = distill(model, old, islice(loader, config.steps), config.learning_rate, on_step)
-    stages.append(measure("recovered"))
+    stages.append(measure("calibrated", model))
+    losses = distill(
+        model,
+        old,
+        islice(loader, config.steps),
+        config.learning_rate,
+        lambda step, loss: on_step(step, f"distillation {loss:.3f}"),
+    )
+    stages.append(measure("recovered", model))
+    training: list[float] = []
+    if config.into_fixed:
+        for rows, order in zip(old, number_experts(model), strict=True):
+            rows.copy_(rows[order])
+        more, training = into_fixed(
+            model,
+            list(islice(loader, config.into_fixed)),
+            OptimizerConfig(learning_rate=config.into_fixed_learning_rate),
+            measure,
+            lambda step, words: on_step(config.steps + step, words),
+        )
+        stages += more
     calibrate(model, sample)
     set_eval_selection(model, "threshold")
     model.eval()
-    return Recovery(stages=tuple(stages), distillation=tuple(losses))
+    return Recovery(stages=tuple(stages), distillation=tuple(losses), training=tuple(training))
 
 
 def distill(
@@ -204,26 +245,25 @@ class _Measure:
 
     def __init__(
         self,
-        model: EtrForCausalLM,
         data: OpenedData,
         config: RecoverConfig,
         old: list[Tensor],
         sample: list[Batch],
     ) -> None:
-        self._model, self._data, self._config = model, data, config
+        self._data, self._config = data, config
         self._old, self._sample = old, sample
 
-    def __call__(self, name: str, *, thresholds: bool = True) -> Stage:
-        losses: dict[str, float | None] = {"none": self._loss("dropless")}
+    def __call__(self, name: str, model: EtrForCausalLM, *, thresholds: bool = True) -> Stage:
+        losses: dict[str, float | None] = {"none": self._loss(model, "dropless")}
         for factor in CAPACITIES[1:]:
             losses[factor] = None
             if thresholds:
-                with _at_capacity(self._model, float(factor)):
-                    calibrate(self._model, self._sample)
-                    losses[factor] = self._loss("threshold")
-        return Stage(name=name, losses=losses, changed_tokens=self._changed())
+                with _at_capacity(model, float(factor)):
+                    calibrate(model, self._sample)
+                    losses[factor] = self._loss(model, "threshold")
+        return Stage(name=name, losses=losses, changed_tokens=self._changed(model))
 
-    def _loss(self, selection: Any) -> float:
+    def _loss(self, model: EtrForCausalLM, selection: Any) -> float:
         data, config = self._data, self._config
         batches = held_out_batches(
             data.dataset,
@@ -231,10 +271,10 @@ class _Measure:
             config.data.batch_size,
             config.eval_tokens_per_domain,
         )
-        return evaluate(self._model, batches, data.dataset.domains, selection).loss
+        return evaluate(model, batches, data.dataset.domains, selection).loss
 
     @torch.no_grad()
-    def _changed(self) -> float:
+    def _changed(self, model: EtrForCausalLM) -> float:
         """On the hidden states that the model has now."""
         changed = count = 0
 
@@ -246,7 +286,6 @@ class _Measure:
             changed += int(differs[valid].sum())
             count += int(valid.sum())
 
-        model = self._model
         with _dropless(model), watch(model, see):
             for batch in self._sample:
                 model(**_arguments(batch.to(next(model.parameters()).device)))
