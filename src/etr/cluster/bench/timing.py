@@ -60,8 +60,9 @@ def main(arguments: list[str]) -> None:
         curve = measure_curve(MeasureConfig(sizes=sizes))
         if dist.get_rank() == 0:
             write_json(Path(plan["curve"]), curve.to_dict())
+    parallel = ranks_of(bench, topology)
     for number, job in enumerate(plan["jobs"], 1):
-        result = _time(bench, job, topology)
+        result = _time(bench, job, parallel)
         if dist.get_rank() == 0:
             write_json(Path(job["out"]), result)
             middle = sorted(result["seconds"])[len(result["seconds"]) // 2]
@@ -71,9 +72,19 @@ def main(arguments: list[str]) -> None:
     dist.destroy_process_group()
 
 
-def _time(bench: BenchConfig, job: dict[str, Any], topology: Topology) -> dict[str, Any]:
+def ranks_of(bench: BenchConfig, topology: Topology) -> ExpertParallel:
+    """The ranks as all models of the benchmark use them.
+
+    Made once for all timings: the threads of a group stay until its process ends, and slow it down.
+    """
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("expert",))
+    (num_experts,) = {bench.training(run, "").model.routing.num_experts for run in bench.runs()}
+    return ExpertParallel.create(mesh, topology, num_experts)
+
+
+def _time(bench: BenchConfig, job: dict[str, Any], parallel: ExpertParallel) -> dict[str, Any]:
     run = Run(**job["run"])
-    replay = Replay(bench, run, VARIANTS[job["variant"]].dispatch, job["compute"], topology)
+    replay = Replay(bench, run, VARIANTS[job["variant"]].dispatch, job["compute"], parallel)
     for batch in range(WARM_UP):
         replay.step(batch)
     seconds = []
@@ -90,11 +101,11 @@ class Replay:
         run: the training run.
         dispatch: how rows travel.
         compute: name of an emulated compute, or REAL.
-        topology: node of each rank.
+        parallel: the ranks, see `ranks_of`.
     """
 
     def __init__(
-        self, bench: BenchConfig, run: Run, dispatch: str, compute: str, topology: Topology
+        self, bench: BenchConfig, run: Run, dispatch: str, compute: str, parallel: ExpertParallel
     ) -> None:
         folder = Path(bench.out) / "trained" / run.name
         rank, recipe = dist.get_rank(), RECIPES[run.recipe]
@@ -105,8 +116,6 @@ class Replay:
             backend="auto" if compute == REAL else compute,
             local_bonus=recipe.local_bonus,
         )
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("expert",))
-        parallel = ExpertParallel.create(mesh, topology, config.num_experts)
         if recipe.per_rank or dispatch == PADDED:  # a padded buffer is as large as the capacity
             parallel = dataclasses.replace(parallel, selection_group=None)
         weights = load_file(folder / "layers.safetensors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from itertools import islice
@@ -32,7 +33,11 @@ REPLAY = 10_000
 
 
 def train_missing(bench: BenchConfig, say: Callable[[str], None]) -> None:
-    """Train every run of the plan that has no result; its four ranks are processes started once."""
+    """Train every run of the plan that has no result; its four ranks are processes started once.
+
+    The ranks meet anew for each run: the threads of a process group stay until all groups are
+    destroyed, and slow down what comes after.
+    """
     folder = Path(bench.out) / "trained"
     missing = [run for run in bench.runs() if not (folder / run.name / "result.json").exists()]
     say(f"{len(bench.runs()) - len(missing)} of {len(bench.runs())} models are trained")
@@ -40,32 +45,31 @@ def train_missing(bench: BenchConfig, say: Callable[[str], None]) -> None:
         return
     open_data(bench.training(missing[0], "").data)  # built once, then read from its cache
     folder.mkdir(parents=True, exist_ok=True)
-    meeting = folder / ".meeting"
-    meeting.unlink(missing_ok=True)
-    context = torch.multiprocessing.start_processes(
-        _rank, (bench, missing, str(meeting)), nprocs=RANKS, start_method="spawn", join=False
-    )
-    try:
-        while not context.join(timeout=1.0):
-            pass
-    finally:
-        for process in context.processes:
-            process.kill()
-        meeting.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as meetings:
+        context = torch.multiprocessing.start_processes(
+            _rank, (bench, missing, meetings), nprocs=RANKS, start_method="spawn", join=False
+        )
+        try:
+            while not context.join(timeout=1.0):
+                pass
+        finally:
+            for process in context.processes:
+                process.kill()
 
 
-def _rank(rank: int, bench: BenchConfig, runs: list[Run], meeting: str) -> None:
+def _rank(rank: int, bench: BenchConfig, runs: list[Run], meetings: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{meeting}",
-        rank=rank,
-        world_size=RANKS,
-        timeout=timedelta(minutes=5),
-    )
     data = open_data(bench.training(runs[0], "").data)
     for number, run in enumerate(runs, 1):
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{meetings}/{number}",
+            rank=rank,
+            world_size=RANKS,
+            timeout=timedelta(minutes=5),
+        )
         result = _train(bench, run, data)
+        dist.destroy_process_group()
         if rank == 0:
             loss, violation = result["val_loss"], result["max_violation"]
             print(
@@ -73,7 +77,6 @@ def _rank(rank: int, bench: BenchConfig, runs: list[Run], meeting: str) -> None:
                 f"MaxVio {violation:.2f}",
                 flush=True,
             )
-    dist.destroy_process_group()
 
 
 def _train(bench: BenchConfig, run: Run, data: OpenedData) -> dict[str, Any]:
