@@ -101,6 +101,8 @@ class BenchCommand:
     """Seeds of the trained models. None: the recipe's."""
     steps: int | None = None
     """Optimizer steps of each training run. None: the recipe's."""
+    rounds: int | None = None
+    """Times that all rows are timed in turn. None: the recipe's."""
     shapes: tuple[str, ...] | None = None
     """Of 2x2 and 4x1, nodes x ranks per node. None: the recipe's."""
     variants: tuple[str, ...] | None = None

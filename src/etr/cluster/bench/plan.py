@@ -155,7 +155,7 @@ class BenchConfig:
     """Also write the page as this Markdown file, e.g. docs/results/cluster.md."""
     seeds: tuple[int, ...] = (1, 2, 3)
     """Each model is trained once with every seed. On seed 0 the locality loss got its weight."""
-    steps: int = 300
+    steps: int = 200
     """Optimizer steps of each training run."""
     hidden_size: int = 128
     """Width of the model."""

@@ -41,18 +41,25 @@ def bench(
         if code:
             return code
     target = Path(config.page) if config.page else out / "cluster.md"
-    write_text(target, page(config, results(out)))
+    found = results(out)
+    write_json(target.with_suffix(".json"), {"format": 1, **found})
+    write_text(target, page(config, found))
     say(f"written: {target}")
     return 0
 
 
 def results(out: Path) -> dict[str, Any]:
     """Everything measured: ``trained`` by run, ``timed`` as a list, ``curves`` by shape."""
-    read = lambda path: json.loads(path.read_text(encoding="utf-8"))  # noqa: E731
+
+    def read(path: Path, *without: str) -> dict[str, Any]:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {key: value for key, value in found.items() if key not in without}
+
+    trained = sorted(out.glob("trained/*/result.json"))
     return {
-        "trained": {p.parent.name: read(p) for p in sorted(out.glob("trained/*/result.json"))},
-        "timed": [read(p) for p in sorted(out.glob("timed/*/*.json"))],
-        "curves": {p.stem: read(p) for p in sorted(out.glob("curves/*.json"))},
+        "trained": {path.parent.name: read(path, "config") for path in trained},
+        "timed": [read(path, "out") for path in sorted(out.glob("timed/*/*.json"))],
+        "curves": {path.stem: read(path) for path in sorted(out.glob("curves/*.json"))},
     }
 
 

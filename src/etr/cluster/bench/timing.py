@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
         add_sleeping_experts(emulated_at(other), bench.seconds_per_row(other))
     topology = Topology.from_environment()
     if plan["curve"]:
-        sizes = (1 << 14, 1 << 16, 1 << 18, 1 << 20)
+        sizes = (1 << 16, 1 << 18, 1 << 20, 1 << 23)  # the last is beyond bursts and buffers
         curve = measure_curve(MeasureConfig(sizes=sizes))
         if dist.get_rank() == 0:
             write_json(Path(plan["curve"]), curve.to_dict())
