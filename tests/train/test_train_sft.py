@@ -104,6 +104,30 @@ def test_long_conversations_are_cut_and_left_out_without_an_answer() -> None:
     assert sum(label != IGNORED for label in row["labels"]) == 6
 
 
+def test_no_token_reaches_over_the_beginning_of_an_answer() -> None:
+    """As in use, where the model goes on from the tokens of the prompt alone."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(set("assistantuser\n |xyz"))
+    vocab = {piece: number for number, piece in enumerate([*letters, "\n "])}
+    merging = Tokenizer(models.BPE(vocab=vocab, merges=[("\n", " ")]))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=merging, clean_up_tokenization_spaces=False
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + '\n' + m.content + '|' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+    )
+    assert vocab["\n "] in tokenizer("user\n x")["input_ids"]
+    talk = [Message(role="user", content="x"), Message(role="assistant", content=" y")]
+    (row,) = encode([talk + talk], tokenizer, 100)
+    assert vocab["\n "] not in row["input_ids"]
+    assert tokenizer.decode(row["input_ids"]).replace(" ", "") == "user\nx|assistant\ny|" * 2
+    learned = [label for label in row["labels"] if label != IGNORED]
+    assert learned == [vocab[piece] for piece in " y|"] * 2
+
+
 def test_a_template_that_rewrites_turns_is_refused() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = (

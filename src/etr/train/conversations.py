@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +64,8 @@ def encode(
 ) -> list[dict[str, list[int]]]:
     """Tokens, and labels that are `IGNORED` outside the assistant's turns.
 
-    The tokenizer's chat template writes the turns; one without a template gets plain text,
+    The tokenizer's chat template writes the turns, and tokens end where answers begin, as they do
+    when a model answers; one without a template gets plain text,
     ``User: ...``, ``Assistant: ...`` and an end-of-text token after each answer. Conversations are
     cut at the end, and left out if no label is left.
 
@@ -133,22 +136,51 @@ def _by_template(
 ) -> tuple[list[int], list[int]]:
     turns = [{"role": m.role, "content": m.content} for m in messages]
 
-    def ids_of(count: int, prompt: bool) -> list[int]:
-        ids: Any = tokenizer.apply_chat_template(
-            turns[:count], tokenize=True, return_dict=False, add_generation_prompt=prompt
+    def write(count: int, prompt: bool, *, tokenize: bool) -> Any:
+        return tokenizer.apply_chat_template(
+            turns[:count], tokenize=tokenize, return_dict=False, add_generation_prompt=prompt
         )
-        return list(ids)
 
-    ids = ids_of(len(turns), False)
-    labels = [IGNORED] * len(ids)
+    spans = _answers(messages, partial(write, tokenize=True))
+    if spans is not None:
+        ids = list(write(len(turns), False, tokenize=True))
+        labels = [IGNORED] * len(ids)
+        for begin, end in spans:
+            labels[begin:end] = ids[begin:end]
+        return ids, labels
+    # A token may reach over the place where an answer begins, such as a line break and spaces
+    # after it. In use the model goes on from whole tokens of what comes before: cut there.
+    spans = _answers(messages, partial(write, tokenize=False))
+    if spans is None:
+        raise ValueError("its chat template writes a turn otherwise once others follow")
+    text = write(len(turns), False, tokenize=False)
+    cuts = [0, *(place for span in spans for place in span), len(text)]
+    pieces = [
+        (list(tokenizer(text[begin:end], add_special_tokens=False)["input_ids"]), number % 2 == 1)
+        for number, (begin, end) in enumerate(pairwise(cuts))
+    ]
+    ids = [token for piece, _ in pieces for token in piece]
+    labels = [token if learned else IGNORED for piece, learned in pieces for token in piece]
+    return ids, labels
+
+
+def _answers(
+    messages: Sequence[Message], write: Callable[[int, bool], Any]
+) -> list[tuple[int, int]] | None:
+    """Where the assistant's turns begin and end in what `write` makes of all turns, text or tokens.
+
+    None where what comes before an answer, or the answer, changes once more follows.
+    """
+    whole, spans = write(len(messages), False), []
     for place, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        before, after = ids_of(place, True) if place else [], ids_of(place + 1, False)
-        if ids[: len(after)] != after or after[: len(before)] != before:
-            raise ValueError("its chat template writes a turn otherwise once others follow")
-        labels[len(before) : len(after)] = after[len(before) :]
-    return ids, labels
+        before = write(place, True) if place else whole[:0]
+        after = write(place + 1, False)
+        if whole[: len(after)] != after or after[: len(before)] != before:
+            return None
+        spans.append((len(before), len(after)))
+    return spans
 
 
 def _plainly(
