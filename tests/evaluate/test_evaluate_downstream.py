@@ -64,7 +64,7 @@ def test_stages_in_order_and_a_page(commands: Commands, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     path = downstream.run(config(tmp_path), commands)
     verbs = [words[0] for words in commands.asked]
-    assert verbs == ["upcycle"] * 2 + ["evaluate"] * 6 + ["sft"] * 2 + ["evaluate"] * 8
+    assert verbs == ["upcycle"] * 2 + ["evaluate"] * 6 + ["sft"] * 2 + ["evaluate"] * 9
     fine_tuned = [words for words in commands.asked if words[0] == "sft"]
     assert [w for a, b in zip(*fine_tuned, strict=True) for w in (a, b) if a != b] == [
         str(tmp_path / "out/etr"),
@@ -74,7 +74,9 @@ def test_stages_in_order_and_a_page(commands: Commands, tmp_path: Path, monkeypa
     ], "the routers' fine-tuning differs in nothing else"
     text = path.read_text()
     assert "| task | category | measure | n | dense | etr | token_choice |" in text
-    assert "| task | category | measure | n | etr-sft | token_choice-sft |" in text
+    assert (
+        "| task | category | measure | n | etr-sft, dropless | etr-sft | token_choice-sft |" in text
+    )
     assert "± 0.0100" in text
     for file in (path, path.with_suffix(".json")):
         assert str(tmp_path) not in file.read_text()
@@ -88,9 +90,9 @@ def test_a_stopped_run_goes_on(commands: Commands, tmp_path: Path) -> None:
         downstream.run(config(tmp_path), commands)
     commands.fail_at = None
     downstream.run(config(tmp_path), commands)
-    assert len(commands.asked) == len({tuple(words) for words in commands.asked}) == 18
+    assert len(commands.asked) == len({tuple(words) for words in commands.asked}) == 19
     downstream.run(config(tmp_path), commands)
-    assert len(commands.asked) == 18
+    assert len(commands.asked) == 19
 
 
 def test_a_folder_holds_one_run(commands: Commands, tmp_path: Path) -> None:

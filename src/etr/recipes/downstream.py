@@ -10,7 +10,7 @@ is done is not run again, so a stopped run goes on. The stages:
     upcycle    the dense model to experts, once for each router
     before     tasks on the dense model; the loss on both sparse ones too, which should equal it
     sft        both sparse models on the same text, for equally many tokens
-    after      all tasks on both
+    after      all tasks on both; the loss of `etr` without thresholds too
     page       docs/results/downstream.md and .json
 """
 
@@ -35,7 +35,7 @@ from etr.train.files import write_json, write_text
 
 ROUTERS = ("etr", "token_choice")
 BASE = "dense"
-LOSS = "bits_per_byte"
+LOSS, DROPLESS = "bits_per_byte", "dropless"
 HELD_OUT = "other-functions.jsonl"
 APART = ("test", "idlelib", "lib2to3", "site-packages")
 """Folders beside the standard library's modules that are no part of it as people read it."""
@@ -196,6 +196,7 @@ def run(config: DownstreamConfig, command: RunCommand = run_etr) -> Path:
             command(sft_words(config, router))
     for router in ROUTERS:
         evaluate(config, "after", f"{router}-sft", command)
+    evaluate(config, "after", "etr-sft", command, (LOSS,), DROPLESS)
     found = {
         "format": 1,
         "config": sizes,
@@ -238,13 +239,16 @@ def evaluate(
     model: str,
     command: RunCommand,
     tasks: Sequence[str] = TASKS,
+    selection: str | None = None,
 ) -> None:
-    """Tasks on a model, a command and a file each."""
+    """Tasks on a model, a command and a file each; with another selection, as a row of its own."""
     out = Path(config.out)
     for task in tasks:
-        path = out / stage / f"{model}-{task}.json"
+        name = f"{model}-{selection}" if selection else model
+        path = out / stage / f"{name}-{task}.json"
         if not path.is_file():
             words = ["evaluate", str(out / model), "--tasks", task, *task_words(config, task)]
+            words += ["--selection", selection] if selection else []
             command([*words, "--json", str(path)])
 
 
@@ -268,7 +272,11 @@ def _scores(out: Path, stage: str) -> list[dict[str, Any]]:
     joined: dict[str, dict[str, Any]] = {}
     for path in sorted((out / stage).glob("*.json")):
         for model in json.loads(path.read_text(encoding="utf-8"))["models"]:
-            known = joined.setdefault(model["model"], model | {"tasks": [], "folder": ""})
+            name = model["model"]
+            if path.stem.startswith(f"{name}-{DROPLESS}"):
+                name = f"{name}, {DROPLESS}"
+            empty = {"model": name, "tasks": [], "folder": ""}
+            known = joined.setdefault(name, model | empty)
             known["tasks"] += model["tasks"]
     return list(joined.values())
 
@@ -292,7 +300,8 @@ def page(found: dict[str, Any]) -> str:
             "that, both compute what the dense model does, so of them only the loss is measured, "
             f"on functions of other modules (`{LOSS}`). After ± "
             "stands the standard error over questions (rows of text for the loss): a difference "
-            "of less than two of them says nothing. One seed. `mmlu_dev` is not MMLU, and choices "
+            "of less than two of them says nothing. Models are served as training left them: `etr` by "
+            "thresholds, and once without them. One seed. `mmlu_dev` is not MMLU, and choices "
             "are scored by their likelihood, so that no score is comparable with a published "
             "one.\n",
             f"Run with: {sizes}.\n",
