@@ -75,7 +75,7 @@ def test_stages_in_order_and_a_page(commands: Commands, tmp_path: Path, monkeypa
     text = path.read_text()
     assert "| task | category | measure | n | dense | etr | token_choice |" in text
     assert (
-        "| task | category | measure | n | etr-sft, dropless | etr-sft | token_choice-sft |" in text
+        "| task | category | measure | n | etr-sft | etr-sft, dropless | token_choice-sft |" in text
     )
     assert "± 0.0100" in text
     for file in (path, path.with_suffix(".json")):

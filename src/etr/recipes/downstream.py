@@ -300,8 +300,8 @@ def page(found: dict[str, Any]) -> str:
             "that, both compute what the dense model does, so of them only the loss is measured, "
             f"on functions of other modules (`{LOSS}`). After ± "
             "stands the standard error over questions (rows of text for the loss): a difference "
-            "of less than two of them says nothing. Models are served as training left them: `etr` by "
-            "thresholds, and once without them. One seed. `mmlu_dev` is not MMLU, and choices "
+            "of less than two of them says nothing. Models are served as training left them: `etr` "
+            "by thresholds, and once without them. One seed. `mmlu_dev` is not MMLU, and choices "
             "are scored by their likelihood, so that no score is comparable with a published "
             "one.\n",
             f"Run with: {sizes}.\n",
