@@ -22,4 +22,5 @@ RUNNABLE = [
 def test_blocks_run_as_shown(page: Path, block: Block) -> None:
     if "megatron.core" in block.text:
         pytest.importorskip("megatron.core")
+    assert "assert" in block.text
     run(page, block)

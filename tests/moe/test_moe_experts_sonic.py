@@ -1,10 +1,11 @@
 """The backend over SonicMoE: what it hands over, against a plain stand-in for the package.
 
-With the package and a GPU that it runs on, tests/conformance and tests/gpu run the real one.
+With the package and a GPU that it runs on, tests/gpu runs the real one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import sys
 from types import ModuleType
@@ -77,7 +78,9 @@ def package(monkeypatch: pytest.MonkeyPatch) -> Any:
     for name, module in {**modules, "sonicmoe.functional": functional}.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(sonic, "DTYPES", (torch.float64,))
-    monkeypatch.setattr("etr.moe.experts.backends.why_no_sonic", lambda: None)
+    monkeypatch.setattr(sonic, "DEVICE_TYPE", "cpu")
+    here = dataclasses.replace(EXPERT_BACKENDS["sonic"], unavailable=lambda: None)
+    monkeypatch.setitem(EXPERT_BACKENDS, "sonic", here)
     return functional
 
 

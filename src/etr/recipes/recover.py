@@ -155,12 +155,17 @@ def page(result: dict[str, Any]) -> str:
     )
 
 
+CHOSEN = " (at a third of it both rows lose, the fixed one more; chosen by these losses)"
+"""How the default rate came about."""
+
+
 def _into_fixed(result: dict[str, Any]) -> list[str]:
     """What became of the fixed frame, as lines of Markdown; none where it was not asked for."""
     losses = {stage["name"]: stage["losses"] for stage in result["stages"]}
     if "fixed" not in losses:
         return []
     recipe = result["recipe"]
+    chosen = CHOSEN if recipe["learning_rate"] == RecoverRecipe.learning_rate else ""
     more = (f"{losses['fixed'][name] - losses['trained'][name]:+.4f}" for name in CAPACITIES)
     return [
         "## Into the fixed frame",
@@ -169,8 +174,8 @@ def _into_fixed(result: dict[str, Any]) -> list[str]:
         "blocks, which changes nothing of what the model computes. Then two copies of *recovered* "
         f"were trained for {recipe['into_fixed']} steps on the same batches: all weights but the "
         "directions, language-model and balance loss, capacity factor 1.1, peak learning rate "
-        f"{recipe['learning_rate']:g} as for the Mixtral (at a third of it both rows lose, "
-        "and the fixed one more; chosen by these losses). In *trained* the directions stayed. In "
+        f"{recipe['learning_rate']:g} as for the Mixtral{chosen}. In *trained* the directions "
+        "stayed. In "
         "*fixed* they turned to the paper's fixed blocks over the first "
         f"{MOVING_SHARE:.0%} of the steps; its routers then have no weight but a temperature.",
         "",

@@ -26,8 +26,38 @@ if TYPE_CHECKING:
     from etr.moe.experts import ExpertBackend, ExpertParams
 
 
+Stages = tuple[tuple[Peers, Peers], tuple[Tensor, Tensor]]
+"""Peers on the way and peers behind each of them; the place of each expert, see `relay`."""
+
+
 class Relay(Dispatcher):
     """Base of the two-stage dispatchers."""
+
+    def stages(self, node: Peers, cross: Peers, expert: Tensor) -> Stages:
+        """Who passes rows on to whom.
+
+        Args:
+            node: ranks of this rank's node.
+            cross: ranks in this rank's place on every node.
+            expert: number of every expert, int64 [E].
+        """
+        raise NotImplementedError
+
+    def steps(
+        self,
+        x: Tensor,
+        routing: Routing,
+        selection: Selection,
+        backend: ExpertBackend,
+        params: ExpertParams,
+        traffic: Traffic,
+    ) -> Steps:
+        node, cross = traffic.parallel.node_peers, traffic.parallel.cross_peers
+        assert node is not None
+        assert cross is not None
+        expert = torch.arange(routing.num_experts, device=x.device)
+        stages = self.stages(node, cross, expert)
+        return relay(x, routing, selection, backend, params, traffic, *stages)
 
     def check(self, parallel: ExpertParallel) -> None:
         if parallel.node_peers is None:

@@ -36,6 +36,12 @@ class DispatchHandle:
     num_tokens: int
 
 
+def expert_of_row(num_tokens_per_expert: Tensor, num_rows: int) -> Tensor:
+    """Expert of each of `num_rows` rows that lie in expert order, int64 [R]; nothing waits."""
+    expert = torch.arange(len(num_tokens_per_expert), device=num_tokens_per_expert.device)
+    return expert.repeat_interleave(num_tokens_per_expert, output_size=num_rows)
+
+
 def gather_rows(x: Tensor, token_of_row: Tensor) -> Tensor:
     """Rows [R, H] of tokens [T, H].
 

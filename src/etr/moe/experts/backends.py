@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from etr.moe.dispatch.rows import DispatchHandle
+from etr.moe.dispatch.rows import DispatchHandle, expert_of_row
 from etr.moe.experts.feed_forward import Engine, Problem, Route, feed_forward
 from etr.moe.experts.fused import Fused, kernels_run, why_unavailable
 from etr.moe.experts.one_by_one import OneByOne
@@ -84,10 +84,10 @@ class ExpertBackend:
 
     def _expert_of_row(self, problem: Problem) -> Tensor:
         """Expert that each row belongs to, int64 [R]."""
-        expert = torch.arange(problem.up.shape[0], device=problem.counts.device)
         if self.padded:
+            expert = torch.arange(problem.up.shape[0], device=problem.counts.device)
             return expert.repeat_interleave(problem.num_rows // problem.up.shape[0])
-        return expert.repeat_interleave(problem.counts, output_size=problem.num_rows)
+        return expert_of_row(problem.counts, problem.num_rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,23 +98,13 @@ class SonicBackend(ExpertBackend):
         self._check()
         if not sonic_runs(params, rows.shape[0]):
             return super().run(rows, num_tokens_per_expert, params)
-        row = torch.arange(rows.shape[0], device=rows.device)
-        problem = _problem(rows, None, num_tokens_per_expert, params)
-        pairs = Pairs(row, self._expert_of_row(problem), rows.new_ones(rows.shape[0]))
-        return run_sonic(rows, pairs, params)
+        return run_sonic(rows, Pairs.of_rows(rows, num_tokens_per_expert), params)
 
     def run_routed(self, x: Tensor, handle: DispatchHandle, params: ExpertParams) -> Tensor:
         self._check()
         if not sonic_runs(params, handle.token_of_row.shape[0]):
             return super().run_routed(x, handle, params)
-        route = Route(
-            handle.weight_of_row,
-            handle.token_of_row,
-            handle.rows_by_token,
-            handle.start_of_token,
-        )
-        problem = _problem(x, route, handle.num_tokens_per_expert, params)
-        return run_sonic(x, Pairs.of(handle, self._expert_of_row(problem)), params)
+        return run_sonic(x, Pairs.of(handle), params)
 
     def _check(self) -> None:
         reason = self.unavailable()
@@ -202,7 +192,7 @@ EXPERT_BACKENDS: dict[str, ExpertBackend] = {
             padded=False,
             engine=lambda problem: GROUPED if grouped_mm_runs(problem) else LOOP,
             summary="SonicMoE's kernels in half precision, where it is installed; else grouped_mm",
-            unavailable=lambda: why_no_sonic(),
+            unavailable=why_no_sonic,
         ),
     )
 }

@@ -26,9 +26,15 @@ def why_unavailable() -> str | None:
 
 
 def kernels_run(problem: Problem) -> bool:
-    """Whether the kernels take these inputs: float32, bfloat16 or float16, and any row at all."""
+    """Whether the kernels take these inputs: float32, bfloat16 or float16, and any row at all.
+
+    Tokens on a CPU only go to the interpreter, though there may be a GPU beside it.
+    """
+    import triton
+
+    here = problem.source.is_cuda or triton.knobs.runtime.interpret
     kinds = (torch.float32, torch.bfloat16, torch.float16)
-    return problem.source.dtype in kinds and problem.num_rows > 0
+    return here and problem.source.dtype in kinds and problem.num_rows > 0
 
 
 @dataclass(frozen=True)

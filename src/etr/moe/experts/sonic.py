@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from etr.moe.dispatch.rows import DispatchHandle
+from etr.moe.dispatch.rows import DispatchHandle, expert_of_row
 from etr.moe.experts.weights import ExpertParams
 
+DEVICE_TYPE = "cuda"
 DTYPES = (torch.bfloat16, torch.float16)
 ACTIVATION_NAMES = {"swiglu": "SWIGLU", "relu2": "RELU_SQ"}
 """Ours in its terms. Its GELU is the tanh approximation, so not ours."""
@@ -38,7 +39,8 @@ def why_no_sonic() -> str | None:
 def sonic_runs(params: ExpertParams, num_rows: int) -> bool:
     """Whether the kernels take these experts, and there is any row at all."""
     return (
-        params.up.dtype in DTYPES
+        params.up.device.type == DEVICE_TYPE
+        and params.up.dtype in DTYPES
         and params.activation in ACTIVATION_NAMES
         and params.up_bias is None
         and params.down_bias is None
@@ -61,10 +63,19 @@ class Pairs:
     weight: Tensor
 
     @classmethod
-    def of(cls, handle: DispatchHandle, expert_of_row: Tensor) -> Pairs:
+    def of(cls, handle: DispatchHandle) -> Pairs:
         """Pairs of a ragged plan, whose rows lie in expert order."""
-        row = handle.rows_by_token[: handle.token_of_row.shape[0]]
-        return cls(handle.token_of_row[row], expert_of_row[row], handle.weight_of_row[row])
+        num_rows = handle.token_of_row.shape[0]
+        row = handle.rows_by_token[:num_rows]
+        expert = expert_of_row(handle.num_tokens_per_expert, num_rows)[row]
+        return cls(handle.token_of_row[row], expert, handle.weight_of_row[row])
+
+    @classmethod
+    def of_rows(cls, rows: Tensor, num_tokens_per_expert: Tensor) -> Pairs:
+        """Rows as tokens of one expert each, in expert order."""
+        token = torch.arange(rows.shape[0], device=rows.device)
+        expert = expert_of_row(num_tokens_per_expert, rows.shape[0])
+        return cls(token, expert, rows.new_ones(rows.shape[0]))
 
 
 def run_sonic(x: Tensor, pairs: Pairs, params: ExpertParams) -> Tensor:
