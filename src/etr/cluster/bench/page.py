@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-from etr.cluster.bench.book import Book, Cell, loss_differences, ratios
+from etr.cluster.bench.book import Book, Cell
+from etr.cluster.bench.cells import average, loss_cell, markdown, ratio
 from etr.cluster.bench.plan import (
     EMULATED,
     MAIN_ROWS,
@@ -18,14 +19,8 @@ from etr.cluster.bench.plan import (
     nodes_of,
 )
 from etr.cluster.bench.prediction import predict
-from etr.report.statistics import mean, t_interval
-
-MOST_BYTES = {"own": 0.35, "mixed": 0.60}
-"""Targets of bytes between nodes over the baseline's, by text."""
-LEAST_LOCAL, MOST_VIOLATION = 0.70, 0.50
-"""Targets of the locality loss alone: share of choices on the node, and MaxVio."""
-NO_WORSE = 0.02
-"""Nats; "no worse" is said only where the interval's upper end is below it."""
+from etr.cluster.bench.targets import LEAST_LOCAL, MOST_VIOLATION, mixed_target, targets_of
+from etr.report.statistics import mean
 
 
 def page(config: BenchConfig, results: dict[str, Any]) -> str:
@@ -76,7 +71,7 @@ def _shape(book: Book, shape: str) -> str:
     nodes = max(nodes_of(shape)) + 1
     title = f"## {shape}: {nodes} nodes of {RANKS // nodes}, own text\n\n"
     table = _table(book, [(shape, "own", name) for name in VARIANTS])
-    return title + table + _targets(book, shape) if table else ""
+    return title + table + targets_of(book, shape) if table else ""
 
 
 def _mixed(book: Book) -> str:
@@ -90,21 +85,7 @@ def _mixed(book: Book) -> str:
         "between nodes comes from capacity and from sending no padding. `local_bonus` adds to the "
         "score of experts on the token's node in training, which evaluation does not have; "
         "sharding gives a sequence to the node whose experts it uses, by a trace taken at half of "
-        f"the training.\n\n{table}\n{_mixed_target(book, shape)}"
-    )
-
-
-def _mixed_target(book: Book, shape: str) -> str:
-    cells: list[Cell] = [(shape, "mixed", name) for name in ("etr-published", "baseline")]
-    if not all(map(book.has, cells)):
-        return ""
-    own, base = (book.counted(cell, "bytes_between_nodes") for cell in cells)
-    found = mean(ratios(own, base))
-    limit = MOST_BYTES["mixed"]
-    verdict = "met" if found <= limit else "missed"
-    return (
-        f"Bytes between nodes of published ETR over the baseline's: {found:.2f}; the target was "
-        f"{limit:.2f} at most, {verdict}.\n"
+        f"the training.\n\n{table}\n{mixed_target(book, shape)}"
     )
 
 
@@ -125,10 +106,10 @@ def _table(book: Book, cells: Iterable[Cell]) -> str:
                     book.counted(cell, "bytes_between_nodes"),
                     book.counted(base, "bytes_between_nodes"),
                 ),
-                _average(book.local_share(cell)),
-                _average(book.trained(cell, "max_violation")),
-                _average(book.kept_share(cell)),
-                _loss(book, cell, base),
+                average(book.local_share(cell)),
+                average(book.trained(cell, "max_violation")),
+                average(book.kept_share(cell)),
+                loss_cell(book, cell, base),
             )
         )
     head = (
@@ -142,34 +123,6 @@ def _table(book: Book, cells: Iterable[Cell]) -> str:
         "held-out loss less baseline (nats)",
     )
     return markdown(head, rows)
-
-
-def _targets(book: Book, shape: str) -> str:
-    """Each target and whether it is met, for the published ETR and the default one."""
-    lines = []
-    for name in ("etr-published", "etr"):
-        cells: list[Cell] = [(shape, "own", v) for v in (name, "baseline", "locmoe")]
-        own, base, old = cells
-        if not all(map(book.has, cells)):
-            continue
-        for what, limit, found in (
-            ("step time / baseline", 0.50, ratios(book.seconds(own), book.seconds(base))),
-            ("step time / LocMoE", 0.85, ratios(book.seconds(own), book.seconds(old))),
-            (
-                "bytes between nodes / baseline",
-                MOST_BYTES["own"],
-                ratios(
-                    book.counted(own, "bytes_between_nodes"),
-                    book.counted(base, "bytes_between_nodes"),
-                ),
-            ),
-        ):
-            value = mean(found)
-            verdict = "met" if value <= limit else "missed"
-            lines.append((f"`{name}`", what, f"{limit:.2f}", f"{value:.2f}", verdict))
-        lines.append((f"`{name}`", "held-out loss", "no worse", *_verdict(book, own, base)))
-    head = ("variant", "target", "at most", "measured", "verdict")
-    return "\n" + markdown(head, lines) if lines else ""
 
 
 def _locality(book: Book) -> str:
@@ -191,7 +144,7 @@ def _locality(book: Book) -> str:
                 f"{local:.2f}",
                 f"{uneven:.2f}",
                 "met" if local >= LEAST_LOCAL and uneven <= MOST_VIOLATION else "missed",
-                _loss(book, cell, base),
+                loss_cell(book, cell, base),
             )
         )
     if not rows:
@@ -312,42 +265,3 @@ def _network(book: Book) -> str:
         "buffers of sockets and into a bucket's burst passes at full speed, so that short messages "
         "look faster than the rate that is kept.\n\n"
     ) + markdown(("shape", "what", "latency (ms)", "rate (Mbit/s)"), rows)
-
-
-def ratio(own: dict[int, float], base: dict[int, float]) -> str:
-    """Mean ratio with its interval."""
-    return _with_interval(ratios(own, base), "{:.2f}")
-
-
-def _loss(book: Book, cell: Cell, base: Cell) -> str:
-    return _with_interval(loss_differences(book, cell, base), "{:+.3f}")
-
-
-def _verdict(book: Book, cell: Cell, base: Cell) -> tuple[str, str]:
-    found = loss_differences(book, cell, base)
-    interval = t_interval(found)
-    if interval is None:
-        return f"{mean(found):+.3f}", "one seed"
-    verdict = "no worse" if interval[1] < NO_WORSE else "cannot be said"
-    return _with_interval(found, "{:+.3f}"), "higher" if interval[0] > 0 else verdict
-
-
-def _with_interval(values: list[float], form: str) -> str:
-    if not values:
-        return ""
-    interval = t_interval(values)
-    text = form.format(mean(values))
-    if interval is None:
-        return text
-    return f"{text} ({form.format(interval[0])} to {form.format(interval[1])})"
-
-
-def _average(values: dict[int, float], form: Callable[[float], str] = "{:.2f}".format) -> str:
-    return form(mean(list(values.values()))) if values else ""
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(cells) + " |" for cells in rows]
-    return "\n".join(lines) + "\n"
