@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
-
-import torch
-import torch.distributed as dist
 
 from etr.data import DataConfig
 from etr.moe import LossConfig
@@ -80,37 +75,3 @@ def layouts(world: int) -> list[ParallelConfig]:
         if world % expert == 0
         for fsdp in (True, False)
     ]
-
-
-def spawn(world: int, work: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
-    """What ``work(*args)`` returns on each of `world` gloo ranks."""
-    folder.mkdir(parents=True)
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=_rank, args=(rank, world, work, str(folder), args))
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=240)
-    stuck = [process for process in processes if process.is_alive()]
-    for process in stuck:
-        process.kill()
-    assert not stuck, "a rank hangs"
-    assert [process.exitcode for process in processes] == [0] * world
-    return [torch.load(folder / f"{r}.pt", weights_only=True) for r in range(world)]
-
-
-def _rank(rank: int, world: int, work: Callable[..., Any], folder: str, args: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=120),
-    )
-    torch.save(work(*args), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()

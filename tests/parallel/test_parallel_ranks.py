@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from parallel_runs import layouts, spawn, tiny_config, tiny_model, write_corpus
+from gloo_ranks import spawn
+from parallel_runs import layouts, tiny_config, tiny_model, write_corpus
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
