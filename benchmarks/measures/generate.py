@@ -16,6 +16,7 @@ from benchmarks.measures.steps import OnNote, run_rounds
 from benchmarks.results import Row
 from benchmarks.rounds import Seconds, now
 from benchmarks.settings import Settings
+from etr.hf.versions import CACHE
 
 HF = "transformers grouped_mm"
 SAME, OWN = "etr, linear router", "etr, its own router"
@@ -95,11 +96,11 @@ def prefill(model: Any, ids: Tensor) -> Callable[[], Seconds]:
 def decode(model: Any, ids: Tensor) -> Callable[[], Seconds]:
     """One token for each row of `ids`; the cache is cut back after the clock has stopped."""
     with torch.no_grad():
-        cache = model(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+        cache = model(ids[:, :-1], use_cache=True, logits_to_keep=1)[CACHE]
 
     def step() -> Seconds:
         def call() -> Any:
-            return model(ids[:, -1:], past_key_values=cache, use_cache=True)
+            return model(ids[:, -1:], **{CACHE: cache}, use_cache=True)
 
         seconds = timed(call, ids.device)
         cache.crop(-1)

@@ -22,6 +22,7 @@ from benchmarks.memory import peak_bytes, saved_bytes
 from benchmarks.results import STEP, CaseResult
 from benchmarks.settings import ROOT, Settings
 from benchmarks.systems import SYSTEMS
+from etr.hf.versions import CACHE
 from etr.moe import reference
 
 CPU = torch.device("cpu")
@@ -58,9 +59,7 @@ def test_a_cache_is_cut_back_after_each_decoding_step() -> None:
     lengths: list[int] = []
     models[SAME].register_forward_pre_hook(
         lambda _, args, kwargs: (
-            lengths.append(kwargs["past_key_values"].get_seq_length())
-            if "past_key_values" in kwargs
-            else None
+            lengths.append(kwargs[CACHE].get_seq_length()) if CACHE in kwargs else None
         ),
         with_kwargs=True,
     )

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from etr.hf import FAMILIES, EtrForCausalLM, convert
 from etr.hf.layouts import LAYOUTS
 from etr.hf.matching import match_keys
+from etr.hf.versions import CACHE
 from etr.moe import moe_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
@@ -106,7 +107,7 @@ def test_decoding_with_a_cache(pair: tuple[Any, Any]) -> None:
                 output = model(
                     x[:, i : i + 1],
                     attention_mask=mask[:, : i + 1],
-                    past_key_values=output.past_key_values,
+                    **{CACHE: output[CACHE]},
                     position_ids=mask[:, : i + 1].cumsum(1)[:, -1:] - 1,
                 )
                 logits.append(output.logits[:, -1])

@@ -7,6 +7,7 @@ import torch
 from tiny_models import PAD, calibrated, make_model, router_and_family, tokens, traits
 
 import etr
+from etr.hf.versions import CACHE
 from etr.moe import moe_layers
 
 pytestmark = pytest.mark.filterwarnings(
@@ -42,7 +43,7 @@ def cached_logits(model, x, mask, prefill):
             x[:, t : t + 1],
             attention_mask=mask[:, : t + 1],
             position_ids=index[:, t : t + 1],
-            past_key_values=out.past_key_values,
+            cache=out[CACHE],
             use_cache=True,
         )
         found.append(out.logits)

@@ -23,12 +23,12 @@ pytestmark = [
 def decode(model: Any, call: Any, x: Tensor, steps: int) -> Tensor:
     """Logits of greedy steps after a prefill; `call` runs the steps, of one token each."""
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=32)
-    out = model(x, past_key_values=cache, use_cache=True)
+    out = model(x, cache=cache, use_cache=True)
     found = [out.logits[:, -1:]]
     for step in range(steps):
         token = found[-1].argmax(-1)
         position = torch.full_like(token, x.shape[1] + step)
-        out = call(token, position_ids=position, past_key_values=cache, use_cache=True)
+        out = call(token, position_ids=position, cache=cache, use_cache=True)
         found.append(out.logits.clone())
     return torch.cat(found, dim=1)
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import etr
 from etr.hf import EtrConfig, EtrForCausalLM, MoEBlock
+from etr.hf.versions import CACHE
 from etr.moe import LossConfig, RoutingContext, moe_layers, set_eval_selection
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
@@ -161,12 +162,12 @@ def test_outputs():
     assert [h.shape for h in out.hidden_states] == [(2, 12, 32)] * 3
     assert isinstance(model(x, labels=x, return_dict=False), tuple)
     assert [layer["num_forwards"].item() for layer in out.routing_stats] == [1, 1]
-    assert model(x, use_cache=False).past_key_values is None
+    assert model(x, use_cache=False).get(CACHE) is None
     model.config.output_hidden_states = True
     model.config.use_cache = False
     out = model(x)
     assert len(out.hidden_states) == 3
-    assert out.past_key_values is None
+    assert out.get(CACHE) is None
 
 
 def test_attention_implementation_can_change():

@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, MixtralConfig, PreTrainedCo
 
 from etr.hf.families import Family, family_of
 from etr.hf.families.base import GATED_ACTIVATIONS
+from etr.hf.versions import CACHE_NAMES
 from etr.moe import LossConfig, MoEConfig
 from etr.moe.capacity import CapacityConfig
 from etr.moe.config import EvalSelection
@@ -38,7 +39,7 @@ class EtrConfig(PreTrainedConfig):
     model_type = "etr"
     sub_configs = {"base_config": AutoConfig}  # noqa: RUF012
     keys_to_ignore_at_inference = [  # noqa: RUF012
-        "past_key_values",
+        *CACHE_NAMES,
         "lm_loss",
         "router_losses",
         "routing_stats",

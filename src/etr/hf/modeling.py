@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import MODEL_MAPPING, Cache, GenerationMixin, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from etr.hf.backbone import base_model_class
 from etr.hf.config import EtrConfig
+from etr.hf.versions import CACHE, CACHE_NAMES
 from etr.moe import Collector, RoutingContext
 from etr.moe.state import GlobalState
 
@@ -24,25 +26,20 @@ ATTENTION_FLAGS = ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_att
 
 
 @dataclass
-class EtrCausalLMOutput(ModelOutput):
+class EtrCausalLMOutput(CausalLMOutputWithPast):
     """Result of `EtrForCausalLM`.
 
     Args:
         loss: cross-entropy in nats per token, plus the router losses while training; None
             without labels.
         logits: [B, S, vocab_size].
-        past_key_values: cache for further tokens.
+        cache: for further tokens; `past_key_values` with transformers before 5.24.
         hidden_states, attentions: of each layer, where asked for.
         lm_loss: the cross-entropy alone, detached.
         router_losses: mean over layers of each scaled loss, by name; empty in eval mode.
         routing_stats: counters of each MoE layer, see `etr.moe.stats`.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     lm_loss: Tensor | None = None
     router_losses: dict[str, Tensor] | None = None
     routing_stats: list[dict[str, Tensor]] | None = None
@@ -64,7 +61,7 @@ class EtrForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = list(CACHE_NAMES)  # noqa: RUF012
     _supports_attention_backend = True
 
     def __init__(self, config: EtrConfig) -> None:
@@ -113,12 +110,13 @@ class EtrForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         routing_context: RoutingContext | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> EtrCausalLMOutput:
         """Logits, and with labels the loss.
@@ -126,6 +124,7 @@ class EtrForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: int64 [B, S], or give inputs_embeds [B, S, H].
             attention_mask: 1 = real token, [B, past + S]; what it hides is not routed either.
+            cache: of an earlier forward; `past_key_values` is its older name.
             labels: int64 [B, S], shifted inside; -100 is ignored.
             logits_to_keep: compute the last so many positions only, or those of an index; 0 = all.
             routing_context: placement, groups, replay and so on; the mask, the token ids and the
@@ -142,10 +141,10 @@ class EtrForCausalLM(PreTrainedModel, GenerationMixin):
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
                 etr_context=context,
+                **{CACHE: _one_cache(cache, past_key_values)},
                 **kwargs,
             )
         hidden = outputs.last_hidden_state
@@ -163,12 +162,12 @@ class EtrForCausalLM(PreTrainedModel, GenerationMixin):
         return EtrCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             lm_loss=lm_loss,
             router_losses=collector.losses(),
             routing_stats=collector.stats(),
+            **{CACHE: outputs.get(CACHE)},
         )
 
     def _set_gradient_checkpointing(  # type: ignore[override]
@@ -187,6 +186,13 @@ class EtrForCausalLM(PreTrainedModel, GenerationMixin):
             )
         function = functools.partial(gradient_checkpointing_func, use_reentrant=False)
         super()._set_gradient_checkpointing(enable, function, **kwargs)
+
+
+def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache, whichever of its two names it came under."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are names of one thing; give cache alone")
+    return past_key_values if cache is None else cache
 
 
 def _align(model: nn.Module) -> None:
