@@ -14,6 +14,7 @@ from etr.data.builtin import DEFAULT_MAX_BYTES, builtin_corpus
 from etr.data.corpus import Corpus, load_corpus, merge
 from etr.data.shards import TokenDataset, write_shards
 from etr.data.tokenizer import fingerprint, load_tokenizer, train_bpe
+from etr.moe.checked import check_types
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,6 +38,7 @@ class DataConfig:
     """Folder for the built-in corpus and token shards; ~ is the home folder."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.data or not all(self.data):
             raise ValueError(f"data must name 'builtin' or paths, got {self.data!r}")
         size = self.tokenizer.removeprefix("bpe:")

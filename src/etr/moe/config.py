@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from etr.moe.capacity import CAPACITIES, CapacityConfig
+from etr.moe.checked import check_types
 from etr.moe.dispatch import parse_dispatcher
-from etr.moe.experts import ACTIVATIONS, EXPERT_BACKENDS, Activation
+from etr.moe.experts import EXPERT_BACKENDS, Activation
 from etr.moe.losses import LossConfig
 from etr.moe.routers import ROUTERS, RouterConfig
 from etr.moe.select import Normalize, RankBy
@@ -72,6 +73,7 @@ class MoEConfig:
     """Check inputs for NaN and infinity; synchronises the device."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("hidden_size", "intermediate_size", "num_experts", "top_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -92,13 +94,9 @@ class MoEConfig:
         for name in ("swiglu_limit", "swiglu_alpha", "routed_scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be > 0")
-        _check_name("activation", self.activation, ACTIVATIONS)
         _check_name("backend", self.backend, ("auto", *EXPERT_BACKENDS))
         if self.dispatch != "auto":
             parse_dispatcher(self.dispatch)
-        _check_name("eval_selection", self.eval_selection, EVAL_SELECTIONS)
-        _check_name("rank_by", self.rank_by, (None, "score", "position"))
-        _check_name("normalize", self.normalize, (None, "none", "chosen", "kept"))
         if self.top_k == 1 and self.normalize not in (None, "none"):
             raise ValueError(
                 f"normalize={self.normalize!r} with top_k=1 makes every weight 1, so the router "

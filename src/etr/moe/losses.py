@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from etr.moe.checked import check_types
 from etr.moe.topology import ExpertPlacement
 
 if TYPE_CHECKING:
@@ -42,14 +43,11 @@ class LossConfig:
     """Share of the target that is spread over all experts; 0 would make the divergence infinite."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("aux_alpha", "z_beta", "locality_mu"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{name}={value} must be >= 0")
-        if self.aux_mode not in ("micro", "ranks", "running", "previous"):
-            raise ValueError(
-                f"aux_mode={self.aux_mode!r} must be 'micro', 'ranks', 'running' or 'previous'"
-            )
         if not 0 < self.locality_epsilon <= 1:
             raise ValueError(f"locality_epsilon={self.locality_epsilon} must lie in (0, 1]")
 

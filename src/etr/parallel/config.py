@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from etr.moe.checked import check_types
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
@@ -19,6 +21,7 @@ class ParallelConfig:
     """Longest wait for another rank before the run fails."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("expert_ranks", "timeout_seconds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from etr.data import DataConfig
 from etr.moe import LossConfig, MoEConfig
+from etr.moe.checked import check_types
 from etr.moe.config import EvalSelection, parse_capacity, parse_router
 from etr.moe.experts import Activation
 from etr.moe.select import Normalize, RankBy
@@ -48,6 +49,7 @@ class RoutingOptions:
     """Weights of the router's losses."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         parse_router(self.router)
         if self.capacity is not None:
             parse_capacity(self.capacity)
@@ -74,6 +76,7 @@ class ModelConfig:
     """The MoE layers."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("hidden_size", "num_layers", "num_heads", "num_key_value_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -132,6 +135,7 @@ class OptimizerConfig:
     """Largest norm of the whole gradient; larger ones are scaled down."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate={self.learning_rate} must be > 0")
         if self.warmup_steps < 0:
@@ -196,6 +200,7 @@ class TrainConfig:
     """Resume where `out` has a checkpoint, else start: for jobs that restart by themselves."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("steps", "accumulation_steps", "eval_every", "eval_tokens_per_domain"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

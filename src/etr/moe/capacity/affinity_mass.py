@@ -38,8 +38,6 @@ class AffinityMass(CapacityConfig):
         super().__post_init__()
         if not 0 < self.rho <= 1:
             raise ValueError(f"rho={self.rho} must lie in (0, 1]")
-        if self.mode not in ("ragged", "common"):
-            raise ValueError(f"mode={self.mode!r} must be 'ragged' or 'common'")
 
     def build(self, hidden_size: int, num_experts: int, top_k: int) -> CapacityPolicy:
         return _AffinityMassPolicy(self, hidden_size, num_experts, top_k)

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, cast, overload
 import torch
 from torch import Tensor
 
+from etr.moe.checked import check_types
 from etr.moe.lower_bound import erfc_bound
 from etr.moe.routing import Limit, Routing
 from etr.moe.state import GlobalState
@@ -59,10 +60,9 @@ class CapacityConfig:
     99th percentile of chosen affinities, but never above the mean load."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.min_capacity < 0:
             raise ValueError(f"min_capacity={self.min_capacity} must be >= 0 tokens")
-        if self.floor not in ("none", "erfc"):
-            raise ValueError(f"floor={self.floor!r} must be 'none' or 'erfc'")
 
     def build(self, hidden_size: int, num_experts: int, top_k: int) -> CapacityPolicy:
         """Make the policy's module."""

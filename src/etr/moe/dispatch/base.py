@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 from torch import Tensor
 
+from etr.moe.checked import check_types
 from etr.moe.routing import Routing, Selection
 from etr.moe.select import selection_of
 
@@ -28,6 +29,9 @@ class Dispatcher:
     name: ClassVar[str]
     summary: ClassVar[str]
     needs_ranks: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     @property
     def padded(self) -> bool:

@@ -37,8 +37,9 @@ class Chunked(Dispatcher):
     """Chunks of each rank's tokens; the same on every rank."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.chunks, int) or self.chunks < 1:
-            raise ValueError(f"chunks={self.chunks!r} must be an int of at least 1")
+        super().__post_init__()
+        if self.chunks < 1:
+            raise ValueError(f"chunks={self.chunks} must be at least 1")
         if isinstance(self.wrapped, Chunked) or not self.wrapped.needs_ranks:
             raise ValueError(
                 f"wrapped={self.wrapped.name!r}: only what sends rows, and is not chunked itself, "

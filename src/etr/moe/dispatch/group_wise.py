@@ -35,6 +35,7 @@ class GroupWise(Dispatcher):
     """The dispatcher of a part."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.wrapped.name in (self.name, "chunked", "permute"):
             raise ValueError(
                 f"wrapped={self.wrapped.name!r}: parts of the tokens need a plain dispatcher "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from etr.moe.affinity import router_dtype
+from etr.moe.checked import check_types
 from etr.moe.routing import RouterInput, Routing, Scores
 from etr.moe.score_scale import OddsScale, ScoreScale
 from etr.moe.select import RankBy, token_pairs, top_experts
@@ -54,6 +55,9 @@ class RouterConfig:
     paper: ClassVar[str]
     """arXiv id, or empty."""
     summary: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     @property
     def traits(self) -> RouterTraits:

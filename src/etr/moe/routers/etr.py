@@ -66,18 +66,7 @@ class EtrRouter(RouterConfig):
     know only linear routers can serve it as it is (`etr export --plain`). Needs score=prob."""
 
     def __post_init__(self) -> None:
-        for field, allowed in (
-            ("frame", ("fixed", "learned", "orthonormal")),
-            ("choice", ("both", "token", "expert")),
-            ("expert_pool", ("choosers", "all")),
-            ("gate", ("softmax", "sigmoid")),
-            ("score", ("cosine", "prob")),
-            ("norm", ("token", "assumed")),
-        ):
-            if getattr(self, field) not in allowed:
-                raise ValueError(
-                    f"{field}={getattr(self, field)!r} must be one of {', '.join(allowed)}"
-                )
+        super().__post_init__()
         if self.temperature is not None and not self.temperature > 0:
             raise ValueError(
                 f"temperature={self.temperature} must be > 0, or None for sqrt(hidden_size)"

@@ -28,6 +28,7 @@ class LocMoERouter(RouterConfig):
     """Scale of the affinity before the softmax, no unit. None: sqrt(hidden_size)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.temperature is not None and not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be > 0, or None for sqrt(H)")
 

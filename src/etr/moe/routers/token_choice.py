@@ -15,8 +15,6 @@ from etr.moe.score_scale import OddsScale
 from etr.moe.select import top_experts
 from etr.moe.state import GlobalState
 
-GROUP_SCORES = ("best", "best_two")
-
 
 @dataclass(frozen=True, kw_only=True)
 class TokenChoice(RouterConfig):
@@ -45,11 +43,7 @@ class TokenChoice(RouterConfig):
     """A group counts as much as its best expert, or as the sum of its two best."""
 
     def __post_init__(self) -> None:
-        for field, allowed in (("gate", ("softmax", "sigmoid")), ("group_score", GROUP_SCORES)):
-            if getattr(self, field) not in allowed:
-                raise ValueError(
-                    f"{field}={getattr(self, field)!r} must be one of {', '.join(allowed)}"
-                )
+        super().__post_init__()
         if not 1 <= self.top_groups <= self.num_groups:
             raise ValueError(
                 f"top_groups={self.top_groups} must lie between 1 and num_groups={self.num_groups}"
