@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-import etr.cli.trace
 from etr.cli import main
 from etr.data import byte_tokenizer
 from etr.hf import EtrConfig, EtrForCausalLM
@@ -144,7 +143,3 @@ def test_options_are_checked(option, mixtral, capsys):
     with pytest.raises(SystemExit):
         main(["trace", str(mixtral), option, "0"])
     assert "must be at least 1" in capsys.readouterr().err
-
-
-def test_the_default_device_is_one():
-    assert isinstance(etr.cli.trace._default_device(), torch.device)

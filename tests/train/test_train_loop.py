@@ -19,6 +19,7 @@ from etr.train import TrainingDiverged, train
 from etr.train.checkpoint import list_checkpoints
 from etr.train.loop import Trainer
 from etr.train.metrics import read_metrics
+from etr.train.model import find_device
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
 
@@ -206,3 +207,11 @@ def test_thresholds_keep_what_the_policy_keeps(make_config, data):
     assert abs(gap) < 0.02
     assert kept["dropless"].kept_fraction == 1.0
     assert kept["dropless"].loss != kept["threshold"].loss
+
+
+def test_the_device_asked_for_is_one_of_this_machine() -> None:
+    assert find_device("cpu") == torch.device("cpu")
+    assert find_device("auto").type in ("cpu", "cuda", "npu", "xpu", "mps")
+    for name in ("cuda:99", "abacus", "meta"):
+        with pytest.raises(ValueError, match=f"device='{name}' is not on this machine"):
+            find_device(name)

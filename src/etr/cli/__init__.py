@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from etr.cli._errors import in_one_line
+
 VERBS = {
     "demo": "compare baseline, LocMoE, published ETR and ETR on built-in text, with a report",
     "train": "train a language model",
@@ -31,11 +33,10 @@ VERBS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run a verb; errors a person can act on are printed without a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_help())
-        return 0
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        return in_one_line("", lambda: print(_help()))
     verb, *rest = arguments
-    if verb == "--version":
+    if verb in ("-V", "--version"):
         from etr import __version__
 
         print(f"etr {__version__}")
@@ -43,27 +44,14 @@ def main(arguments: list[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"etr: there is no verb {verb!r}\n\n{_help()}", file=sys.stderr)
         return 2
-    try:
-        module = importlib.import_module(f"etr.cli.{verb}")
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("etr"):
-            raise
-        print(
-            f"etr: {verb!r} needs the package {error.name}: pip install 'etr-moe[train]'",
-            file=sys.stderr,
-        )
-        return 2
+    return in_one_line(verb, lambda: _run(verb, rest))
+
+
+def _run(verb: str, arguments: list[str]) -> int | None:
+    module = importlib.import_module(f"etr.cli.{verb}")
     _quiet_transformers()
-    try:
-        return int(module.run(rest) or 0)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        if type(error) not in _expected_errors():
-            raise
-        print(f"etr {verb}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"etr {verb}: interrupted", file=sys.stderr)
-        return 130
+    found: int | None = module.run(arguments)
+    return found
 
 
 def _quiet_transformers() -> None:
@@ -72,12 +60,6 @@ def _quiet_transformers() -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-
-
-def _expected_errors() -> tuple[type[Exception], ...]:
-    from etr.train import TrainingDiverged
-
-    return (ValueError, FileNotFoundError, TrainingDiverged)
 
 
 def _help() -> str:

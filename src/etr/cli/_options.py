@@ -2,14 +2,79 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import dataclasses
+import typing
+from typing import Any, TypeVar
 
 import tyro
 
 T = TypeVar("T")
 
+USUAL = {
+    "lr": "--learning-rate",
+    "epochs": "--steps",
+    "max-steps": "--steps",
+    "num-steps": "--steps",
+    "iters": "--steps",
+    "bs": "--batch-size",
+    "per-device-train-batch-size": "--batch-size",
+    "gradient-accumulation-steps": "--accumulation-steps",
+    "seq-len": "--sequence-length",
+    "max-seq-length": "--sequence-length",
+    "context-length": "--sequence-length",
+    "experts": "--num-experts",
+    "n-experts": "--num-experts",
+    "num-local-experts": "--num-experts",
+    "num-experts-per-tok": "--top-k",
+    "topk": "--top-k",
+    "k": "--top-k",
+    "layers": "--num-layers",
+    "num-hidden-layers": "--num-layers",
+    "heads": "--num-heads",
+    "num-attention-heads": "--num-heads",
+    "dim": "--hidden-size",
+    "d-model": "--hidden-size",
+    "ffn-size": "--expert-size",
+    "intermediate-size": "--expert-size",
+    "output": "--out",
+    "output-dir": "--out",
+    "dataset": "--data",
+    "dtype": "--precision",
+    "max-tokens": "--max-new-tokens",
+    "max-length": "--max-new-tokens",
+    "capacity-factor": "--capacity factor:capacity_factor=NUMBER",
+    "aux-loss-coef": "--aux-alpha",
+    "router-aux-loss-coef": "--aux-alpha",
+    "wd": "--weight-decay",
+    "grad-clip": "--max-grad-norm",
+    "warmup": "--warmup-steps",
+    "save-every": "--checkpoint-every",
+    "save-steps": "--checkpoint-every",
+    "eval-steps": "--eval-every",
+}
+"""What other programs call an option, to what it is called here."""
+
 
 def parse(kind: type[T], verb: str, arguments: list[str]) -> T:
-    """Read a dataclass from the command line; nested fields are flat options."""
-    name = f"etr {verb}"
-    return tyro.cli(kind, prog=name, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
+    """Read a dataclass from the command line; nested fields are flat options.
+
+    Raises:
+        ValueError: an option that other programs have and this verb has under another name.
+    """
+    known = _names(kind)
+    for argument in arguments:
+        name = argument.removeprefix("--").partition("=")[0].replace("_", "-")
+        usual = USUAL.get(name) if argument.startswith("--") and name not in known else None
+        if usual is not None and usual.split()[0].removeprefix("--") in known:
+            raise ValueError(f"there is no option --{name}; use {usual}")
+    return tyro.cli(kind, prog=f"etr {verb}", args=arguments, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def _names(kind: Any) -> set[str]:
+    """Options of a dataclass, those of nested ones too."""
+    found: set[str] = set()
+    hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+    for field in dataclasses.fields(kind) if hints else ():
+        found.add(field.name.replace("_", "-"))
+        found |= _names(hints[field.name])
+    return found

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from etr.cli._options import parse
 from etr.cli._progress import bytes_progress
+from etr.cli._tables import make_table
 from etr.data import Batch, DataConfig, OpenedData, TokenLoader, held_out_batches, open_data
 from etr.evaluate import calibrate, evaluate
 from etr.hf import ConvertReport, EtrForCausalLM, convert, load_pretrained
@@ -177,10 +178,8 @@ def _loss(
 
 
 def _layers(model: EtrForCausalLM, report: SwapReport) -> Table:
-    table = Table()
     names = ("layer", "tokens changed", "choices changed", "temperature", "condition", "kept")
-    for name in names:
-        table.add_column(name, justify="right")
+    table = make_table(*names)
     for number, (layer, found) in enumerate(zip(moe_layers(model), report.layers, strict=True)):
         share = layer.calibration.kept.sum() / layer.calibration.chosen.sum().clamp_min(1)
         table.add_row(
@@ -195,7 +194,7 @@ def _layers(model: EtrForCausalLM, report: SwapReport) -> Table:
 
 
 def _losses(losses: list[tuple[str, float]]) -> Table:
-    table = Table("after", "held-out nats/token")
+    table = make_table("after", "held-out nats/token", words=("after",))
     for name, loss in losses:
         table.add_row(name, f"{loss:.4f}")
     return table

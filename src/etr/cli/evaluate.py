@@ -13,6 +13,7 @@ from rich.table import Table
 
 from etr.cli._model import open_any_model
 from etr.cli._options import parse
+from etr.cli._tables import make_table
 from etr.data import DataConfig, held_out_batches, open_data
 from etr.evaluate import (
     ModelResult,
@@ -26,7 +27,7 @@ from etr.evaluate import (
     run_tasks,
 )
 from etr.evaluate.comparison import columns, held_out_result, score_rows
-from etr.evaluate.harness import run_named
+from etr.evaluate.harness import check_named, run_named
 from etr.evaluate.tasks import HELD_OUT
 from etr.moe.config import EvalSelection
 from etr.train.files import write_json, write_text
@@ -64,7 +65,9 @@ class EvaluateConfig:
 def run(arguments: list[str]) -> int:
     """Evaluate, print a table, and write it where asked."""
     config = parse(EvaluateConfig, "evaluate", arguments)
-    tasks = config.tasks.local()  # a missing file shows before a model is read
+    # A missing file or an unknown name shows before a model is read.
+    tasks = config.tasks.local()
+    check_named(config.tasks.named, config.tasks.task_path)
     results = []
     for path, name in zip(config.models, names_of(config.models), strict=True):
         result = evaluate_model(config, path, name, tasks)
@@ -140,9 +143,8 @@ def names_of(paths: tuple[str, ...]) -> list[str]:
 
 def screen_table(results: list[ModelResult]) -> Table:
     """The table for a terminal."""
-    table = Table()
-    for place, name in enumerate(columns(results)):
-        table.add_column(name, justify="left" if place < 3 else "right")
+    names = columns(results)
+    table = make_table(*names, words=names[:3])
     last = ""
     for row in score_rows(results):
         if last and row.task != last:

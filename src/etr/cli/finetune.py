@@ -14,6 +14,7 @@ from rich.table import Table
 from etr.cli._model import open_model
 from etr.cli._options import parse
 from etr.cli._progress import steps_progress
+from etr.cli._tables import make_table
 from etr.data import open_data
 from etr.hf.convert import write_model
 from etr.train.files import write_json
@@ -56,7 +57,9 @@ def run(arguments: list[str]) -> int:
 
 
 def _table(found: Recovery) -> Table:
-    table = Table("held-out nats/token", *(f"capacity {c}" for c in CAPACITIES), "changed tokens")
+    after = "held-out nats/token"
+    names = (after, *(f"capacity {c}" for c in CAPACITIES), "changed tokens")
+    table = make_table(*names, words=(after,))
     for stage in found.stages:
         losses = (stage.losses[name] for name in CAPACITIES)
         cells = ("-" if loss is None else f"{loss:.4f}" for loss in losses)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from etr.cli._options import parse
+from etr.cli._tables import make_table
 from etr.moe import CAPACITIES, ROUTERS, support_table
 
 
@@ -108,10 +108,7 @@ def cell_table() -> Table:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
-    for name in columns:
-        table.add_column(name, no_wrap=name != "what it is")
-    return table
+    return make_table(*columns, words=columns, title=title)
 
 
 def _mark(yes: bool) -> str:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from etr.cli._options import parse
+from etr.cli._tables import make_table
 from etr.report.figure import add_legend, direct_label, house_style, new_figure, write_atomically
 from etr.report.style import CARD, LineStyle, variant_style
 from etr.theory import Bounds, geometric_success
@@ -302,11 +303,8 @@ def _sizes(config: SizeConfig) -> str:
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left")
     words = ("choice", "score", "statement", "here", "agrees")
-    for name in columns:
-        table.add_column(name, justify="left" if name in words else "right")
-    return table
+    return make_table(*columns, words=words, title=title)
 
 
 def _interval(bounds: Bounds | None) -> str:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from etr.cli._model import open_any_model
 from etr.cli._options import parse
+from etr.cli._tables import make_table
 from etr.data import DataConfig, open_data
 from etr.hf import FAMILIES
 from etr.moe.config import EvalSelection
@@ -27,6 +28,7 @@ from etr.trace import (
 )
 from etr.trace.record import record_trace
 from etr.trace.sampling import SampledRows
+from etr.train.model import find_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +45,8 @@ class TraceConfig:
     """How experts select; layers of this library only."""
     segment: int = 16
     """Window of the routing consistency (SRP, SCH) that is printed, tokens."""
-    device: str | None = None
-    """Where to run, e.g. cuda; by default an accelerator if there is one."""
+    device: str = "auto"
+    """auto, cpu, cuda, npu, ..."""
     data: DataConfig = field(default_factory=DataConfig)
     """Text; its held-out documents are used. The tokenizer is the model's own."""
 
@@ -58,8 +60,9 @@ class TraceConfig:
 def run(arguments: list[str]) -> int:
     """Trace, write the file, and print a summary."""
     config = parse(TraceConfig, "trace", arguments)
+    device = find_device(config.device)
     model, tokenizer, folder = open_any_model(config.model, FAMILIES)
-    model.to(torch.device(config.device) if config.device else _default_device())
+    model.to(device)
     data = open_data(dataclasses.replace(config.data, tokenizer=str(folder)))
     if data.dataset.vocab_size > model.config.vocab_size:
         raise ValueError(
@@ -97,9 +100,8 @@ def summary(trace: Trace, segment: int) -> Table:
         segment: window of the consistency, tokens.
     """
     experts, cache = trace.info.num_experts, min(2 * trace.info.top_k, trace.info.num_experts)
-    table = Table()
-    for name in ("layer", "kept", "MaxVio", f"SRP({segment})", f"SCH({segment}, {cache})"):
-        table.add_column(name, justify="right")
+    names = ("layer", "kept", "MaxVio", f"SRP({segment})", f"SCH({segment}, {cache})")
+    table = make_table(*names)
     for index in range(trace.info.num_layers):
         layer = trace.layer(index)
         choices = layer.counts(experts)
@@ -113,8 +115,3 @@ def summary(trace: Trace, segment: int) -> Table:
             f"{segment_cache_best_hit_rate(*window, cache):.3f}",
         )
     return table
-
-
-def _default_device() -> torch.device:
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")

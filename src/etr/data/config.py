@@ -41,6 +41,12 @@ class DataConfig:
         check_types(self)
         if not self.data or not all(self.data):
             raise ValueError(f"data must name 'builtin' or paths, got {self.data!r}")
+        for name in self.data:
+            if "://" in name:
+                raise ValueError(
+                    f"data={name!r} is an address, and nothing is read from a network; download it "
+                    "and give the file or folder"
+                )
         size = self.tokenizer.removeprefix("bpe:")
         if not self.tokenizer or (size != self.tokenizer and not size.isdecimal()):
             raise ValueError(

@@ -90,6 +90,30 @@ def run_named(
     ]
 
 
+def check_named(names: Sequence[str], task_path: str | None = None) -> None:
+    """Refuse names that the harness does not know, before any model is read.
+
+    Args:
+        names: of tasks or groups.
+        task_path: as in `run_named`.
+    Raises:
+        ValueError: lm-eval is not installed, or a task is unknown.
+    """
+    if not names:
+        return
+    require("lm_eval", "lm-eval")
+    with offline():
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=task_path, include_defaults=task_path is None)
+        unknown = [name for name in names if not manager.match_tasks([name])]
+    if unknown:
+        raise ValueError(
+            f"tasks: {', '.join(unknown)} is neither a task of this library nor one of "
+            "lm-evaluation-harness"
+        )
+
+
 def _check(tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
     if chat and not getattr(tokenizer, "chat_template", None):
         raise ValueError("chat=True, and the tokenizer has no chat template; leave it off")

@@ -55,11 +55,21 @@ def build_model(
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; ``auto`` is the accelerator where there is one, else the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.accelerator.is_available():
-        found = torch.accelerator.current_accelerator()
-        if found is not None:
-            return found
-    return torch.device("cpu")
+    """The device of that name; ``auto`` is the accelerator where there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device on this machine.
+    """
+    own = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    best = own or torch.device("cpu")
+    if name == "auto":
+        return best
+    try:
+        if torch.empty(0, device=name).is_meta:
+            raise RuntimeError("the meta device computes nothing")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device={name!r} is not on this machine ({str(error).splitlines()[0]}); use auto, "
+            f"which takes {best.type} here"
+        ) from error
+    return torch.device(name)

@@ -67,7 +67,10 @@ def parse_variant(text: str) -> Variant:
             )
         changes[field] = value if field == "capacity" else _value(value)
     steps = changes.pop("steps", None)
-    RoutingOptions(**{k: v for k, v in changes.items() if k in ("router", "capacity")})
+    try:
+        RoutingOptions(**{k: v for k, v in changes.items() if k in ("router", "capacity")})
+    except ValueError as error:
+        raise ValueError(f"variant {text!r}: {error}") from error
     return Variant(
         name=name if equals or "=" in before_options else text, changes=changes, steps=steps
     )
