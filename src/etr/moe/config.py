@@ -70,7 +70,8 @@ class MoEConfig:
     local_bonus: float = 0.0
     """Added in training to the selection score of experts on the token's node, not to weights."""
     debug: bool = False
-    """Check inputs for NaN and infinity; synchronises the device."""
+    """Check inputs for NaN and infinity, and that all ranks are at the same exchange; slow: each
+    check waits for the device, and for the other ranks."""
 
     def __post_init__(self) -> None:
         check_types(self)

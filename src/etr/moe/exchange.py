@@ -60,14 +60,24 @@ class Peers:
 class Traffic:
     """One forward's use of the ranks of `parallel`: bytes that this rank sends to others.
 
+    Args:
+        parallel: ranks and groups.
+        checked: the layer's name, where ranks are to make sure before each exchange that all of
+            them are at the same one; None does without.
+
     Attributes:
         within_node, between_nodes: bytes sent so far; what a rank sends to itself is free.
         between_nodes_padded: what the baseline would have sent between nodes instead.
     """
 
-    def __init__(self, parallel: ExpertParallel) -> None:
-        self.parallel = parallel
+    def __init__(self, parallel: ExpertParallel, checked: str | None = None) -> None:
+        self.parallel, self._checked, self._exchanges = parallel, checked, 0
         self.within_node = self.between_nodes = self.between_nodes_padded = 0
+
+    def next_exchange(self) -> str | None:
+        """Name of the forward's next exchange, the same on every rank; None if unchecked."""
+        self._exchanges += 1
+        return self._checked and f"exchange {self._exchanges} of {self._checked}"
 
     def count(self, rows: Sequence[int], row_bytes: int, peers: Peers) -> None:
         """Count `rows[r]` rows sent to each rank r."""
@@ -129,7 +139,7 @@ def depart(
         sends, receives: rows to and from each rank.
     """
     traffic.count(sends, rows[:1].numel() * rows.element_size() if len(rows) else 0, peers)
-    flight = _Flight(sends, receives, peers)
+    flight = _Flight(sends, receives, peers, traffic.next_exchange())
     return Pending(_Depart.apply(rows, flight), flight)
 
 
@@ -147,6 +157,7 @@ def exchange_evenly(values: Tensor, peers: Peers, traffic: Traffic) -> Tensor:
         The same shape: what each rank sent here.
     """
     traffic.count([1] * peers.size, values[0].numel() * values.element_size(), peers)
+    _meet(traffic.next_exchange(), "forward")
     found = torch.empty_like(values, memory_format=torch.contiguous_format)
     dist.all_to_all_single(found, values.contiguous(), group=peers.group)
     return found
@@ -155,12 +166,15 @@ def exchange_evenly(values: Tensor, peers: Peers, traffic: Traffic) -> Tensor:
 class _Flight:
     """One exchange, there in the forward pass and back in the backward pass."""
 
-    def __init__(self, sends: list[int], receives: list[int], peers: Peers) -> None:
-        self.sends, self.receives, self.group = sends, receives, peers.group
+    def __init__(
+        self, sends: list[int], receives: list[int], peers: Peers, name: str | None
+    ) -> None:
+        self.sends, self.receives, self.group, self.name = sends, receives, peers.group, name
         self.under_way: Any = None
 
     def start(self, rows: Tensor, *, back: bool) -> Tensor:
         sends, receives = (self.receives, self.sends) if back else (self.sends, self.receives)
+        _meet(self.name, "backward" if back else "forward")
         rows = rows.contiguous()
         found = rows.new_empty(sum(receives), *rows.shape[1:])
         work = dist.all_to_all_single(found, rows, receives, sends, group=self.group, async_op=True)
@@ -172,6 +186,24 @@ class _Flight:
         self.under_way = None
         work.wait()
         return found
+
+
+def _meet(name: str | None, direction: str) -> None:
+    """Wait for all ranks, and refuse to go on unless they are at the same exchange.
+
+    Raises:
+        RuntimeError: on every rank, naming where each one is.
+    """
+    if name is None:
+        return
+    places: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(places, f"{direction}, {name}")
+    if len(set(places)) > 1:
+        found = "; ".join(f"rank {rank}: {place}" for rank, place in enumerate(places))
+        raise RuntimeError(
+            f"ranks are at different places ({found}); every rank must run forward and backward of "
+            "the same layers in the same order, a rank without tokens too"
+        )
 
 
 class _Depart(torch.autograd.Function):

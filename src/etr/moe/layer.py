@@ -126,7 +126,8 @@ class MoE(nn.Module):
         context = context or RoutingContext()
         traffic = None
         if self.parallel is not None:
-            context, traffic = self.parallel.fill(context), Traffic(self.parallel)
+            checked = f"MoE layer {self.layer_index}" if self.config.debug else None
+            context, traffic = self.parallel.fill(context), Traffic(self.parallel, checked)
         self._check(hidden_states, context)
         x = hidden_states.reshape(-1, self.config.hidden_size)
         if context.valid_mask is not None:
