@@ -2,51 +2,80 @@
 
 PYTHON ?= python3.11
 VENV   ?= .venv
+# Exact versions; `make LOCK= ...` takes what is newest within the bounds of pyproject.toml.
+LOCK   ?= constraints.txt
 BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip --disable-pip-version-check
+INSTALL = $(PIP) install --quiet $(LOCK:%=--constraint %)
+PYTEST  = $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --durations 40
 
-.PHONY: demo test test-all test-fast check bench study study-smoke results clean
+.PHONY: demo test test-fast test-newest test-lowest test-pythons check lock bench study study-smoke \
+        results clean
 
-$(VENV)/.installed: pyproject.toml
+$(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[train,dev]'
+
+# Without isolation, so that the locked setuptools builds what comes as source.
+$(VENV)/.train: pyproject.toml $(LOCK) | $(BIN)/python
+	$(INSTALL) --upgrade setuptools
+	$(INSTALL) --no-build-isolation --editable '.[train]'
 	touch $@
 
-$(VENV)/.installed-all: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[all,dev]'
+$(VENV)/.all: $(VENV)/.train
+	$(INSTALL) --no-build-isolation --editable '.[all,dev]'
 	touch $@
 
-demo: $(VENV)/.installed  ## train and compare four routers on built-in text, with a report
+demo: $(VENV)/.train  ## train and compare four routers on built-in text, with a report
 	$(BIN)/etr demo
 
-test: $(VENV)/.installed  ## all tests that need no optional extra
-	$(BIN)/python -m pytest
+test: $(VENV)/.all  ## all tests
+	$(PYTEST)
 
-test-fast: $(VENV)/.installed  ## without the tests that take more than 10 s
-	$(BIN)/python -m pytest -m "not slow"
+test-fast: $(VENV)/.all  ## without the tests that take more than 10 s
+	$(PYTEST) -m "not slow"
 
-test-all: $(VENV)/.installed-all  ## all tests, with every optional extra installed
-	$(BIN)/python -m pytest
+test-newest:  ## all tests with the newest allowed versions, in an environment of their own
+	rm -rf .venv-newest
+	$(MAKE) VENV=.venv-newest LOCK= test
 
-check: $(VENV)/.installed  ## formatting, lint, types, import contracts
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+test-lowest: build/lowest.txt  ## all tests with the lowest allowed versions (but for torch)
+	$(MAKE) VENV=.venv-lowest LOCK=build/lowest.txt test
+
+test-pythons:  ## all tests on the other Pythons
+	$(MAKE) PYTHON=python3.12 VENV=.venv-3.12 test
+	$(MAKE) PYTHON=python3.13 VENV=.venv-3.13 test
+
+build/lowest.txt: pyproject.toml tools/versions.py
+	mkdir -p build
+	$(PYTHON) tools/versions.py lowest > $@
+
+lock: | $(BIN)/python  ## renew constraints.txt: the newest allowed versions of all extras
+	mkdir -p build
+	DS_BUILD_OPS=0 $(PIP) install --quiet --dry-run --ignore-installed --report build/lock.json \
+	    '.[all,dev,bench,megatron]'
+	$(BIN)/python tools/versions.py lock build/lock.json > build/constraints.txt
+	mv build/constraints.txt constraints.txt
+
+check: $(VENV)/.all  ## formatting, lint, types, import contracts
+	$(BIN)/ruff format --check src tests benchmarks tools
+	$(BIN)/ruff check src tests benchmarks tools
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.installed  ## speed of the layer against its floors, as ratios of one run
+bench: $(VENV)/.train  ## speed of the layer against its floors, as ratios of one run
 	$(BIN)/python -m benchmarks
 
-study: $(VENV)/.installed  ## the quality study: docs/results/quality.md (hours; resumes)
+study: $(VENV)/.train  ## the quality study: docs/results/quality.md (hours; resumes)
 	$(BIN)/etr study --out docs/results --weights runs/study/weights
 
-study-smoke: $(VENV)/.installed  ## the whole path of the study on a few steps
+study-smoke: $(VENV)/.train  ## the whole path of the study on a few steps
 	$(BIN)/etr study --smoke --out runs/study-smoke
 
-results: $(VENV)/.installed  ## regenerate docs/results/demo.md and its picture (two seeds)
+results: $(VENV)/.train  ## regenerate docs/results/demo.md and its picture (two seeds)
 	$(BIN)/etr demo --out runs/results --seeds 0 1 --markdown docs/results/demo.md
 	$(BIN)/etr report runs/results --figures
 	cp runs/results/figures/loss-by-steps.svg docs/images/demo-loss.svg
 	cp runs/results/results.json docs/results/demo.json
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-* build runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
