@@ -1,4 +1,7 @@
-"""The command `etr`: one file a verb, each with ``run(arguments)``."""
+"""The command `etr`: one file a verb, each with ``run(arguments)``.
+
+`etr_command`, beside the package, has the table of verbs and the entry point.
+"""
 
 from __future__ import annotations
 
@@ -6,45 +9,13 @@ import importlib
 import sys
 
 from etr.cli._errors import in_one_line
-
-VERBS = {
-    "demo": "compare baseline, LocMoE, published ETR and ETR on built-in text, with a report",
-    "train": "train a language model",
-    "consolidate": "make one model of a checkpoint that many ranks wrote",
-    "compare": "train several routers on the same work and report",
-    "generate": "continue a text with a trained model",
-    "evaluate": "held-out bits per byte of a trained model, by domain",
-    "convert": "turn a checkpoint of a known family into one of this library, or back",
-    "upcycle": "make a Mixture-of-Experts model of a dense checkpoint",
-    "finetune": "swap a trained model's routers for ETR ones and recover the old choices",
-    "sft": "fine-tune on conversations",
-    "export": "write a model for engines that know only linear routers",
-    "calibrate": "set a trained model's selection thresholds from text",
-    "trace": "record which token goes to which expert, as a Parquet file",
-    "watch": "follow a run while it trains",
-    "routers": "list routers, capacity policies, and what goes with what",
-    "theory": "success rates, capacities and crossover of the routing theorems",
-    "report": "draw the report of runs and comparisons",
-    "study": "quality study: every claim at equal steps, compute and time",
-    "cluster": "emulate a cluster, measure one, and ETR's benchmark on an emulated one",
-}
+from etr_command import VERBS as VERBS
+from etr_command import main as main
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run a verb; errors a person can act on are printed without a traceback."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        return in_one_line("", lambda: print(_help()))
-    verb, *rest = arguments
-    if verb in ("-V", "--version"):
-        from etr import __version__
-
-        print(f"etr {__version__}")
-        return 0
-    if verb not in VERBS:
-        print(f"etr: there is no verb {verb!r}\n\n{_help()}", file=sys.stderr)
-        return 2
-    return in_one_line(verb, lambda: _run(verb, rest))
+def run(verb: str, arguments: list[str]) -> int:
+    """Run a verb of `VERBS`; errors a person can act on are printed without a traceback."""
+    return in_one_line(verb, lambda: _run(verb, arguments))
 
 
 def _run(verb: str, arguments: list[str]) -> int | None:
@@ -60,11 +31,3 @@ def _quiet_transformers() -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-
-
-def _help() -> str:
-    width = max(map(len, VERBS))
-    lines = [f"  {verb:{width}}  {what}" for verb, what in VERBS.items()]
-    return "\n".join(
-        ["usage: etr VERB [options]   (etr VERB --help lists the options)", "", *lines]
-    )
