@@ -134,7 +134,7 @@ CHECKS = {"upcycle": upcycled, "finetune": recovered, "export": exported, "sft":
     ("command", "expected"),
     [
         ("upcycle dense other --num-experts 3 --experts slice", "num_experts=3 must divide"),
-        ("upcycle nowhere other --num-experts 3", "is no folder"),
+        ("upcycle nowhere other --num-experts 3", "is not a folder"),
         ("finetune mixtral", "say --recover"),
         ("export model other", "say --plain"),
         ("sft model --data talks.jsonl --out model", "needs the package|exists already"),

@@ -280,7 +280,7 @@ def test_open_answers_score_the_cosine_of_mean_pooled_states(tmp_path: Path) -> 
     assert found == pytest.approx(float(torch.cosine_similarity(*means, dim=0)), abs=1e-6)
     assert found < 0.999
     assert task.score(task.questions[0], "")["similarity"] == 0.0
-    with pytest.raises(FileNotFoundError, match="is no folder of a model"):
+    with pytest.raises(FileNotFoundError, match="is not a folder of a model"):
         Embedder(tmp_path / "absent")
 
 

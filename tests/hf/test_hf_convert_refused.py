@@ -55,11 +55,11 @@ BAD: dict[str, tuple[dict[str, Any], Callable[[Path], Any], type[Exception], str
         FileNotFoundError,
         r"holds no config\.json",
     ),
-    "config is no JSON": (
+    "config is not JSON": (
         {},
         lambda f: (f / "config.json").write_text("{"),
         ValueError,
-        r"config\.json is no JSON",
+        r"config\.json is not JSON",
     ),
     "unknown family": (
         {},
@@ -155,7 +155,7 @@ def test_bad_sources_are_refused_and_nothing_is_written(name: str, tmp_path: Pat
 
 def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
     folder = save(tmp_path / "a")
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         convert(tmp_path / "nowhere", tmp_path / "b")
     with pytest.raises(ValueError, match=r"to='hf'.*model_type='mixtral' already"):
         convert(folder, tmp_path / "b", to="hf")

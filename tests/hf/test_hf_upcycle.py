@@ -155,7 +155,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_upcycled_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         upcycle(tmp_path / "none", tmp_path / "moe", options())
     dense(tmp_path / "dense")
     with pytest.raises(ValueError, match="num_experts=5 must divide intermediate_size=48"):

@@ -7,11 +7,9 @@ from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
-
 from etr.data import load_tokenizer
 from etr.hf import EtrForCausalLM, load_pretrained
+from etr.hf.loading import load_causal
 from etr.train.checkpoint import is_divided, list_checkpoints
 
 if TYPE_CHECKING:
@@ -29,7 +27,7 @@ def open_model(path: str) -> tuple[EtrForCausalLM, PreTrainedTokenizerBase, Path
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{path} is no folder; give a checkpoint or a run's folder")
+        raise FileNotFoundError(f"{path} is not a folder; give a checkpoint or a run's folder")
     checkpoints = list_checkpoints(folder)
     if checkpoints:
         folder = checkpoints[-1]
@@ -59,29 +57,7 @@ def open_any_model(
     model_type = _model_type(folder)
     if model_type in (None, "etr") or (known is not None and model_type not in known):
         return open_model(path)
-    if not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(f"folder={path!r} holds a config.json but no *.safetensors")
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="auto",
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # reported below
-            output_loading_info=True,
-        )
-    except SafetensorError as error:
-        raise ValueError(f"weights in {path!r} are damaged: {error}") from error
-    model, info = loaded
-    # What a file lacks would silently be random.
-    wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    if wrong:
-        raise ValueError(
-            f"weights in {path!r} do not belong to its config.json: {len(wrong)} are missing or of "
-            f"another shape (such as {wrong[0]})"
-        )
-    return model.eval(), load_tokenizer(folder), folder
+    return load_causal(folder), load_tokenizer(folder), folder
 
 
 def _model_type(folder: Path) -> str | None:
@@ -92,6 +68,6 @@ def _model_type(folder: Path) -> str | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     found = values.get("model_type") if isinstance(values, dict) else None
     return found if isinstance(found, str) else None

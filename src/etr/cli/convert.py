@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from etr.cli._tables import make_table
 from etr.data import Batch, DataConfig, OpenedData, TokenLoader, held_out_batches, open_data
 from etr.evaluate import calibrate, evaluate
 from etr.hf import ConvertReport, EtrForCausalLM, convert, load_pretrained
-from etr.hf.convert import Direction, logits_difference, write_model
+from etr.hf.convert import Direction, write_model
 from etr.hf.swap_router import SwapReport, set_temperatures, swap_router
 from etr.moe import moe_layers
 from etr.moe.config import EvalSelection, parse_capacity
@@ -59,8 +60,8 @@ class ConvertConfig:
     max_shard_bytes: int = 4 * 10**9
     """Size from which a new file of weights begins."""
     compare: bool = True
-    """Run both models on a few tokens and print the largest difference of their logits. Holds one
-    whole model in memory, which converting alone does not."""
+    """Run both models on a few tokens, print the largest difference of their logits, and refuse one
+    that is more than rounding. Holds one whole model in memory, which converting alone does not."""
 
     def __post_init__(self) -> None:
         if self.num_batches < 1:
@@ -86,20 +87,12 @@ def run(arguments: list[str]) -> int:
     source, target = Path(config.source), Path(config.target)
     if config.router == "keep":
         _say(_convert(config, source, target))
-        if config.compare:
-            difference, largest = logits_difference(source, target)
-            print(
-                f"logits differ by at most {difference:.2e} in float32 (the largest is "
-                f"{largest:.3g})"
-            )
         return 0
     if target.exists():
         raise ValueError(f"{config.target!r} exists already; name a new folder")
     kept = target.with_name(f"{target.name}.keep")
     if not (kept / "config.json").is_file():
-        report = _convert(config, source, kept)
-        if report.to == "hf":
-            raise ValueError(f"{config.source!r} has no linear router to swap")
+        _convert(dataclasses.replace(config, to="etr"), source, kept)
     _swap(config, kept, target)
     shutil.rmtree(kept)
     return 0
@@ -113,6 +106,7 @@ def _convert(config: ConvertConfig, source: Path, target: Path) -> ConvertReport
             to=config.to,
             max_shard_bytes=config.max_shard_bytes,
             progress=progress,
+            compare=config.compare,
         )
 
 
@@ -126,6 +120,8 @@ def _say(report: ConvertReport) -> None:
         f"saved: {report.target} ({report.family} as {report.to}, {report.num_tensors} tensors, "
         f"{report.num_bytes / 1e6:,.1f} MB)"
     )
+    if report.difference is not None:
+        print(report.difference)
 
 
 def _swap(config: ConvertConfig, kept: Path, target: Path) -> None:

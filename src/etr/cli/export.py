@@ -10,13 +10,13 @@ import torch
 import tyro
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
 
 from etr.cli._model import open_model
 from etr.cli._options import parse
 from etr.cli._progress import bytes_progress
 from etr.data import IGNORED, Batch, DataConfig, open_data
 from etr.evaluate.held_out import effective_selection
+from etr.hf.loading import load_causal
 from etr.hf.plain import divides_by_norm, export_plain, mean_inverse_norms
 from etr.moe import moe_layers, set_eval_selection
 from etr.moe.config import EvalSelection
@@ -67,7 +67,7 @@ def run(arguments: list[str]) -> int:
             max_shard_bytes=config.max_shard_bytes,
             progress=progress,
         )
-    served = AutoModelForCausalLM.from_pretrained(report.target, local_files_only=True).eval()
+    served = load_causal(report.target)
     _say(model, served, batches)
     exact = "computes what the model does dropless" if report.exact else report.reason
     print(f"{exact}\nsaved: {report.target} ({report.family})")

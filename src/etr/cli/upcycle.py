@@ -9,7 +9,6 @@ import tyro
 
 from etr.cli._options import parse
 from etr.cli._progress import bytes_progress
-from etr.hf.convert import logits_difference
 from etr.hf.upcycle import UpcycleConfig, upcycle
 
 
@@ -38,15 +37,13 @@ def run(arguments: list[str]) -> int:
             config,
             max_shard_bytes=config.max_shard_bytes,
             progress=progress,
+            compare=config.compare,
         )
     if report.same_function:
         print("computes what the dense model does, as long as nothing is dropped")
     else:
         print(f"computes something else than the dense model: {report.reason}")
-    if config.compare:
-        difference, largest = logits_difference(config.source, config.target)
-        print(
-            f"logits differ by at most {difference:.2e} in float32 (the largest is {largest:.3g})"
-        )
+    if report.difference is not None:
+        print(report.difference)
     print(f"saved: {report.target} ({report.num_bytes / 1e6:,.1f} MB)")
     return 0

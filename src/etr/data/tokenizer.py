@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from etr.data._files import sha256
+from etr.pretrained import from_local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -84,7 +85,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), local_files_only=True)
+        tokenizer = from_local(AutoTokenizer, name_or_path)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"tokenizer {str(name_or_path)!r} cannot be loaded; give 'byte', a folder written by "

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from etr.pretrained import from_local
+
 
 class Embedder:
     """Cosine of mean-pooled embeddings; the score of open answers in arXiv 2406.00023.
@@ -21,13 +23,14 @@ class Embedder:
     """
 
     def __init__(self, folder: str | Path, max_tokens: int = 512) -> None:
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoTokenizer
+
+        from etr.hf.loading import load_base
 
         if not (Path(folder) / "config.json").is_file():
-            raise FileNotFoundError(f"embedder={str(folder)!r} is no folder of a model")
-        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, **options)
-        self._model: Any = AutoModel.from_pretrained(folder, use_safetensors=True, **options).eval()
+            raise FileNotFoundError(f"embedder={str(folder)!r} is not a folder of a model")
+        self._tokenizer: Any = from_local(AutoTokenizer, folder)
+        self._model: Any = load_base(folder)
         self._max_tokens = max_tokens
 
     def __call__(self, left: str, right: str) -> float:

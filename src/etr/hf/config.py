@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, MixtralConfig, PreTrainedConfig
 
-from etr.hf.families import Family, family_of
+from etr.hf.families import FAMILIES, Family, family_of
 from etr.hf.families.base import GATED_ACTIVATIONS
 from etr.hf.versions import CACHE_NAMES
 from etr.moe import LossConfig, MoEConfig
@@ -20,6 +20,17 @@ from etr.moe.select import Normalize, RankBy
 
 SIZES = ("hidden_size", "intermediate_size", "num_experts", "top_k")
 """Fields of MoEConfig that are read from the base config, so that each is stored once."""
+SHOWN = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+)
+"""Values of the base config that `to_dict` shows beside its own: tools (PEFT) look there."""
 
 
 class EtrConfig(PreTrainedConfig):
@@ -32,8 +43,8 @@ class EtrConfig(PreTrainedConfig):
         base_config: config of the model whose MoE blocks are swapped, or its dictionary.
         moe: options of the layers, as `MoEConfig.to_dict` gives them without the sizes.
     Raises:
-        ValueError: the base's family is not known, or the options contradict the sizes or each
-            other.
+        ValueError: the base's family is not known, the options contradict the sizes or each other,
+            or the values are a config of another model type.
     """
 
     model_type = "etr"
@@ -49,10 +60,14 @@ class EtrConfig(PreTrainedConfig):
     moe: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        _check_model_type(kwargs.pop("model_type", self.model_type))
         base = _base_config(self.base_config)
+        of_base = {name: kwargs.pop(name) for name in list(kwargs) if _is_of_base(base, name)}
         self.base_config = None  # nothing is delegated before the config is whole
         super().__post_init__(**kwargs)
         self.base_config = base
+        for name, value in of_base.items():
+            setattr(base, name, value)
         if self._attn_implementation is not None:
             base._attn_implementation = self._attn_implementation
         # Through the layer's own config: checked, and complete with every default.
@@ -123,6 +138,43 @@ class EtrConfig(PreTrainedConfig):
         moe = {k: v for k, v in config.to_dict().items() if k not in SIZES}
         return cls(base_config=base, moe=moe)
 
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The values of a folder's config.json.
+
+        Raises:
+            ValueError: they are of another model type, or not whole.
+        """
+        values, rest = super().get_config_dict(*args, **kwargs)
+        _check_saved(values)
+        return values, rest
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Config of what `to_dict` gave, or of what config.json holds.
+
+        Raises:
+            ValueError: the values are of another model type, or not whole.
+        """
+        _check_saved(config_dict)
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file: Any) -> Any:
+        """Config of one file; see `from_dict`."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every value, and those of the base config that tools look for (`SHOWN`)."""
+        values = super().to_dict()
+        base = values["base_config"]
+        return {**{name: base[name] for name in SHOWN if name in base}, **values}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json holds: each value once."""
+        values = super().to_diff_dict()
+        return {name: value for name, value in values.items() if name not in SHOWN}
+
     @property
     def family(self) -> Family:
         """The row of the base model."""
@@ -138,6 +190,8 @@ class EtrConfig(PreTrainedConfig):
         return self.base_config
 
     def __getattr__(self, name: str) -> Any:
+        if name == "auto_map":  # TRL asks for it: no code comes with a folder
+            return {}
         base = self.__dict__.get("base_config")
         if base is None or name.startswith("__"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -145,10 +199,10 @@ class EtrConfig(PreTrainedConfig):
 
     def __setattr__(self, name: str, value: Any) -> None:
         base = self.__dict__.get("base_config")
-        if base is None or name.startswith("_") or name in _OWN or not hasattr(base, name):
-            super().__setattr__(name, value)
-        else:
+        if base is not None and _is_of_base(base, name):
             setattr(base, name, value)
+        else:
+            super().__setattr__(name, value)
 
 
 _OWN = frozenset(
@@ -162,6 +216,28 @@ _OWN = frozenset(
     )
     if name not in ("rope_scaling",)
 ) | {field.name for field in dataclasses.fields(PreTrainedConfig)}
+
+
+def _is_of_base(base: PreTrainedConfig, name: str) -> bool:
+    """Whether an attribute is the base config's, and not a config's own."""
+    return not name.startswith("_") and name not in _OWN and hasattr(base, name)
+
+
+def _check_model_type(found: Any) -> None:
+    if found != EtrConfig.model_type:
+        raise ValueError(
+            f"config has model_type={found!r}; it must be {EtrConfig.model_type!r}. Make a folder "
+            f"of this library first: `etr convert SRC DST` for {', '.join(FAMILIES)}, `etr upcycle "
+            "SRC DST` for a dense model"
+        )
+
+
+def _check_saved(values: dict[str, Any]) -> None:
+    """Refuse what would be filled up with the defaults of a whole other model."""
+    _check_model_type(values.get("model_type"))
+    missing = [name for name in ("base_config", "moe") if values.get(name) is None]
+    if missing:
+        raise ValueError(f"config has no {' and no '.join(missing)}; save the model again")
 
 
 def _base_config(value: Any) -> PreTrainedConfig:

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from etr.hf.config import EtrConfig
 from etr.hf.families import FAMILIES
+from etr.hf.loading import load_causal, read_config
 from etr.hf.matching import skeleton, to_ours, to_theirs
 from etr.hf.modeling import EtrForCausalLM
 from etr.hf.shards import LazyTensor, ShardReader, ShardWriter
+from etr.moe import set_eval_selection
+from etr.pretrained import from_local
 
 Direction = Literal["etr", "hf"]
 ROUTING = (
@@ -35,6 +38,36 @@ ROUTING = (
 )
 """Options of the layer that a family's own block must share to hold the same function."""
 
+TOLERANCE = 1e-3
+"""Largest share of the largest logit by which two models of one function may differ in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How far apart the logits of two models are, in float32 and dropless, on random tokens.
+
+    Args:
+        largest: over all tokens.
+        median: of the largest of each row of tokens. Where two experts are level, rounding may
+            choose the other one, which changes a few rows.
+        logit: the largest of the first model.
+    """
+
+    largest: float
+    median: float
+    logit: float
+
+    @property
+    def same_function(self) -> bool:
+        """Whether it is rounding."""
+        return self.median <= TOLERANCE * self.logit  # NaN is not
+
+    def __str__(self) -> str:
+        return (
+            f"logits differ by at most {self.largest:.2e} in float32 (the largest is "
+            f"{self.logit:.3g})"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertReport:
@@ -47,6 +80,7 @@ class ConvertReport:
         num_tensors: written.
         num_bytes: of the weights.
         ignored: keys that were left out, since transformers does not load them either.
+        difference: of the logits of both folders, if they were compared.
     """
 
     target: Path
@@ -55,6 +89,7 @@ class ConvertReport:
     num_tensors: int
     num_bytes: int
     ignored: tuple[str, ...] = ()
+    difference: Difference | None = None
 
 
 def convert(
@@ -64,6 +99,7 @@ def convert(
     to: Direction | None = None,
     max_shard_bytes: int = 4 * 10**9,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    compare: bool = False,
 ) -> ConvertReport:
     """Turn a model folder of a known family into one of this library with the same function.
 
@@ -78,10 +114,12 @@ def convert(
         to: "etr", "hf", or None for the one that `source` is not.
         max_shard_bytes: size from which a new file of weights begins.
         progress: called with bytes done and bytes in all.
+        compare: run both models on a few tokens, one after the other, before the new folder gets
+            its name. Each is then in memory as a whole.
     Raises:
         FileNotFoundError: no such folder, no config.json, or a missing shard.
         ValueError: an unknown family; unknown, missing or misshapen tensors; an option that the
-            family does not have; a target that exists.
+            family does not have; a target that exists; models that do not compute the same.
     """
     reader = ShardReader(source)
     found: Direction = "hf" if reader.config.get("model_type") == "etr" else "etr"
@@ -97,7 +135,9 @@ def convert(
     writer = ShardWriter(target, recipe, max_shard_bytes)
     write_tensors(writer, tensors, progress)
     writer.copy_beside(source)
-    writer.finish(folder_config(config, found, reader.config))
+    comparison = Comparison(source)
+    new = folder_config(config, found, reader.config)
+    writer.finish(new, comparison if compare else lambda folder: None)
     return ConvertReport(
         target=Path(target),
         family=config.family.model_type,
@@ -105,7 +145,37 @@ def convert(
         num_tensors=len(tensors),
         num_bytes=sum(tensor.num_bytes for tensor in tensors),
         ignored=ignored,
+        difference=comparison.found,
     )
+
+
+class Comparison:
+    """A check for `ShardWriter.finish`: the new folder computes what `source` does.
+
+    Args:
+        source: folder of the first model.
+        demand: raise where it does not.
+
+    Attributes:
+        found: the difference, once it was called.
+    """
+
+    def __init__(self, source: str | Path, demand: bool = True) -> None:
+        self._source, self._demand = source, demand
+        self.found: Difference | None = None
+
+    def __call__(self, folder: Path) -> None:
+        """Compare.
+
+        Raises:
+            ValueError: the folder computes something else.
+        """
+        self.found = logits_difference(self._source, folder)
+        if self._demand and not self.found.same_function:
+            raise ValueError(
+                f"what was made of {str(self._source)!r} does not compute the same: {self.found}; "
+                "nothing was kept (without comparing them, it would be)"
+            )
 
 
 def write_model(model: EtrForCausalLM, target: str | Path, source: str | Path) -> Path:
@@ -137,31 +207,27 @@ def write_model(model: EtrForCausalLM, target: str | Path, source: str | Path) -
 
 
 @torch.no_grad()
-def logits_difference(first: str | Path, second: str | Path) -> tuple[float, float]:
-    """Largest difference between the logits of two model folders, in float32 on random tokens.
-
-    One model at a time is in memory.
-
-    Returns:
-        The difference, and the largest logit of the first.
-    """
+def logits_difference(first: str | Path, second: str | Path) -> Difference:
+    """Compare two model folders; one model at a time is in memory."""
     logits = []
     for folder in (first, second):
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True
-        ).eval()
+        model = load_causal(folder, torch.float32)
+        set_eval_selection(model, "dropless")  # thresholds are ours alone
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(model.config.vocab_size, (2, 32), generator=generator)
+        ids = torch.randint(model.config.vocab_size, (16, 8), generator=generator)
         logits.append(model(input_ids=ids).logits)
         del model
-    return float((logits[0] - logits[1]).abs().max()), float(logits[0].abs().max())
+    rows = (logits[0] - logits[1]).abs().amax((1, 2))
+    return Difference(
+        largest=float(rows.max()), median=float(rows.median()), logit=float(logits[0].abs().max())
+    )
 
 
 def _config(reader: ShardReader) -> EtrConfig:
     """Config of our side of the conversion, checked against what the family can do."""
     model_type = reader.config.get("model_type")
     if model_type == "etr":
-        config = EtrConfig.from_dict(dict(reader.config))
+        config = read_config(reader)
         _check_same_function(config)
         return config
     if model_type not in FAMILIES:
@@ -169,8 +235,7 @@ def _config(reader: ShardReader) -> EtrConfig:
             f"{reader.folder / 'config.json'} has model_type={model_type!r}, which is not a known "
             f"family; choose one of {', '.join(FAMILIES)}"
         )
-    base = AutoConfig.from_pretrained(reader.folder, local_files_only=True, trust_remote_code=False)
-    return EtrConfig.from_base(base, "keep")
+    return EtrConfig.from_base(from_local(AutoConfig, reader.folder), "keep")
 
 
 def _check_same_function(config: EtrConfig) -> None:
@@ -192,12 +257,22 @@ def _short(value: Any) -> str:
 
 
 def _ignored(config: EtrConfig, keys: list[str]) -> tuple[str, ...]:
-    values = config.base_config.to_dict()
-    patterns = [
-        re.compile(re.sub(r"\{(\w+)\}", lambda found: str(values[found[1]]), pattern))
-        for pattern in config.family.ignored
-    ]
-    return tuple(key for key in keys if any(pattern.search(key) for pattern in patterns))
+    patterns = [re.compile(pattern) for pattern in config.family.ignored]
+    return tuple(
+        key
+        for key in keys
+        if any(pattern.search(key) for pattern in patterns)
+        or is_beyond(key, config.num_hidden_layers)
+    )
+
+
+def is_beyond(key: str, num_layers: int) -> bool:
+    """Whether a tensor belongs to a layer behind the model's last one.
+
+    Layers that predict further tokens stand there; transformers does not load them.
+    """
+    found = re.match(r"model\.layers\.(\d+)\.", key)
+    return found is not None and int(found[1]) >= num_layers
 
 
 def write_tensors(

@@ -6,6 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from transformers.utils import can_return_tuple
 
 from etr.hf.backbone import base_model_class
 from etr.hf.config import EtrConfig
+from etr.hf.shards import INDEX, WEIGHTS, weight_map
 from etr.hf.versions import CACHE, CACHE_NAMES
 from etr.moe import Collector, RoutingContext
 from etr.moe.state import GlobalState
+from etr.pretrained import check_links
 
 ATTENTION_FLAGS = ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn")
 
@@ -63,8 +66,15 @@ class EtrForCausalLM(PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _skip_keys_device_placement = list(CACHE_NAMES)  # noqa: RUF012
     _supports_attention_backend = True
+    # The class says what some family can, for tools that ask it; an instance, what its own can.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
 
     def __init__(self, config: EtrConfig) -> None:
+        if not isinstance(config, EtrConfig):
+            raise TypeError(
+                f"config is a {type(config).__name__}; make an EtrConfig of it with "
+                "EtrConfig.from_base(config)"
+            )
         family_class = MODEL_MAPPING[type(config.base_config)]
         for name in ATTENTION_FLAGS:  # a kind of attention that the family lacks is not chosen
             setattr(self, name, getattr(family_class, name))
@@ -78,17 +88,32 @@ class EtrForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        output_loading_info: bool = False,
+        **kwargs: Any,
     ) -> Any:
-        """Load like any transformers model; warns where the checkpoint lacks routing state."""
+        """Load like any transformers model; warns where the checkpoint lacks routing state.
+
+        Raises:
+            ValueError: the folder holds another model type, or its weights lie elsewhere; ways to
+                divide the model over ranks that it does not know.
+        """
+        path = pretrained_model_name_or_path
+        _check_folder(path, **kwargs)
+        _check_parallel(kwargs.get("distributed_config"))
+        kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
+        kwargs.setdefault("use_safetensors", True)
         loaded: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         _align(model)
         missing = model.state_keys() & set(info["missing_keys"])
         if missing:
+            name = path or getattr(kwargs.get("config"), "name_or_path", None)
             warnings.warn(
-                f"checkpoint {str(path)!r} lacks {len(missing)} routing state tensors (such as "
+                f"checkpoint {str(name)!r} lacks {len(missing)} routing state tensors (such as "
                 f"{min(missing)}): starting from the initial values; calibrate before evaluating "
                 "with thresholds",
                 stacklevel=2,
@@ -186,6 +211,30 @@ class EtrForCausalLM(PreTrainedModel, GenerationMixin):
             )
         function = functools.partial(gradient_checkpointing_func, use_reentrant=False)
         super()._set_gradient_checkpointing(enable, function, **kwargs)
+
+
+def _check_folder(path: Any, subfolder: str = "", variant: str | None = None, **_: Any) -> None:
+    """Refuse a folder of another model type, even with a config given; and see `ShardReader`."""
+    folder = None if path is None else Path(path) / subfolder
+    if folder is None or not folder.is_dir():
+        return
+    check_links(folder)
+    if (folder / "config.json").is_file():
+        EtrConfig.get_config_dict(folder)
+    if not variant and ((folder / WEIGHTS).is_file() or (folder / INDEX).is_file()):
+        weight_map(folder)
+
+
+def _check_parallel(config: Any) -> None:
+    if getattr(config, "enable_expert_parallel", False):
+        raise ValueError(
+            "distributed_config asks for expert parallelism, for which transformers exchanges the "
+            "experts' code; divide the experts with `MoE.distribute` instead, or leave ep_size at 1"
+        )
+    if (getattr(config, "pp_size", None) or 1) > 1:
+        raise ValueError(
+            f"distributed_config.pp_size={config.pp_size} is not supported; take tp_size instead"
+        )
 
 
 def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:

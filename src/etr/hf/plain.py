@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, Qwen2MoeConfig
 
 from etr.hf.config import EtrConfig
 from etr.hf.convert import ROUTING, folder_config, write_tensors
+from etr.hf.loading import read_config
 from etr.hf.matching import skeleton, to_theirs
 from etr.hf.modeling import EtrForCausalLM
 from etr.hf.shards import LazyTensor, ShardReader, ShardWriter
@@ -76,7 +77,7 @@ def export_plain(
     plain = ShardReader(source)
     if plain.config.get("model_type") != "etr":
         raise ValueError(f"{str(source)!r} holds no model of this library, so it is plain already")
-    config = EtrConfig.from_dict(dict(plain.config))
+    config = read_config(plain)
     new = plain_config(config)
     reader = _PlainReader(plain, config, inverse_norms)
     tensors = [*to_theirs(reader, skeleton(new)), *_empty_shared_experts(new, reader)]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from etr.pretrained import check_links
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -30,6 +33,7 @@ DTYPES = {
     torch.int64: "I64",
 }
 """Data types of weights and routing state, and what the file format calls them."""
+_DTYPE_OF = {name: dtype for dtype, name in DTYPES.items()}
 KEPT_WITH_WEIGHTS = ("config.json", "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.gguf")
 """Files that do not travel with the tokenizer and generation options."""
 
@@ -59,28 +63,35 @@ class LazyTensor:
 class ShardReader:
     """Reads single tensors of a model folder; holds no more than it is asked for.
 
+    The one rule about which files hold a model's weights: model.safetensors, or else the shards of
+    model.safetensors.index.json, as transformers chooses; files of the folder itself, and never
+    another format.
+
     Args:
         folder: holds config.json and the weights as safetensors.
     Raises:
         FileNotFoundError: no such folder, no config.json, no weights, or a missing shard.
-        ValueError: a damaged file, an index that is wrong or leaves the folder, or a data type
-            that is not among `DTYPES`.
+        ValueError: a damaged file, an index that is wrong, or an index or a link that leaves the
+            folder.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise FileNotFoundError(f"{str(folder)!r} is no folder; give one that holds a model")
+            raise FileNotFoundError(
+                f"folder={str(folder)!r} is not a folder; give one that holds a model"
+            )
+        check_links(self.folder)
         if not (self.folder / "config.json").is_file():
             raise FileNotFoundError(
                 f"folder={str(folder)!r} holds no config.json; give a folder that save_pretrained "
                 "wrote"
             )
         self.config: dict[str, Any] = _read_json(self.folder / "config.json")
-        index = self._index()
+        index = weight_map(self.folder)
         self._shard: dict[str, str] = {}
         self._shape: dict[str, tuple[int, ...]] = {}
-        self._dtype: dict[str, torch.dtype] = {}
+        self._dtype: dict[str, str] = {}
         for shard in [WEIGHTS] if index is None else sorted(set(index.values())):
             self._read_header(shard)
         if index is not None:
@@ -100,9 +111,24 @@ class ShardReader:
         return self._shape[key]
 
     def dtype(self, key: str) -> torch.dtype:
-        """Data type of a tensor, from its file's header."""
+        """Data type of a tensor, from its file's header.
+
+        Raises:
+            ValueError: it is not among `DTYPES`.
+        """
         self._check_key(key)
-        return self._dtype[key]
+        if self._dtype[key] not in _DTYPE_OF:
+            raise ValueError(
+                f"{key!r} in {self.folder / self._shard[key]} has dtype {self._dtype[key]}; "
+                f"readable are {', '.join(_DTYPE_OF)} (load a quantised model with transformers "
+                "and save it dequantised)"
+            )
+        return _DTYPE_OF[self._dtype[key]]
+
+    def float_dtype(self) -> torch.dtype:
+        """Data type of the first tensor with a floating one; float32 where there is none."""
+        dtypes = (_DTYPE_OF.get(name) for name in self._dtype.values())
+        return next((d for d in dtypes if d and d.is_floating_point), torch.float32)
 
     def tensor(self, key: str) -> Tensor:
         """Read one tensor into memory of its own."""
@@ -111,6 +137,16 @@ class ShardReader:
         if self._open is None or self._open[0] != shard:
             self._open = (shard, safe_open(self.folder / shard, framework="pt"))
         return self._open[1].get_tensor(key).clone()  # not a view of the mapped file
+
+    @contextmanager
+    def slices(self) -> Iterator[dict[str, Any]]:
+        """Every tensor as safetensors' slice of an open file, which reads when it is indexed."""
+        with ExitStack() as stack:
+            files = {
+                shard: stack.enter_context(safe_open(self.folder / shard, framework="pt"))
+                for shard in sorted(set(self._shard.values()))
+            }
+            yield {key: files[shard].get_slice(key) for key, shard in self._shard.items()}
 
     def lazy(self, key: str) -> LazyTensor:
         """A tensor to be written as it stands here."""
@@ -123,49 +159,16 @@ class ShardReader:
         files = [self.folder / name for name in ("config.json", *sorted(set(self._shard.values())))]
         return {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
 
-    def _index(self) -> dict[str, str] | None:
-        path = self.folder / INDEX
-        if not path.is_file():
-            if not (self.folder / WEIGHTS).is_file():
-                raise FileNotFoundError(
-                    f"folder={str(self.folder)!r} holds neither {WEIGHTS} nor {INDEX}; only "
-                    "safetensors are read"
-                )
-            return None
-        index = _read_json(path).get("weight_map")
-        if not isinstance(index, dict) or not index:
-            raise ValueError(f"{path} has no weight_map of tensor names and shard files")
-        for key, shard in index.items():
-            # Links are the local cache's way to store a file, so it is the name that must stay in.
-            if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
-                raise ValueError(
-                    f"{path} places {key!r} in {shard!r}, which is not the name of a file in its "
-                    "folder"
-                )
-            if not (self.folder / shard).is_file():
-                raise FileNotFoundError(
-                    f"shard {shard} of {str(self.folder)!r} is missing: {path.name} places "
-                    f"{key!r} there; copy the folder again"
-                )
-        return index
-
     def _read_header(self, shard: str) -> None:
-        names = {name: dtype for dtype, name in DTYPES.items()}
         try:
             with safe_open(self.folder / shard, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118  it is no dict
                     part = file.get_slice(key)
-                    if part.get_dtype() not in names:
-                        raise ValueError(
-                            f"{key!r} in {self.folder / shard} has dtype {part.get_dtype()}; "
-                            f"readable are {', '.join(names)} (load a quantised model with "
-                            "transformers and save it dequantised)"
-                        )
                     if key in self._shard:
                         raise ValueError(f"{key!r} stands in {self._shard[key]} and in {shard}")
                     self._shard[key] = shard
                     self._shape[key] = tuple(part.get_shape())
-                    self._dtype[key] = names[part.get_dtype()]
+                    self._dtype[key] = part.get_dtype()
         except SafetensorError as error:
             raise ValueError(f"{self.folder / shard} is damaged: {error}") from error
 
@@ -181,6 +184,39 @@ class ShardReader:
     def _check_key(self, key: str) -> None:
         if key not in self._shard:
             raise ValueError(f"folder={str(self.folder)!r} has no tensor {key!r}")
+
+
+def weight_map(folder: Path) -> dict[str, str] | None:
+    """The shard of each tensor as a folder's index has it; None where one file holds them all.
+
+    Raises:
+        FileNotFoundError: no weights as safetensors, or a missing shard.
+        ValueError: a damaged index, or one that names a file outside of the folder.
+    """
+    path = folder / INDEX
+    if (folder / WEIGHTS).is_file():  # an index beside it is not read: transformers does not
+        return None
+    if not path.is_file():
+        other = sorted(file.name for file in folder.glob("*.bin"))
+        hint = f"; load {other[0]} with transformers and save it again" if other else ""
+        raise FileNotFoundError(
+            f"folder={str(folder)!r} holds neither {WEIGHTS} nor {INDEX}; only safetensors are "
+            f"read{hint}"
+        )
+    index = _read_json(path).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise ValueError(f"{path} has no weight_map of tensor names and shard files")
+    for key, shard in index.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
+            raise ValueError(
+                f"{path} places {key!r} in {shard!r}, which is not the name of a file in its folder"
+            )
+        if not (folder / shard).is_file():
+            raise FileNotFoundError(
+                f"shard {shard} of {str(folder)!r} is missing: {path.name} places {key!r} there; "
+                "copy the folder again"
+            )
+    return index
 
 
 class ShardWriter:
@@ -243,15 +279,33 @@ class ShardWriter:
             (self.partial / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
 
     def copy_beside(self, source: str | Path) -> None:
-        """Copy tokenizer, generation options and the like from another model folder."""
+        """Copy tokenizer, generation options and the like from another model folder.
+
+        Raises:
+            ValueError: one of its files is a link that leaves it.
+        """
+        check_links(Path(source))
         for file in sorted(Path(source).iterdir()):
             if file.is_file() and not any(map(file.match, (*KEPT_WITH_WEIGHTS, ".*"))):
                 shutil.copyfile(file, self.partial / file.name)
 
-    def finish(self, config: Mapping[str, Any]) -> Path:
-        """Write config.json, take the mark off, and give the folder its name."""
+    def finish(
+        self, config: Mapping[str, Any], check: Callable[[Path], None] = lambda folder: None
+    ) -> Path:
+        """Write config.json, take the mark off, and give the folder its name.
+
+        Args:
+            config: of the folder.
+            check: called with the folder before it has its name; when it raises ValueError,
+                nothing is left.
+        """
         text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
         (self.partial / "config.json").write_text(text, encoding="utf-8")
+        try:
+            check(self.partial)
+        except ValueError:
+            shutil.rmtree(self.partial)
+            raise
         (self.partial / MARKER).unlink()
         if self.target.exists():
             self.target.rmdir()
@@ -263,7 +317,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no JSON file: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object")
     return values

@@ -20,12 +20,13 @@ from transformers import (
 )
 
 from etr.hf.config import EtrConfig
-from etr.hf.convert import folder_config, write_tensors
+from etr.hf.convert import Comparison, Difference, folder_config, is_beyond, write_tensors
 from etr.hf.matching import initial_state, skeleton
 from etr.hf.modeling import EtrForCausalLM
 from etr.hf.shards import LazyTensor, ShardReader, ShardWriter
 from etr.moe.config import config_to_dict, parse_capacity, parse_router
 from etr.moe.routers import TokenChoice
+from etr.pretrained import from_local
 
 ExpertSource = Literal["copy", "slice"]
 
@@ -148,12 +149,14 @@ class UpcycleReport:
         same_function: whether the new model computes what the dense one does, dropless.
         reason: why not, or empty.
         num_bytes: of the weights.
+        difference: of the logits of both folders, if they were compared.
     """
 
     target: Path
     same_function: bool
     reason: str
     num_bytes: int
+    difference: Difference | None = None
 
 
 def upcycle(
@@ -163,6 +166,7 @@ def upcycle(
     *,
     max_shard_bytes: int = 4 * 10**9,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    compare: bool = False,
 ) -> UpcycleReport:
     """Make a model of this library from a dense one; memory holds one layer's experts at a time.
 
@@ -174,6 +178,8 @@ def upcycle(
         config: experts and router.
         max_shard_bytes: size from which a new file of weights begins.
         progress: called with bytes done and bytes in all.
+        compare: run both models on a few tokens before the new folder gets its name; they must
+            agree where the function is the same.
     Raises:
         FileNotFoundError: no such folder, no config.json, or a missing shard.
         ValueError: another family, options of it that no MoE family has, sizes that do not divide,
@@ -187,13 +193,16 @@ def upcycle(
     writer = ShardWriter(target, recipe, max_shard_bytes)
     write_tensors(writer, tensors, progress)
     writer.copy_beside(source)
-    writer.finish(folder_config(moe_config, "etr", reader.config))
     reason = config.changes_function()
+    comparison = Comparison(source, demand=reason is None)
+    new = folder_config(moe_config, "etr", reader.config)
+    writer.finish(new, comparison if compare else lambda folder: None)
     return UpcycleReport(
         target=Path(target),
         same_function=reason is None,
         reason=reason or "",
         num_bytes=sum(tensor.num_bytes for tensor in tensors),
+        difference=comparison.found,
     )
 
 
@@ -210,9 +219,7 @@ def upcycled_config(reader: ShardReader, config: UpcycleConfig) -> EtrConfig:
             f"can be upcycled: {', '.join(DENSE)}"
         )
     row = DENSE[model_type]
-    dense = AutoConfig.from_pretrained(
-        reader.folder, local_files_only=True, trust_remote_code=False
-    )
+    dense = from_local(AutoConfig, reader.folder)
     for name in row.must_be_off:
         if getattr(dense, name, False):
             raise ValueError(
@@ -273,7 +280,10 @@ def _tensors(reader: ShardReader, model: EtrForCausalLM, config: UpcycleConfig) 
     unknown = [
         name
         for name in reader.keys()  # noqa: SIM118  it is no dict
-        if name not in found and name not in used and not name.endswith("rotary_emb.inv_freq")
+        if name not in found
+        and name not in used
+        and not name.endswith("rotary_emb.inv_freq")
+        and not is_beyond(name, len(model.model.layers))
     ]
     for kind, keys in (("lacks", lacking), ("holds the unknown", unknown)):
         if keys:

@@ -31,6 +31,7 @@ from typing import Any
 
 from etr.evaluate.comparison import comparison_markdown, read_models
 from etr.evaluate.tasks.base import spread
+from etr.pretrained import from_local
 from etr.train.files import write_json, write_text
 
 ROUTERS = ("etr", "token_choice")
@@ -102,8 +103,7 @@ def save_base(folder: Path) -> None:
         )
     source = Path(found.origin).parent
     (file,) = source.glob("*.gguf")
-    options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-    quantized: Any = AutoModelForCausalLM.from_pretrained(source, **options)
+    quantized: Any = from_local(AutoModelForCausalLM, source, gguf_file=file.name)
     config = quantized.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -111,7 +111,7 @@ def save_base(folder: Path) -> None:
     plain.load_state_dict(quantized.state_dict())
     temporary = folder.with_name(f".tmp-{folder.name}")
     plain.save_pretrained(temporary)
-    AutoTokenizer.from_pretrained(source, **options).save_pretrained(temporary)
+    from_local(AutoTokenizer, source, gguf_file=file.name).save_pretrained(temporary)
     os.replace(temporary, folder)
 
 

@@ -68,8 +68,8 @@ class Family:
         returns_scores: whether the block returns a pair, the second of which nobody reads.
         experts: options of `MoEConfig` about the experts, from the family's config.
         router: options of `MoEConfig` that route as the family does.
-        ignored: patterns of keys of a checkpoint that transformers does not load either; braces
-            name attributes of the config.
+        ignored: patterns of keys of a checkpoint that transformers does not load either, beside
+            those of layers behind the last one.
     """
 
     model_type: str

@@ -29,8 +29,6 @@ FAMILY = Family(
     aux_coefficient=None,
     experts=experts,
     router=_router,
-    # The layers that predict further tokens stand behind the last one.
-    ignored=(r"\.rotary_emb\.inv_freq$", r"^model\.layers\.{num_hidden_layers}\."),
     keys=(
         MLP_ROUTER,
         Key(ours="router.selection.bias", theirs=("mlp.gate.e_score_correction_bias",)),
