@@ -10,6 +10,7 @@ from torch import nn
 import etr
 from etr.hf.replay import join_choices, record_choices, replay_choices
 from etr.moe import capacity, moe_layers
+from etr.moe.routing import Replay
 from etr.moe.watch import LayerView, watch
 
 pytestmark = pytest.mark.filterwarnings(
@@ -84,6 +85,76 @@ def test_generation_becomes_one_training_forward():
         assert layer.router.weight.grad.abs().sum() > 0
 
 
+ENGINES = {
+    "int32": lambda choices: choices.int(),
+    "uint8": lambda choices: choices.to(torch.uint8),
+    "-1 in padding": lambda choices: choices.masked_fill(choices == 4, -1),
+    "rows of sequences": lambda choices: choices.view(2, -1, 2),
+    "named twice": lambda choices: torch.cat([choices, choices[:, :1]], 1),
+}
+
+
+@pytest.mark.parametrize("form", ENGINES)
+def test_choices_in_the_forms_of_other_engines(form):
+    model, x = calibrated(make_model(capacity=capacity.Factor(capacity_factor=0.6))), tokens()
+    mask = torch.ones_like(x)
+    mask[0, :3] = 0
+    with record_choices(model) as choices, torch.no_grad():
+        before = model(x, attention_mask=mask).logits
+    given = {layer: ENGINES[form](experts) for layer, experts in choices[0].items()}
+    with replay_choices(model, [given]), torch.no_grad():
+        after = model(x, attention_mask=mask).logits
+    assert torch.equal(before, after)
+
+
+def test_a_token_without_a_choice_passes_by():
+    """-1 for a real token: no expert, and the gradient of the others stays."""
+    model, x = make_model("token_choice", capacity="none"), tokens()
+    with record_choices(model) as choices, torch.no_grad():
+        model(x)
+    given = {layer: experts.clone() for layer, experts in choices[0].items()}
+    for experts in given.values():
+        experts[5] = -1
+    seen: dict[int, LayerView] = {}
+    with replay_choices(model, [given]), watch(model, seen.__setitem__):
+        model(x, labels=x).loss.backward()
+    for view in seen.values():
+        kept = view.selection.selection_map(view.routing)
+        assert kept.any(-1).tolist() == [token != 5 for token in range(24)]
+    assert all(layer.router.weight.grad.any() for layer in moe_layers(model))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda e: e.fill_(9), ValueError, r"choices\[0\]\[0\] holds 9; experts are 0 to 3"),
+        (lambda e: e.fill_(5), ValueError, r"holds 5; experts are 0 to 3, and -1 or 4 marks"),
+        (lambda e: e.fill_(-2), ValueError, r"choices\[0\]\[0\] holds -2; experts are 0 to 3"),
+        (lambda e: e.float(), ValueError, r"choices\[0\]\[0\] has dtype torch.float32"),
+        (lambda e: e.flatten(), ValueError, r"shape \(48,\); it must be \[T, k\] or \[B, S, k\]"),
+        (lambda e: e.numpy(), TypeError, r"choices\[0\]\[0\] is ndarray"),
+    ],
+)
+def test_wrong_choices_are_refused_before_a_forward(change, error, message):
+    model, x = quiet_eval(make_model()), tokens()
+    with record_choices(model) as choices:
+        logits(model, x)
+    given = {layer: change(experts.clone()) for layer, experts in choices[0].items()}
+    with pytest.raises(error, match=message), replay_choices(model, [given]):
+        raise AssertionError("not reached")
+    assert not model.prepare_context
+
+
+def test_checked_choices_are_not_checked_in_a_forward(monkeypatch):
+    """That would wait for the device once a layer."""
+    model, x = quiet_eval(make_model()), tokens()
+    with record_choices(model) as choices:
+        logits(model, x)
+    with replay_choices(model, choices):
+        monkeypatch.setattr(Replay, "checked", None)
+        logits(model, x)
+
+
 def test_recomputation_sees_the_replay_and_is_recorded_once():
     x, grads = tokens(), []
     source = quiet_eval(make_model(seed=1))
@@ -124,8 +195,12 @@ def test_errors_say_what_is_wrong():
         logits(model, tokens(batch=3))
     with pytest.raises(ValueError, match="holds 0 EtrForCausalLM"), record_choices(nn.Linear(1, 1)):
         pass
-    with pytest.raises(ValueError, match="no multiple of batch_size=5"):
+    with pytest.raises(ValueError, match="not a multiple of batch_size=5"):
         join_choices(choices, 5)
     with pytest.raises(ValueError, match="choices is empty"):
         join_choices([], 2)
+    with pytest.raises(ValueError, match=r"choices\[1\] has other layers"):
+        join_choices([choices[0], {0: choices[0][0]}], 2)
+    with pytest.raises(ValueError, match=r"choices\[1\] .* another number of experts a token"):
+        join_choices([choices[0], {k: v[:, :1] for k, v in choices[0].items()}], 2)
     assert not model.prepare_context

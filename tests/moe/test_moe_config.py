@@ -251,12 +251,56 @@ def test_mistakes_in_an_input(x: torch.Tensor, context: dict[str, Any], message:
 
 
 @pytest.mark.parametrize(
-    "expert", [torch.zeros(3, dtype=torch.int64), torch.zeros(2, 1).long(), torch.zeros(3, 1)]
+    ("expert", "error", "message"),
+    [
+        ([[0], [1], [2]], TypeError, "replay.expert is list; it must be a tensor of integers"),
+        (torch.zeros(3, 1), ValueError, "replay.expert has dtype torch.float32"),
+        (torch.zeros(3, 1, dtype=torch.bool), ValueError, "replay.expert has dtype torch.bool"),
+        (torch.zeros(3).long(), ValueError, r"replay.expert has shape \(3,\); it must be \[T, k\]"),
+        (torch.zeros(3, 0).long(), ValueError, r"shape \(3, 0\).*k from 1 to num_experts=4"),
+        (torch.zeros(3, 5).long(), ValueError, r"shape \(3, 5\).*k from 1 to num_experts=4"),
+        (torch.zeros(2, 1).long(), ValueError, "has 2 rows; it must have 3, one row per token"),
+        (torch.tensor([[0], [-2], [1]]), ValueError, "holds -2; experts are 0 to 3, and -1 or 4"),
+        (torch.tensor([[0], [5], [1]]), ValueError, "holds 5; experts are 0 to 3, and -1 or 4"),
+        (torch.tensor([[0], [255], [1]], dtype=torch.uint8), ValueError, "holds 255; experts"),
+    ],
 )
-def test_mistakes_in_replayed_choices(expert: torch.Tensor) -> None:
+def test_mistakes_in_replayed_choices(expert: Any, error: type[Exception], message: str) -> None:
     context = RoutingContext(replay={0: Replay(expert=expert)})
-    with pytest.raises(ValueError, match=r"replay.expert has shape .*int64 \[3, k\]"):
+    with pytest.raises(error, match=message):
         layer()(torch.randn(3, 16), context)
+
+
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_replayed_choices_of_any_integers(dtype: torch.dtype) -> None:
+    """Unused places, experts named twice, and rows of several sequences."""
+    given = torch.tensor([[[2, 0], [1, 1]], [[4, 3], [4, 4]]])
+    wanted = torch.tensor([[2, 0], [1, 4], [4, 3], [4, 4]])
+    found = Replay(expert=given.to(dtype)).checked(4)
+    assert torch.equal(found.expert, wanted)
+    assert found.expert.dtype == torch.int64
+    if dtype.is_signed:
+        minus = given.masked_fill(given == 4, -1).to(dtype)
+        assert torch.equal(Replay(expert=minus).checked(4).expert, wanted)
+    assert found.num_experts == 4
+    assert Replay(expert=torch.zeros(0, 2, dtype=dtype)).checked(4).expert.shape == (0, 2)
+
+
+@pytest.mark.parametrize(("k", "normalize"), [(1, "none"), (3, "none"), (3, "chosen")])
+def test_replayed_choices_of_another_k_are_those_of_a_layer_with_that_k(
+    k: int, normalize: str
+) -> None:
+    """Where nothing is dropped: weights are made up of the choices that are given."""
+    options = {**SIZES, "router": "token_choice", "capacity": "none", "normalize": normalize}
+    own, other = (MoE(MoEConfig(**{**options, "top_k": n})).eval() for n in (2, k))
+    other.load_state_dict(own.state_dict())
+    x = torch.randn(6, 16)
+    chosen = other.route(x, RoutingContext())[0].expert.view(6, k)
+    found = own(x, RoutingContext(replay={0: Replay(expert=chosen)})).hidden_states
+    torch.testing.assert_close(found, other(x).hidden_states, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("value", [NAN, float("inf")])

@@ -19,8 +19,9 @@ from etr.moe.routing import Replay
 from etr.moe.watch import LayerView, watch
 
 Choices = dict[int, Tensor]
-"""Choices of one forward, by MoE layer: experts int64 [T, k] of the T tokens, batch-major;
-``num_experts`` marks a place without a choice (padding)."""
+"""Choices of one forward, by MoE layer: experts [T, k] of the T tokens, batch-major. What is
+recorded is int64, with ``num_experts`` in a place without a choice (padding); see
+`etr.moe.routing.Replay` for what is taken."""
 Prepare = Callable[[RoutingContext], RoutingContext]
 
 
@@ -59,34 +60,50 @@ def replay_choices(model: nn.Module, choices: Sequence[Choices]) -> Iterator[Non
     """Make the next ``len(choices)`` forwards of `model` choose as recorded.
 
     Weights of the chosen experts and losses stay the router's own, with their gradients, and
-    capacities or thresholds still decide what experts keep.
+    capacities or thresholds still decide what experts keep. Choices are checked here, once, so that
+    no forward waits for the device.
 
     Args:
         model: an `EtrForCausalLM`, or a wrapper of one.
-        choices: of `record_choices`, or of `join_choices`; one entry a forward.
+        choices: of `record_choices`, of `join_choices`, or of another engine; one entry a forward.
+            Any integers; [B, S, k] is taken too; -1 marks a token without a choice, as
+            ``num_experts`` does; k need not be the model's: weights are then made up of these
+            choices, and capacities remain those of the model's own k.
     Raises:
-        ValueError: `model` holds no `EtrForCausalLM`, layers are missing from an entry, or there
-            are more forwards than entries (in the block), or fewer (at its end).
+        TypeError: choices are not tensors.
+        ValueError: `model` holds no `EtrForCausalLM`, layers are missing from an entry, choices
+            are not integers or not of experts, or there are more forwards than entries (in the
+            block), or fewer (at its end).
     """
-    layers = {layer.layer_index for layer in moe_layers(model)}
+    num_experts = {layer.layer_index: layer.config.num_experts for layer in moe_layers(model)}
+    given = []
     for number, entry in enumerate(choices):
-        if set(entry) != layers:
+        if set(entry) != set(num_experts):
             raise ValueError(
-                f"choices[{number}] has MoE layers {sorted(entry)}; the model has {sorted(layers)}"
+                f"choices[{number}] has MoE layers {sorted(entry)}; the model has "
+                f"{sorted(num_experts)}"
             )
+        given.append(
+            {
+                layer: Replay(expert=expert).checked(
+                    num_experts[layer], f"choices[{number}][{layer}]"
+                )
+                for layer, expert in entry.items()
+            }
+        )
     done = 0
 
     def give(context: RoutingContext) -> RoutingContext:
         nonlocal done
-        if done == len(choices):
-            raise ValueError(f"choices has {len(choices)} entries, and this is forward {done + 1}")
+        if done == len(given):
+            raise ValueError(f"choices has {len(given)} entries, and this is forward {done + 1}")
         done += 1
-        return replace(context, replay={i: Replay(expert=e) for i, e in choices[done - 1].items()})
+        return replace(context, replay=given[done - 1])
 
     with _prepared(model, give):
         yield
-    if done != len(choices):
-        raise ValueError(f"choices has {len(choices)} entries, but the model ran {done} times")
+    if done != len(given):
+        raise ValueError(f"choices has {len(given)} entries, but the model ran {done} times")
 
 
 def join_choices(choices: Sequence[Choices], batch_size: int) -> Choices:
@@ -99,20 +116,27 @@ def join_choices(choices: Sequence[Choices], batch_size: int) -> Choices:
         choices: of a forward and what continued it with a cache, in order.
         batch_size: rows B of each forward.
     Raises:
-        ValueError: no entry, or one whose tokens do not make B rows.
+        ValueError: no entry, entries of other layers or of another k, or one whose tokens do not
+            make B rows.
     """
     if not choices:
         raise ValueError("choices is empty; give the entries of at least one forward")
     joined = {}
-    for layer in choices[0]:
+    for layer, first in choices[0].items():
         parts = []
         for number, entry in enumerate(choices):
-            tokens, k = entry[layer].shape
-            if tokens % batch_size:
+            if set(entry) != set(choices[0]) or entry[layer].shape[-1] != first.shape[-1]:
                 raise ValueError(
-                    f"choices[{number}] has {tokens} tokens, no multiple of batch_size={batch_size}"
+                    f"choices[{number}] has other layers, or another number of experts a token, "
+                    "than choices[0]"
                 )
-            parts.append(entry[layer].view(batch_size, -1, k))
+            tokens = entry[layer].flatten(0, -2)
+            if len(tokens) % batch_size:
+                raise ValueError(
+                    f"choices[{number}] has {len(tokens)} tokens, which is not a multiple of "
+                    f"batch_size={batch_size}"
+                )
+            parts.append(tokens.view(batch_size, -1, first.shape[-1]))
         joined[layer] = torch.cat(parts, dim=1).flatten(0, 1)
     return joined
 

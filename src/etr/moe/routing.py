@@ -20,6 +20,16 @@ if TYPE_CHECKING:
     from etr.moe.collector import Collector
     from etr.moe.topology import ExpertPlacement
 
+_INTEGERS = (
+    torch.uint8,
+    torch.int8,
+    torch.uint16,
+    torch.int16,
+    torch.uint32,
+    torch.int32,
+    torch.int64,
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
@@ -159,11 +169,55 @@ class Limit:
 class Replay:
     """Recorded choices to use instead of the router's own (its gates and losses stay live).
 
+    A layer checks them in each forward, which waits for the device, unless `checked` did it once.
+
     Args:
-        expert: chosen experts, int64 [T, top_k]; ``num_experts`` marks an unused place.
+        expert: chosen experts, integers [T, k], or [B, S, k] of T = B * S tokens; k need not be the
+            layer's own. -1 and ``num_experts`` mark an unused place. An expert that a token names
+            twice counts once.
+        num_experts: E that they were checked for; None before.
     """
 
     expert: Tensor
+    num_experts: int | None = None
+
+    def checked(self, num_experts: int, name: str = "replay.expert") -> Replay:
+        """The same choices, int64 [T, k], with ``num_experts`` in unused places.
+
+        Args:
+            num_experts: E of the layer.
+            name: what errors call them.
+        Raises:
+            TypeError: not a tensor.
+            ValueError: another dtype or shape, or experts that there are not.
+        """
+        expert = self.expert
+        if not isinstance(expert, Tensor):
+            raise TypeError(f"{name} is {type(expert).__name__}; it must be a tensor of integers")
+        if expert.dtype not in _INTEGERS:
+            raise ValueError(f"{name} has dtype {expert.dtype}; it must be a tensor of integers")
+        if expert.dim() not in (2, 3) or not 1 <= expert.shape[-1] <= num_experts:
+            raise ValueError(
+                f"{name} has shape {tuple(expert.shape)}; it must be [T, k] or [B, S, k], with k "
+                f"from 1 to num_experts={num_experts}"
+            )
+        expert = expert.long().flatten(0, -2)
+        if expert.numel():
+            low, high = torch.stack(expert.aminmax()).tolist()
+            if low < -1 or high > num_experts:
+                wrong = low if low < -1 else high
+                raise ValueError(
+                    f"{name} holds {wrong}; experts are 0 to {num_experts - 1}, and -1 or "
+                    f"{num_experts} marks an unused place"
+                )
+        ordered, place = expert.sort(dim=1, stable=True)
+        again = torch.zeros_like(expert, dtype=torch.bool)
+        again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+        unused = (expert < 0) | again.scatter(1, place, again)
+        return Replay(
+            expert=expert.masked_fill(unused, num_experts),
+            num_experts=num_experts,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from etr.moe.affinity import router_dtype
 from etr.moe.checked import check_types
-from etr.moe.routing import RouterInput, Routing, Scores
+from etr.moe.routing import Replay, RouterInput, Routing, Scores
 from etr.moe.score_scale import OddsScale, ScoreScale
 from etr.moe.select import RankBy, token_pairs, top_experts
 
@@ -116,18 +116,20 @@ class Router(nn.Module):
         with torch.autocast(device_type=x.device.type, enabled=False):
             scores = self.scores(x if self.takes_any_dtype else router_dtype(x), inputs)
             if inputs.replay is not None:
-                return self.routing_of(scores, self._replayed(inputs.replay.expert, x), inputs)
+                return self.routing_of(scores, self._replayed(inputs.replay, x), inputs)
             if tokens_choose:
                 return Router.choose(self, scores, inputs)
             return self.choose(scores, inputs)
 
-    def _replayed(self, expert: Tensor, x: Tensor) -> Tensor:
-        if expert.dim() != 2 or expert.shape[0] != x.shape[0] or expert.dtype != torch.int64:
+    def _replayed(self, replay: Replay, x: Tensor) -> Tensor:
+        if replay.num_experts != self.num_experts:
+            replay = replay.checked(self.num_experts)
+        if replay.expert.shape[0] != x.shape[0]:
             raise ValueError(
-                f"replay.expert has shape {tuple(expert.shape)} and dtype {expert.dtype}; it must "
-                f"be int64 [{x.shape[0]}, k], one row per token"
+                f"replay.expert has {replay.expert.shape[0]} rows; it must have {x.shape[0]}, one "
+                "row per token"
             )
-        return expert
+        return replay.expert.to(x.device)
 
     def scores(self, x: Tensor, inputs: RouterInput) -> Scores:
         """Score every (token, expert) pair.
