@@ -61,7 +61,7 @@ def limit_over_group(layer: MoE, routing: Routing, limit: Limit, traffic: Traffi
     peers = None if traffic is None else traffic.parallel.selection_peers
     if traffic is None or peers is None or limit.capacity is None:
         return limit
-    pool = getattr(layer.router.config, "expert_pool", "choosers")
+    pool = layer.expert_pool
     asked = _all_pairs(routing) if pool == "all" else routing
     choosers, answer = gather_choosers(layer, asked, peers, traffic)
     limit = layer.capacity.limit(

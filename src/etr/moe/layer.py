@@ -35,8 +35,9 @@ from etr.moe.experts import (
     auto_backend,
 )
 from etr.moe.group_selection import choosers_of, limit_over_group, token_offset
+from etr.moe.routers import Router
 from etr.moe.routing import Limit, MoEOutput, RouterInput, Routing, RoutingContext, Selection
-from etr.moe.select import select
+from etr.moe.select import ExpertPool, select
 from etr.moe.state import LayerState, keep_state
 from etr.moe.stats import routing_stats, target_kept
 from etr.moe.watch import LayerView, Watcher
@@ -82,11 +83,13 @@ class MoE(nn.Module):
                 clamp=self.experts.clamp,
             )
         if config.shared_gate:
-            self.shared_gate = nn.Linear(config.hidden_size, 1, bias=False)
+            self.shared_gate = SharedGate(config.hidden_size, 1, bias=False)
         auto = config.dispatch == "auto"
         self.dispatcher = Permute() if auto else parse_dispatcher(config.dispatch)
         self.parallel: ExpertParallel | None = None
         self.traits = config.router_config.traits
+        # Kept here, since wrappers around the router (PEFT's) hide its attributes.
+        self.expert_pool: ExpertPool = getattr(config.router_config, "expert_pool", "choosers")
         self.rank_by = config.resolved_rank_by
         self.normalize = config.resolved_normalize
         self.eval_selection: EvalSelection = config.eval_selection
@@ -179,7 +182,7 @@ class MoE(nn.Module):
             limit,
             rank_by=self.rank_by,
             normalize=self.normalize,
-            expert_pool=getattr(self.router.config, "expert_pool", "choosers"),
+            expert_pool=self.expert_pool,
         )
         if self.config.routed_scale == 1:
             return selection
@@ -218,7 +221,7 @@ class MoE(nn.Module):
 
         y: Tensor = self.shared_experts(x, x.dtype, run)
         if self.shared_gate is not None:
-            y = y * F.linear(x, self.shared_gate.weight.to(x.dtype)).sigmoid()
+            y = y * self.shared_gate(x).sigmoid()
         return y
 
     def losses(
@@ -317,8 +320,9 @@ class MoE(nn.Module):
         return self.rank_by == "score" and self.traits.has_scores and self.calibration.is_calibrated
 
     def _warn_about_eval(self) -> None:
-        for text in self.router.report():
-            warnings.warn(text, stacklevel=3)
+        for module in self.router.modules():
+            for text in module.report() if isinstance(module, Router) else ():
+                warnings.warn(text, stacklevel=3)
         dropless = self.config.capacity_config.name == "none"
         if self.eval_selection != "threshold" or dropless or self.has_thresholds():
             return
@@ -343,6 +347,13 @@ class MoE(nn.Module):
                 f"hidden_states of MoE layer {self.layer_index} holds NaN or infinite values in "
                 f"{bad} of {hidden_states[..., 0].numel()} tokens"
             )
+
+
+class SharedGate(nn.Linear):
+    """A linear layer that computes in the dtype of its input, [..., H] to [..., 1]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 def set_eval_selection(model: nn.Module, selection: EvalSelection) -> None:

@@ -48,6 +48,8 @@ class ExpertWeights(nn.Module):
         clamp: numbers of a clamped activation.
     """
 
+    down_proj_bias: Tensor | None
+
     def __init__(
         self,
         num_experts: int,
@@ -94,10 +96,9 @@ class ExpertWeights(nn.Module):
 
     def params(self, dtype: torch.dtype) -> ExpertParams:
         """Weights of this rank's experts, converted to the dtype of the computation."""
-        up_bias = self._parameters[f"{self.up_name}_bias"]
-        down_bias = self._parameters["down_proj_bias"]
+        # By attribute: adapters put plain tensors in the place of parameters.
+        up_bias, down_bias = getattr(self, f"{self.up_name}_bias"), self.down_proj_bias
         return ExpertParams(
-            # Adapters put plain tensors in the place of parameters.
             up=_local(getattr(self, self.up_name)).to(dtype),
             down=_local(self.down_proj).to(dtype),
             activation=self.activation,
