@@ -16,7 +16,7 @@ from benchmarks.screen import screen
 from benchmarks.settings import Settings, load_average
 from benchmarks.systems import SYSTEMS
 from benchmarks.tables import losses_table, targets_table
-from etr.train.files import write_text
+from etr.files import write_text
 
 TARGET_COLUMNS = {"quartiles", "best"}
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.settings import ROOT
-from etr.train.files import write_text
+from etr.files import write_text
 from etr.train.metrics import read_metrics
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"

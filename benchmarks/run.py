@@ -12,7 +12,7 @@ from benchmarks.cases import Case
 from benchmarks.measures import MEASURES
 from benchmarks.results import CaseResult
 from benchmarks.settings import Settings, load_average
-from etr.train.files import write_json
+from etr.files import write_json
 
 OnCase = Callable[[Case, CaseResult, bool], None]
 OnNote = Callable[[Case, str], None]

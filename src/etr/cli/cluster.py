@@ -64,8 +64,8 @@ def _measure(arguments: list[str]) -> int:
 
 def _write_curve(curve: Curve, out: Path) -> None:
     from etr.cluster.figure import curve_drawing
+    from etr.files import write_json
     from etr.report.figure import house_style, save_files
-    from etr.train.files import write_json
 
     write_json(out / "curve.json", curve.to_dict())
     with house_style():

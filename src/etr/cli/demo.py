@@ -9,9 +9,9 @@ from etr.cli._model import open_model
 from etr.cli._options import parse
 from etr.cli.compare import run_comparison
 from etr.cli.generate import GenerateConfig, continue_text
+from etr.files import write_text
 from etr.recipes import demo
 from etr.report import results_markdown
-from etr.train.files import write_text
 
 
 @dataclass(frozen=True, kw_only=True)

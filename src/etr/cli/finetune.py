@@ -16,8 +16,8 @@ from etr.cli._options import parse
 from etr.cli._progress import steps_progress
 from etr.cli._tables import make_table
 from etr.data import open_data
+from etr.files import write_json
 from etr.hf.convert import write_model
-from etr.train.files import write_json
 from etr.train.recover import CAPACITIES, RecoverConfig, Recovery, recover
 
 

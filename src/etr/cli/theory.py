@@ -17,7 +17,8 @@ from rich.table import Table
 
 from etr.cli._options import parse
 from etr.cli._tables import make_table
-from etr.report.figure import add_legend, direct_label, house_style, new_figure, write_atomically
+from etr.files import write_bytes
+from etr.report.figure import add_legend, direct_label, house_style, new_figure
 from etr.report.style import CARD, LineStyle, variant_style
 from etr.theory import Bounds, geometric_success
 from etr.theory.geometric import CHOICES, Choice
@@ -293,7 +294,7 @@ def run(arguments: list[str]) -> int:
             content = BytesIO()
             metadata = {"Creator": None, "Date": None, "Format": None, "Type": None}
             figure.savefig(content, format="svg", facecolor=CARD.light, metadata=metadata)
-        write_atomically(config.figure, content.getvalue())
+        write_bytes(config.figure, content.getvalue())
         print(f"figure: {config.figure}")
     return code
 

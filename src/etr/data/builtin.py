@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from etr.data._files import sha256, write_atomic
 from etr.data.corpus import Corpus, Domain, read_text
 from etr.data.synthetic import synthesise
+from etr.files import sha256, write_bytes
 
 DEFAULT_MAX_BYTES = 2_000_000
 """Bytes of text per domain; the sources give about this much of each kind."""
@@ -249,7 +249,7 @@ def _versions() -> str:
 def _write_cache(path: Path, corpus: Corpus) -> None:
     payload = json.dumps(asdict(corpus), ensure_ascii=False).encode()
     header = json.dumps({"format": _FORMAT, "sha256": sha256(payload)}).encode()
-    write_atomic(path, header + b"\n" + payload)
+    write_bytes(path, header + b"\n" + payload)
 
 
 def _read_cache(path: Path) -> Corpus | None:

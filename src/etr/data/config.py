@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from etr.data._files import sha256, temporary_sibling
 from etr.data.builtin import DEFAULT_MAX_BYTES, builtin_corpus
 from etr.data.corpus import Corpus, load_corpus, merge
 from etr.data.shards import TokenDataset, write_shards
 from etr.data.tokenizer import fingerprint, load_tokenizer, train_bpe
+from etr.files import sha256, temporary_sibling
 from etr.moe.checked import check_types
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from etr.data._files import sha256
 from etr.data.split import HELD_OUT_FRACTION, split
+from etr.files import sha256
 
 TEXT_SUFFIXES = frozenset({".txt", ".text", ".md", ".rst", ".py", ".json", ".jsonl"})
 """Suffixes read from a folder; a file named itself is read whatever its suffix."""

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from etr.data._files import sha256
 from etr.data.batch import Batch, make_batch
 from etr.data.shards import TokenDataset
+from etr.files import sha256
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 

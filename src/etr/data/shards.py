@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from etr.data._files import sha256, sha256_of_file, temporary_sibling
 from etr.data.corpus import Corpus
 from etr.data.tokenizer import encode_documents, fingerprint
+from etr.files import sha256, sha256_of_file, temporary_sibling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from etr.data._files import sha256
+from etr.files import sha256
 from etr.pretrained import from_local
 
 if TYPE_CHECKING:

@@ -20,7 +20,6 @@ import ast
 import dataclasses
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import sysconfig
@@ -31,8 +30,8 @@ from typing import Any
 
 from etr.evaluate.comparison import comparison_markdown, read_models
 from etr.evaluate.tasks.base import spread
+from etr.files import whole_folder, write_json, write_text
 from etr.pretrained import from_local
-from etr.train.files import write_json, write_text
 
 ROUTERS = ("etr", "token_choice")
 BASE = "dense"
@@ -109,10 +108,9 @@ def save_base(folder: Path) -> None:
         del config.quantization_config
     plain: Any = type(quantized)(config)
     plain.load_state_dict(quantized.state_dict())
-    temporary = folder.with_name(f".tmp-{folder.name}")
-    plain.save_pretrained(temporary)
-    from_local(AutoTokenizer, source, gguf_file=file.name).save_pretrained(temporary)
-    os.replace(temporary, folder)
+    with whole_folder(folder) as temporary:
+        plain.save_pretrained(temporary)
+        from_local(AutoTokenizer, source, gguf_file=file.name).save_pretrained(temporary)
 
 
 def instructions(count: int) -> list[dict[str, str]]:

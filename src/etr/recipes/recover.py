@@ -16,10 +16,10 @@ from typing import Any
 import tyro
 
 from etr.data import DataConfig, open_data
+from etr.files import write_json, write_text
 from etr.hf import convert, load_pretrained
 from etr.train import ModelConfig, OptimizerConfig, RoutingOptions, TrainConfig, train
 from etr.train.checkpoint import list_checkpoints
-from etr.train.files import write_json, write_text
 from etr.train.into_fixed import MOVING_SHARE
 from etr.train.recover import CAPACITIES, RecoverConfig, recover
 

@@ -1,6 +1,5 @@
 """A figure as a value, and how it leaves: into a page, or as SVG and PNG files."""
 
-import os
 import re
 import textwrap
 import warnings
@@ -15,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from etr.files import write_bytes
 from etr.report.spec import Numbers, Section
 from etr.report.style import CARD, RC, SOFT, TINTS, LineStyle
 from etr.report.wording import clipped
@@ -158,7 +158,7 @@ def save_files(drawing: Drawing, folder: Path) -> tuple[Path, Path]:
         figure.savefig(svg, format="svg", facecolor=CARD.light, metadata=_NO_METADATA)
         figure.savefig(png, format="png", facecolor=CARD.light, dpi=PNG_DOTS_PER_INCH)
     for path, content in zip(paths, (svg, png), strict=True):
-        write_atomically(path, content.getvalue())
+        write_bytes(path, content.getvalue())
     return paths
 
 
@@ -198,14 +198,3 @@ def _framed(drawing: Drawing) -> Iterator[Figure]:
         for axes in figure.axes:
             axes.set_in_layout(True)  # set_position took them out
         figure.set_layout_engine(engine)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: under another name first, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

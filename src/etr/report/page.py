@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from etr.files import write_bytes
 from etr.report.alarms import gather_alarms
-from etr.report.figure import Drawing, Skipped, inline_svg, save_files, write_atomically
+from etr.report.figure import Drawing, Skipped, inline_svg, save_files
 from etr.report.figures import draw_figures
 from etr.report.page_style import STYLE_SHEET
 from etr.report.reading import headline
@@ -57,7 +58,7 @@ def write_report(
     page = render_page(report, figures, title=title, data=data.name)
     _write_numbers(figures, data)
     # A text of the results may hold what UTF-8 cannot write (half a surrogate pair).
-    write_atomically(path, page.encode("utf-8", errors="replace"))
+    write_bytes(path, page.encode("utf-8", errors="replace"))
     if figures_dir is not None:
         for figure in figures:
             if isinstance(figure, Drawing):
@@ -69,7 +70,7 @@ def _write_numbers(figures: Sequence[Drawing | Skipped], folder: Path) -> None:
     for figure in figures:
         path = folder / f"{figure.key}.csv"
         if isinstance(figure, Drawing):
-            write_atomically(path, figure.numbers.csv().encode("utf-8", errors="replace"))
+            write_bytes(path, figure.numbers.csv().encode("utf-8", errors="replace"))
         else:
             path.unlink(missing_ok=True)  # of an earlier report, which had the figure
 

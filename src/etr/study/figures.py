@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from etr.files import write_text
 from etr.report.statistics import mean, t_interval
 from etr.study.collection import Collection
 from etr.study.summary import Row
-from etr.train.files import write_text
 
 MARKERS = {"steps": "o", "expert_flops": "s", "seconds": "^"}
 NAMES = {"steps": "equal steps", "expert_flops": "equal expert FLOPs", "seconds": "equal time"}

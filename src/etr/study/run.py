@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
+from etr.files import whole_file, write_json
 from etr.moe import attach
 from etr.moe.config import EvalSelection
 from etr.study.probe import evaluate
 from etr.study.tasks import TASKS, Task, open_task
 from etr.train import TrainConfig, parse_variant
 from etr.train.compare import environment
-from etr.train.files import write_json
 from etr.train.metrics import expert_flops, routing_metrics
 from etr.train.optimizer import build_optimizer, learning_rate
 
@@ -163,10 +163,8 @@ def _mean(rows: list[dict[str, Any]], name: str) -> float:
 def _save(model: torch.nn.Module, path: Path) -> None:
     from safetensors.torch import save_model
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    save_model(model, str(temporary))
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        save_model(model, str(temporary))
 
 
 def load_model(run: Run, weights: Path) -> torch.nn.Module:

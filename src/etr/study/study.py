@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from etr.files import write_json, write_text
 from etr.study import figures, markdown
 from etr.study.collection import TIMES, collect
 from etr.study.grid import Block, Match, flops_ratio, runs_of
@@ -17,7 +18,6 @@ from etr.study.queue import load, run_all
 from etr.study.run import Run, load_model
 from etr.study.timing import step_times
 from etr.train import parse_variant
-from etr.train.files import write_json, write_text
 
 Show = Callable[[str, int, int], None]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -9,6 +10,7 @@ from types import TracebackType
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from etr.files import whole_file
 from etr.trace.schema import SCHEMA, LayerRouting, TokenRows, TraceInfo, trace_table
 
 ROWS_PER_GROUP = 1 << 16
@@ -35,14 +37,16 @@ class TraceWriter:
         """Tokens written so far."""
         self._rows_per_group = rows_per_group
         self._waiting: list[pa.Table] = []
-        self._temporary = self.path.with_name(f".tmp-{self.path.name}")
 
     def __enter__(self) -> TraceWriter:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         schema = SCHEMA.with_metadata(self.info.to_metadata())
-        self._file = pq.ParquetWriter(
-            self._temporary, schema, compression="zstd", write_page_checksum=True
-        )
+        with contextlib.ExitStack() as opened:
+            temporary = opened.enter_context(whole_file(self.path))
+            self._file = opened.enter_context(
+                pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True)
+            )
+            opened.push(lambda kind, *_: None if kind else self._flush())
+            self._opened = opened.pop_all()
         return self
 
     def __exit__(
@@ -51,14 +55,7 @@ class TraceWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
-            if kind is None:
-                self._flush()
-            self._file.close()
-            if kind is None:
-                self._temporary.replace(self.path)
-        finally:
-            self._temporary.unlink(missing_ok=True)
+        self._opened.__exit__(kind, error, trace)
 
     def write(self, tokens: TokenRows, layers: Sequence[LayerRouting]) -> None:
         """Add tokens, each with its routing in every layer.

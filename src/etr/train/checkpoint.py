@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from etr.files import write_json
 from etr.hf import EtrConfig, EtrForCausalLM
 from etr.parallel import Ranks, manifest
 from etr.parallel.storage import (
@@ -36,7 +37,6 @@ from etr.parallel.storage import (
     tensors_changed,
     write_tensors,
 )
-from etr.train.files import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

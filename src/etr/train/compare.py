@@ -19,10 +19,10 @@ import torch
 
 from etr.data import OpenedData, open_data
 from etr.evaluate import score_densities
+from etr.files import write_json
 from etr.moe import moe_layers
 from etr.train.checkpoint import list_checkpoints
 from etr.train.config import TrainConfig
-from etr.train.files import write_json
 from etr.train.interrupt import stop_on_interrupt
 from etr.train.loop import Row, Trainer, TrainResult, held_out
 from etr.train.metrics import count_parameters, read_metrics

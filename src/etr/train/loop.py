@@ -14,6 +14,7 @@ import torch
 
 from etr.data import Batch, OpenedData, TokenLoader, held_out_batches, open_data
 from etr.evaluate import EvalResult, evaluate
+from etr.files import write_json
 from etr.hf import EtrForCausalLM
 from etr.moe import attach, moe_layers
 from etr.moe.config import EvalSelection
@@ -22,7 +23,6 @@ from etr.train.alarms import Alarms
 from etr.train.checkpoint import Snapshot, TrainState, snapshot
 from etr.train.config import TrainConfig
 from etr.train.diagnose import diagnose, mixed_batches
-from etr.train.files import write_json
 from etr.train.interrupt import stop_on_interrupt
 from etr.train.metrics import (
     expert_flops,

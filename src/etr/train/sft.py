@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from etr.files import write_json
 from etr.hf import EtrForCausalLM
 from etr.hf.callback import EtrCallback
 from etr.train.conversations import encode, read_conversations
-from etr.train.files import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,7 +14,7 @@ from etr.cluster.bench.plan import BenchConfig
 from etr.cluster.bench.training import train_missing
 from etr.cluster.launch import EmulatedCluster, emulate
 from etr.cluster.network import why_unavailable
-from etr.train.files import write_json, write_text
+from etr.files import write_json, write_text
 
 
 def bench(
