@@ -15,6 +15,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +161,77 @@ def _forget_the_dead(path: Path) -> None:
     remove_temporaries(
         path.parent, name=re.escape(path.name), older_than_seconds=LEFT_BEHIND_SECONDS
     )
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON in UTF-8; names the file and what is wrong.
+    """
+    try:
+        return parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+
+
+def parse_json(content: bytes) -> Any:
+    """The value of a JSON text in UTF-8.
+
+    Raises:
+        ValueError: it is none; completes a sentence that begins with its name.
+    """
+    try:
+        return json.loads(content.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not a text file in UTF-8 (byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"is not complete JSON (line {error.lineno}, column {error.colno}: {error.msg})"
+        ) from error
+    except RecursionError:
+        raise ValueError("is JSON that is nested too deeply") from None
+    except ValueError as error:  # a number of too many digits
+        raise ValueError(f"is JSON that cannot be read: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonLine:
+    """A line that is not blank, of a file that should hold one JSON object a line.
+
+    Args:
+        number: of the line, from 1.
+        raw: its bytes, without the newline.
+        row: the object; None where the line is none.
+        ended: a newline follows, so that the line was written whole.
+    """
+
+    number: int
+    raw: bytes
+    row: dict[str, Any] | None
+    ended: bool = True
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether it is the beginning of an object, whose writer was killed."""
+        return not self.ended and self.row is None and self.raw.startswith(b"{")
+
+
+def json_lines(content: bytes) -> list[JsonLine]:
+    """The lines of a file that should hold one JSON object a line, whatever they hold."""
+    parts = content.split(b"\n")
+    return [
+        JsonLine(number=number, raw=raw, row=parse_row(raw), ended=number < len(parts))
+        for number, raw in enumerate(parts, start=1)
+        if raw.strip()
+    ]
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """The JSON object on a line; None where there is none."""
+    try:
+        row = parse_json(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None

@@ -131,10 +131,11 @@ def test_a_file_that_vanished(tmp_path):
 
 def test_damaged_lines_are_counted(tmp_path):
     path = tmp_path / "m"
-    path.write_text('{"a": 1}\nnonsense\n[1]\n\n{"a": 2}\n')
+    deep = "[" * 100_000
+    path.write_text(f'{{"a": 1}}\nnonsense\n[1]\n\n{deep}\n{{"a": 2}}\n')
     tail = MetricsTail(path)
     assert tail.poll()[0] == [{"a": 1}, {"a": 2}]
-    assert tail.num_damaged == 2
+    assert tail.num_damaged == 3
 
 
 # The run

@@ -231,7 +231,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(
     def fail(*_: object) -> None:
         raise OSError("no room")
 
-    monkeypatch.setattr("etr.report.figure.os.replace", fail)
+    monkeypatch.setattr("etr.files.os.replace", fail)
     with pytest.raises(OSError, match="no room"):
         write_report(content, path)
     assert path.read_text() == "old"

@@ -143,11 +143,11 @@ def test_damage_shortness_and_novelty_are_said_and_survived(tmp_path: Path) -> N
         "cut: the last line of metrics.jsonl (line 3) is cut and left out.",
         "cut: config.json is not complete JSON and left out.",
         "empty: no training step is logged yet.",
-        "one: one training step alone is logged, its curves are points.",
+        "one; broken: one training step alone is logged, its curves are points.",
         "newer: metrics.jsonl has 1 key that the report does not read: novel.",
         "newer: metrics.jsonl has 1 kind of line that the report does not read: aura.",
-        "broken: no curves, metrics.jsonl line 1 is not a JSON object.",
-        "The variants differ in steps (cut and newer: 2; one: 1; longer: 29).",
+        "broken: metrics.jsonl has 1 line left out: line 1 is not a JSON object.",
+        "The variants differ in steps (cut and newer: 2; one and broken: 1; longer: 29).",
     ):
         assert sentence in page, sentence
     figures = {figure.key: figure for figure in draw_figures(runs)}

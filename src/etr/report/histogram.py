@@ -48,7 +48,7 @@ def parse_histogram(raw: Mapping[str, Any], where: str, prefix: str = "") -> His
         edges, own, others = (
             np.asarray(raw[prefix + key], dtype=np.float64) for key in ("edges", "own", "others")
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{where} needs lists of numbers `edges`, `own` and `others`") from error
     bins = (edges.size - 1,)
     if edges.ndim != 1 or bins[0] < 1 or own.shape != bins or others.shape != bins:

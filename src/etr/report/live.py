@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
@@ -11,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from etr.files import parse_row, read_json
 
 LiveRow = Mapping[str, Any]
 METRICS = "metrics.jsonl"
@@ -77,14 +78,9 @@ class MetricsTail:
         return file.read(length) == self._seen + b"\n"
 
     def _row(self, line: bytes) -> LiveRow | None:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            return row
-        self.num_damaged += 1
-        return None
+        row = parse_row(line)
+        self.num_damaged += row is None
+        return row
 
 
 @dataclass(kw_only=True)
@@ -202,7 +198,7 @@ def value(row: LiveRow, key: str) -> float | None:
 def planned_steps(folder: Path) -> int | None:
     """Steps that a run's config plans, or None where it has none."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
     except (OSError, ValueError):
         return None
     steps = config.get("steps") if isinstance(config, dict) else None

@@ -1,6 +1,5 @@
 """Read one run's metrics.jsonl into columns: one array per quantity, one entry per logged step."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from etr.files import JsonLine, json_lines
 from etr.report.observations import (
     Alarm,
     Array,
@@ -95,39 +95,48 @@ class Metrics:
 def load_metrics(path: Path) -> Metrics:
     """Load one run's metrics.jsonl.
 
-    A last line that was cut while being written is left out and noted; where a resumed run wrote
-    a step again, the later line counts.
+    A line that is cut, damaged or malformed is left out and noted; where a resumed run wrote a
+    step again, the later line counts.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line other than the last is not a JSON object, or a field is malformed.
     """
     if not path.is_file():
         raise FileNotFoundError(f"metrics: {path} does not exist")
-    lines, notes = _read_lines(path)
+    found = json_lines(path.read_bytes())
+    lines: list[Mapping[str, Any]] = []
+    left_out: list[str] = []
     train: dict[int, Mapping[str, Any]] = {}
     evaluations: dict[tuple[int, str], Evaluation] = {}
     diagnostics: dict[int, Diagnostics] = {}
     profiles: dict[int, Profile] = {}
     alarms: dict[tuple[int, str, int | None], Alarm] = {}
-    for line_number, line in lines:
-        where = f"{path.name} line {line_number}"
-        kind = line.get("kind")
-        if kind not in _KNOWN:
+    for line in found:
+        if line.row is None:
+            if line.ended or line is not found[-1]:
+                left_out.append(f"line {line.number} is not a JSON object")
             continue
-        step = _step(line, where)
-        if kind == "train":
-            train[step] = _train_values(line, where)
-        elif kind == "eval":
-            evaluation = parse_evaluation(line, step, where)
-            evaluations[step, evaluation.selection] = evaluation
-        elif kind == "diagnostics":
-            diagnostics[step] = parse_diagnostics(line, step)
-        elif kind == "profile":
-            profiles[step] = parse_profile(line, step)
-        else:
-            alarm = parse_alarm(line, step)
-            alarms[step, alarm.name, alarm.layer] = alarm
+        row, where = line.row, f"line {line.number}"
+        lines.append(row)
+        kind = row.get("kind")
+        if not isinstance(kind, str) or kind not in _KNOWN:
+            continue
+        try:
+            step = _step(row, where)
+            if kind == "train":
+                train[step] = _train_values(row, where)
+            elif kind == "eval":
+                evaluation = parse_evaluation(row, step, where)
+                evaluations[step, evaluation.selection] = evaluation
+            elif kind == "diagnostics":
+                diagnostics[step] = parse_diagnostics(row, step)
+            elif kind == "profile":
+                profiles[step] = parse_profile(row, step)
+            else:
+                alarm = parse_alarm(row, step)
+                alarms[step, alarm.name, alarm.layer] = alarm
+        except ValueError as error:
+            left_out.append(str(error))
     rows = [train[step] for step in sorted(train)]
     return Metrics(
         step=np.array(sorted(train), dtype=np.int64),
@@ -143,31 +152,29 @@ def load_metrics(path: Path) -> Metrics:
         diagnostics=tuple(diagnostics[step] for step in sorted(diagnostics)),
         profiles=tuple(profiles[step] for step in sorted(profiles)),
         alarms=tuple(alarms.values()),
-        notes=(*notes, *_unknown([line for _, line in lines], path.name), *_shortness(len(rows))),
+        notes=(
+            *_damage(path.name, found, left_out),
+            *_unknown(lines, path.name),
+            *_shortness(len(rows)),
+        ),
     )
 
 
-def _read_lines(path: Path) -> tuple[list[tuple[int, Mapping[str, Any]]], list[str]]:
-    raw = path.read_bytes().split(b"\n")
-    numbered = [(index, line) for index, line in enumerate(raw, start=1) if line.strip()]
-    lines: list[tuple[int, Mapping[str, Any]]] = []
-    for index, line in numbered:
-        try:
-            value = json.loads(line)
-        except ValueError:  # JSON that is cut, or UTF-8 that is cut
-            value = None
-        if isinstance(value, Mapping):
-            lines.append((index, value))
-        elif index == numbered[-1][0]:
-            return lines, [f"the last line of {path.name} (line {index}) is cut and left out."]
-        else:
-            raise ValueError(f"{path.name} line {index} is not a JSON object")
-    return lines, []
+def _damage(name: str, lines: Sequence[JsonLine], left_out: Sequence[str]) -> list[str]:
+    """What was left out of the file of this name."""
+    notes = []
+    if left_out:
+        more = f" and {len(left_out) - 6} more" if len(left_out) > 6 else ""
+        words = clipped(label(listed(left_out[:6])), 600)
+        notes.append(f"{name} has {counted(len(left_out), 'line')} left out: {words}{more}.")
+    if lines and lines[-1].row is None and not lines[-1].ended:
+        notes.append(f"the last line of {name} (line {lines[-1].number}) is cut and left out.")
+    return notes
 
 
 def _step(line: Mapping[str, Any], where: str) -> int:
     step = line.get("step")
-    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 1 << 63:
         raise ValueError(f"{where}: step must be an integer of at least 0, got {step!r}")
     return step
 
@@ -205,7 +212,7 @@ def _counts(rows: Sequence[Sequence[Any]], field: str) -> Array | None:
     """Counts per expert, [S, layers, experts]; None unless all lines have the same full grid."""
     try:
         grid = np.array([[layer[field] for layer in layers] for layers in rows], dtype=np.float64)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
     return grid if grid.ndim == 3 and grid.size and np.isfinite(grid).all() else None
 

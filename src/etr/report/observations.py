@@ -223,6 +223,6 @@ def _matrix(value: Any) -> Array | None:
         return None
     try:
         found = np.array(value, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return found if found.ndim == 2 and found.size and np.isfinite(found).any() else None

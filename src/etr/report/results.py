@@ -4,12 +4,12 @@ Numbers that are missing, null or not finite become None (in curves: NaN), so th
 after this file meets one kind of absence only.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from etr.files import read_json
 from etr.report.histogram import Histogram, parse_histogram
 from etr.report.metrics import Metrics, load_metrics
 from etr.report.observations import label, number
@@ -128,14 +128,9 @@ def load_results(source: ResultsLike, *, metrics_root: Path | None = None) -> Re
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file; expected results.json") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is not complete JSON (line {error.lineno}, column {error.colno}: {error.msg});"
-            " was it cut while being written?"
-        ) from error
+        return read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; give the results.json that `etr compare` wrote") from error
 
 
 def _parse(content: Any, where: str, metrics_root: Path) -> Results:

@@ -1,6 +1,5 @@
 """One training run on its own: its folder to a row, as a comparison would have it."""
 
-import json
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from etr.files import read_json
 from etr.report.metrics import Metrics
 from etr.report.observations import Array, label
 from etr.report.results import (
@@ -110,7 +110,7 @@ def _read(path: Path, name: str, notes: Notes) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except ValueError:
         notes.setdefault(f"{path.name} is not complete JSON and left out.", []).append(name)
         return {}

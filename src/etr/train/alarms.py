@@ -65,7 +65,7 @@ class Alarms:
 
     def update(self, row: Row) -> list[Alarm]:
         """Read the next row of metrics; returns the alarms that it raises."""
-        if row["kind"] == "train" and row.get("layers"):
+        if row.get("kind") == "train" and row.get("layers"):
             self._kept.append(row["kept_fraction"])
             return [
                 *self._collapsed(row),
@@ -73,7 +73,7 @@ class Alarms:
                 *self._dropping(row),
                 *self._blind(row),
             ]
-        if row["kind"] == "eval" and row["selection"] == "threshold" and self._kept:
+        if row.get("kind") == "eval" and row.get("selection") == "threshold" and self._kept:
             return self._outdated(row)
         return []
 
@@ -200,6 +200,8 @@ class _ExcessDrop:
             return None
         load = torch.tensor([layer["num_choices_per_expert"] for layer in layers]).double()
         shares = (load / load.sum(-1, keepdim=True).clamp_min(1)).sort(-1).values
+        if shares.shape != self._shares.shape:  # the first row
+            self._rows, self._best = 0, self._best[:0]
         self._rows += 1
         # A plain mean at first, then an exponential one.
         decay = min(self._decay, 1 - 1 / self._rows)

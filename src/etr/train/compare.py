@@ -190,7 +190,7 @@ def _add_step_time_ratios(out: Path, rows: list[Row]) -> None:
         (row["name"], row["seed"]): {
             step["step"]: step["step_time_seconds"]
             for step in read_metrics(out / row["metrics"])
-            if step["kind"] == "train"
+            if step.get("kind") == "train"
         }
         for row in rows
     }
@@ -202,10 +202,17 @@ def _add_step_time_ratios(out: Path, rows: list[Row]) -> None:
 
 def _summary(name: str, run: TrainConfig, result: TrainResult) -> Row:
     rows = read_metrics(result.run / "metrics.jsonl")
-    steps = [row for row in rows if row["kind"] == "train"]
+    steps = [row for row in rows if row.get("kind") == "train"]
     evals = {
-        row["selection"]: row for row in rows if row["kind"] == "eval" and row["step"] == run.steps
+        str(row.get("selection")): row
+        for row in rows
+        if row.get("kind") == "eval" and row["step"] == run.steps
     }
+    if not steps or "dropless" not in evals:
+        raise ValueError(
+            f"{result.run / 'metrics.jsonl'} lost its rows of training, or the evaluation of step "
+            f"{run.steps}: train {name!r} again in another folder"
+        )
     final = evals.get(run.model.routing.eval_selection) or evals["dropless"]
     last = steps[-LAST_STEPS:]
     parameters, active = count_parameters(result.model)

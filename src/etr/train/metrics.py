@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from etr.files import JsonLine, json_lines, write_bytes
 from etr.hf import EtrForCausalLM
 from etr.moe import MoE, moe_layers
 from etr.moe.lower_bound import erfc_bound
 from etr.moe.stats import routing_shares
 from etr.parallel import Ranks, gradient_norms, local_part
+
+NUMBERS = {
+    "train": (
+        *("tokens", "expert_flops", "step_time_seconds", "loss"),
+        *("kept_fraction", "drop_rate", "capacity_factor", "max_violation"),
+    ),
+    "eval": ("val_loss", "kept_fraction_eval"),
+}
+"""What a row of a kind must have to be read here; the report asks for less."""
+COUNTS = ("num_tokens_per_expert", "num_choices_per_expert")
 
 
 class MetricsFile:
@@ -25,17 +36,14 @@ class MetricsFile:
 
     Args:
         path: the file.
-        after_step: on resuming, rows of later steps and a line cut short are removed first; 0
-            starts afresh.
+        after_step: on resuming, rows of later steps and a last line cut short are removed first,
+            and any other line stays as it is, whatever it holds; 0 starts afresh.
     """
 
     def __init__(self, path: Path, after_step: int) -> None:
-        kept = []
-        if after_step and path.exists():
-            kept = [row for row in read_metrics(path) if row["step"] <= after_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, path)
+        content = path.read_bytes() if after_step and path.exists() else b""
+        kept = [line.raw + b"\n" for line in json_lines(content) if _stays(line, after_step)]
+        write_bytes(path, b"".join(kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
@@ -48,15 +56,72 @@ class MetricsFile:
         self._file.close()
 
 
+def _stays(line: JsonLine, after_step: int) -> bool:
+    step = _step(line.row or {})
+    return not line.is_cut and (step is None or step <= after_step)
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file; a last line cut short is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    """Rows of a metrics file; a last line cut short is left out.
+
+    So is any other line that is no row, and a warning names it.
+    """
+    lines = [line for line in json_lines(path.read_bytes()) if not line.is_cut]
+    problems = {line.number: _problem(line.row) for line in lines}
+    damaged = [f"line {number} {problem}" for number, problem in problems.items() if problem]
+    if damaged:
+        more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+        warnings.warn(
+            f"{path} has lines that are no rows of metrics; they stay there and are not read: "
+            f"{', '.join(damaged[:5])}{more}",
+            stacklevel=2,
+        )
+    return [line.row for line in lines if line.row is not None and not problems[line.number]]
+
+
+def _problem(row: dict[str, Any] | None) -> str | None:
+    """Why a line cannot be read; completes a sentence."""
+    if row is None:
+        return "is not a JSON object"
+    if _step(row) is None:
+        return "has no step"
+    kind = str(row.get("kind"))
+    for name in NUMBERS.get(kind, ()):
+        if not _is_number(row.get(name)):
+            return f"has no number {name!r}"
+    if kind == "train" and not (_has_numbers(row.get("losses")) and _has_counts(row.get("layers"))):
+        return "has no losses, or no counts of its layers"
+    if kind == "eval" and not _has_numbers(row.get("val_loss_by_domain")):
+        return "has no losses by domain"
+    return None
+
+
+def _step(row: dict[str, Any]) -> int | None:
+    step = row.get("step")
+    return step if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < 1 << 63
+    return isinstance(value, float)
+
+
+def _has_numbers(values: Any) -> bool:
+    return isinstance(values, dict) and all(map(_is_number, values.values()))
+
+
+def _has_counts(layers: Any) -> bool:
+    """Whether there is a number for every layer and expert, and what limits a layer is one."""
+    if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
+        return False
+    counts = [layer.get(name) for layer in layers for name in COUNTS]
+    others = [layer.get(name) for layer in layers for name in ("capacity", "router_grad_norm")]
+    return (
+        all(isinstance(values, list) and all(map(_is_number, values)) for values in counts)
+        and len({len(values) for values in counts if values is not None}) == 1
+        and all(value is None or _is_number(value) for value in others)
+    )
 
 
 def routing_metrics(stats: list[dict[str, Tensor]], top_k: int) -> dict[str, Any]:
