@@ -233,6 +233,39 @@ def test_loading_mirrors_the_state_on_the_host() -> None:
     assert trained.capacity.stage == 0
 
 
+def test_a_value_on_another_device_is_read_only_after_a_write(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Reading waits for a GPU, so it goes by what a tensor's version and place tell."""
+    monkeypatch.setattr("etr.moe.state._trace", lambda value: (value.data_ptr(), value._version))
+    reads: list[float] = []
+
+    class Counted(GlobalState):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_state("progress", (), 0.0, read=self.seen)
+
+        def seen(self, value: float) -> float:
+            reads.append(value)
+            return value
+
+    state = Counted()
+    reads.clear()
+    assert [state.on_host("progress") for _ in range(3)] == [0.0] * 3
+    state.progress.fill_(0.25)
+    state.set_on_host("progress", 0.25)  # the writer knows
+    assert state.on_host("progress") == 0.25
+    assert reads == []
+    state.state_dict()["progress"].copy_(torch.tensor(0.5))
+    assert [state.on_host("progress") for _ in range(3)] == [0.5] * 3
+    state.progress = torch.tensor(0.75)
+    assert [state.on_host("progress") for _ in range(3)] == [0.75] * 3
+    state.progress.data.fill_(1.0)
+    state.eval()
+    assert [state.on_host("progress") for _ in range(3)] == [1.0] * 3
+    assert reads == [0.5, 0.75, 1.0]
+
+
 def test_buffers_assigned_by_a_loader_are_seen_when_the_mode_is_set() -> None:
     layer = make()
     layer.calibration.num_updates = torch.tensor(3)

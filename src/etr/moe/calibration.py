@@ -59,11 +59,11 @@ class Calibration(GlobalState):
         self.register_state("kept", (num_experts,), 0.0)
         self.register_state("affinity_p99", (), 0.0)
         self.register_state("num_updates", (), 0, torch.int64)
-        self.is_calibrated = False
 
-    def state_changed(self) -> None:
-        if not self.num_updates.is_meta:
-            self.is_calibrated = bool(self.num_updates > 0)
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the thresholds have learned anything. Waits for the device."""
+        return not self.num_updates.is_meta and bool(self.num_updates > 0)
 
     @torch.no_grad()
     def update(self, histogram: Tensor, kept: Tensor, decay: float | None = None) -> None:
@@ -93,7 +93,6 @@ class Calibration(GlobalState):
         )
         self.affinity_p99.copy_(torch.where(seen.any(), p99[0], self.affinity_p99))
         self.num_updates += 1
-        self.is_calibrated = True
 
     def kept_share(self) -> Tensor:
         """Share of choosers that training keeps, float32 [E]; 1 for an expert never chosen."""

@@ -171,8 +171,12 @@ class MoE(nn.Module):
             state = self.calibration
             limit = self.capacity.limit(routing, state.threshold, state.affinity_p99)
             return routing, limit_over_group(self, routing, limit, traffic)
-        if self.eval_selection == "threshold" and self.has_thresholds():
-            return self.router(x, inputs), Limit(min_score=self.calibration.threshold)
+        if self.eval_selection == "threshold" and self.ranks_by_score:
+            # Thresholds that nothing was learned for are -inf, which keeps every choice. Where
+            # experts choose they would take every token: the device then lets tokens choose.
+            unknown = False if self.traits.tokens_choose else self.calibration.num_updates == 0
+            routing = self.router(x, inputs, tokens_choose=unknown)
+            return routing, Limit(min_score=self.calibration.threshold)
         return self.router(x, inputs, tokens_choose=True), Limit()
 
     def select(self, routing: Routing, limit: Limit) -> Selection:
@@ -315,9 +319,14 @@ class MoE(nn.Module):
             name = auto_backend(routing.expert.device.type, padded)
         return EXPERT_BACKENDS[name]
 
+    @property
+    def ranks_by_score(self) -> bool:
+        """Whether experts rank tokens by a score, on which a threshold can be put."""
+        return self.rank_by == "score" and self.traits.has_scores
+
     def has_thresholds(self) -> bool:
-        """Whether eval mode can select by calibrated thresholds."""
-        return self.rank_by == "score" and self.traits.has_scores and self.calibration.is_calibrated
+        """Whether eval mode can select by calibrated thresholds. Waits for the device."""
+        return self.ranks_by_score and self.calibration.is_calibrated
 
     def _warn_about_eval(self) -> None:
         for module in self.router.modules():
@@ -326,7 +335,7 @@ class MoE(nn.Module):
         dropless = self.config.capacity_config.name == "none"
         if self.eval_selection != "threshold" or dropless or self.has_thresholds():
             return
-        if self.rank_by == "score" and self.traits.has_scores:
+        if self.ranks_by_score:
             reason = "its thresholds are not calibrated (train it, or run `etr calibrate`)"
         else:
             reason = "it drops by position in training, for which no causal threshold exists"

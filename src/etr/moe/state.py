@@ -25,13 +25,54 @@ class GlobalState(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._initial: dict[str, float] = {}
+        self._read: dict[str, Callable[[float], Any]] = {}
+        self._known: dict[str, Any] = {}
+        self._written: dict[str, tuple[int, int] | None] = {}
 
     def register_state(
-        self, name: str, shape: tuple[int, ...], initial: float, dtype: torch.dtype = torch.float32
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        initial: float,
+        dtype: torch.dtype = torch.float32,
+        *,
+        read: Callable[[float], Any] | None = None,
     ) -> None:
-        """Add a persistent buffer of `shape` filled with `initial`."""
+        """Add a persistent buffer of `shape` filled with `initial`.
+
+        Args:
+            read: for a scalar whose value the host needs: what `on_host` makes of it.
+        """
         self._initial[name] = initial
         self.register_buffer(name, torch.full(shape, initial, dtype=dtype))
+        if read is not None:
+            self._read[name] = read
+            self.set_on_host(name, read(initial))
+
+    def on_host(self, name: str) -> Any:
+        """What the host knows of a scalar state: never older than the state itself.
+
+        A CPU's value is read anew each time, in a microsecond. Reading another device's waits for
+        it, so that is done only where the buffer's version or place says that it was written to.
+        Writes that leave no such trace (through `.data`, or by a collective in place) are seen
+        there after the next optimizer step, load, or change of mode. Compiled code takes the
+        value for a constant, and it too sees a write of any other kind only then.
+        """
+        if not torch.compiler.is_compiling():
+            written = _trace(self._buffers[name])
+            if written is None or written != self._written[name]:
+                self._read_state(name)
+        return self._known[name]
+
+    def set_on_host(self, name: str, known: Any) -> None:
+        """Say what a state that has just been written is to the host, to spare it the reading."""
+        self._known[name] = known
+        self._written[name] = _trace(self._buffers[name])
+
+    def _read_state(self, name: str) -> None:
+        value = self._buffers[name]
+        if value is not None and not value.is_meta:  # there is nothing to read yet
+            self.set_on_host(name, self._read[name](float(value)))
 
     @torch.no_grad()
     def reset_state(self) -> None:
@@ -48,11 +89,9 @@ class GlobalState(nn.Module):
         }
 
     def state_changed(self) -> None:
-        """Called when buffers may have been written from outside.
-
-        Subclasses refresh what they mirror on the host; on the meta device there is nothing to
-        read yet.
-        """
+        """Read what the host needs anew; for writes that `on_host` cannot see by itself."""
+        for name in self._read:
+            self._read_state(name)
 
     def train(self, mode: bool = True) -> GlobalState:
         # Loaders that assign buffers directly run no hook, but they do set the mode.
@@ -96,6 +135,13 @@ class GlobalState(nn.Module):
         }
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.state_changed()
+
+
+def _trace(value: Tensor | None) -> tuple[int, int] | None:
+    """Changes when a tensor is written to or replaced; None where only its value tells."""
+    if value is None or value.device.type == "cpu" or value.is_inference():
+        return None
+    return value.data_ptr(), value._version
 
 
 def keep_state(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

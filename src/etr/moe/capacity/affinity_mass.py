@@ -53,12 +53,7 @@ class _AffinityMassPolicy(CapacityPolicy):
         super().__init__(config, hidden_size, num_experts, top_k)
         # Mean prefix over mean load of the previous step; 0 = not seen yet. A factor, so that
         # another batch size keeps its meaning.
-        self.register_state("mass_factor", (), 0.0)
-        self._factor = 0.0
-
-    def state_changed(self) -> None:
-        if not self.mass_factor.is_meta:
-            self._factor = float(self.mass_factor)
+        self.register_state("mass_factor", (), 0.0, read=float)
 
     @property
     def observes_choosers(self) -> bool:
@@ -76,14 +71,15 @@ class _AffinityMassPolicy(CapacityPolicy):
         mean_load_sum = stats["num_valid_tokens"] * self.top_k
         if int(mean_load_sum) > 0:
             self.mass_factor.copy_(stats["mass_prefix_sum"] / mean_load_sum)
-            self.state_changed()
+            self.state_changed()  # compiled code takes it for a constant
 
     def _limit(self, routing: Routing, threshold: Tensor) -> Limit:
         if self.config.mode == "ragged":
             return Limit(capacity=mass_prefix(routing, self.config.rho))
-        if self._factor == 0.0:
+        factor = self.on_host("mass_factor")
+        if factor == 0.0:
             return Limit()
-        size = self._round_up(self._buffer(self._factor, routing), routing.num_tokens)
+        size = self._round_up(self._buffer(factor, routing), routing.num_tokens)
         device = routing.expert.device
         return Limit(
             capacity=torch.full((self.num_experts,), size, dtype=torch.int64, device=device),

@@ -78,20 +78,22 @@ class _SchedulePolicy(CapacityPolicy):
 
     def __init__(self, config: Schedule, hidden_size: int, num_experts: int, top_k: int) -> None:
         super().__init__(config, hidden_size, num_experts, top_k)
-        self.register_state("progress", (), 0.0)
+        # The host must know the stage: static shapes cannot wait for the device.
+        self.register_state("progress", (), 0.0, read=config.stage)
         self.register_state("step", (), 0, torch.int64)
-        self.stage = 0
         self._steps_without_progress = 0
 
-    def state_changed(self) -> None:
-        # The stage lives on the host too: static shapes must not wait for the device.
-        if not self.progress.is_meta:
-            self.stage = self.config.stage(float(self.progress))
+    @property
+    def stage(self) -> int:
+        """Stage of the schedule that `progress` is in."""
+        stage: int = self.on_host("progress")
+        return stage
 
     def set_progress(self, progress: float) -> None:
         self.progress.fill_(progress)
         # Through float32, so that a loaded checkpoint lands in the same stage.
-        self.stage = self.config.stage(torch.tensor(progress, dtype=torch.float32).item())
+        rounded = torch.tensor(progress, dtype=torch.float32).item()
+        self.set_on_host("progress", self.config.stage(rounded))
         self._steps_without_progress = 0
 
     def after_step(self, stats: dict[str, Tensor], affinity_p99: Tensor) -> None:

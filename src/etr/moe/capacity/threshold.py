@@ -52,12 +52,7 @@ class _ThresholdPolicy(CapacityPolicy):
     def __init__(self, config: Threshold, hidden_size: int, num_experts: int, top_k: int) -> None:
         super().__init__(config, hidden_size, num_experts, top_k)
         self.target = config.target.build(hidden_size, num_experts, top_k)
-        self.register_state("num_updates", (), 0, torch.int64)
-        self._calibrated = False
-
-    def state_changed(self) -> None:
-        if not self.num_updates.is_meta:
-            self._calibrated = bool(self.num_updates > 0)
+        self.register_state("num_updates", (), 0, torch.int64, read=bool)
 
     @property
     def needs_probs(self) -> bool:
@@ -75,13 +70,13 @@ class _ThresholdPolicy(CapacityPolicy):
     def after_step(self, stats: dict[str, Tensor], affinity_p99: Tensor) -> None:
         self.target.after_step(stats, affinity_p99)
         self.num_updates += 1
-        self._calibrated = True
+        self.set_on_host("num_updates", True)
 
     def set_progress(self, progress: float) -> None:
         self.target.set_progress(progress)
 
     def _limit(self, routing: Routing, threshold: Tensor) -> Limit:
-        if not self._calibrated:  # the first step has no thresholds yet
+        if not self.on_host("num_updates"):  # the first step has no thresholds yet
             return self._target_limit(routing)
         return Limit(min_score=threshold)
 

@@ -103,23 +103,34 @@ class Router(nn.Module):
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
 
     def forward(
-        self, x: Tensor, inputs: RouterInput, *, tokens_choose: bool | None = None
+        self, x: Tensor, inputs: RouterInput, *, tokens_choose: bool | Tensor = False
     ) -> Routing:
         """Route tokens [T, H] in float32 (float64 for float64 inputs), also under autocast.
 
         Args:
             x: tokens, float [T, H].
             inputs: everything that is not the hidden state.
-            tokens_choose: True makes an expert-choosing router give each token its k best.
+            tokens_choose: whether an expert-choosing router gives each token its k best. As a
+                tensor, bool [], the device decides, and the pairs are all of [T, E] either way.
         """
         # Autocast would run the scores in half precision and flip choices.
         with torch.autocast(device_type=x.device.type, enabled=False):
             scores = self.scores(x if self.takes_any_dtype else router_dtype(x), inputs)
             if inputs.replay is not None:
                 return self.routing_of(scores, self._replayed(inputs.replay, x), inputs)
+            if isinstance(tokens_choose, Tensor):
+                return self._choose_where(tokens_choose, scores, inputs)
             if tokens_choose:
                 return Router.choose(self, scores, inputs)
             return self.choose(scores, inputs)
+
+    def _choose_where(self, tokens_choose: Tensor, scores: Scores, inputs: RouterInput) -> Routing:
+        routing = self.choose(scores, inputs)
+        if routing.tokens_choose:
+            return routing
+        best = Router.choose(self, scores, inputs).routing_map().flatten()
+        unused = tokens_choose & ~best
+        return replace(routing, expert=torch.where(unused, self.num_experts, routing.expert))
 
     def _replayed(self, replay: Replay, x: Tensor) -> Tensor:
         if replay.num_experts != self.num_experts:
