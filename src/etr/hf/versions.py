@@ -3,8 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
+import transformers
+from packaging.specifiers import SpecifierSet
 from transformers.modeling_outputs import MoeModelOutputWithPast
+
+TESTED = ">=5.17,<5.25"
+"""Versions of transformers that the tests run with; the extra `hf` asks for these."""
+
+
+def warn_if_untested(version: str) -> None:
+    """Warn where this library was not tested with a version of transformers."""
+    if version not in SpecifierSet(TESTED):
+        warnings.warn(
+            f"etr.hf is tested with transformers{TESTED}, and this is {version}: models may fail "
+            f"or compute something else; pip install 'transformers{TESTED}'",
+            stacklevel=2,
+        )
+
+
+warn_if_untested(transformers.__version__)
 
 CACHE = next(
     field.name
