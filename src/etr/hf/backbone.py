@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -45,6 +46,23 @@ class _BaseModel:
         self.prepare_context: list[Callable[[RoutingContext], RoutingContext]] = []
         self.attached_loss_scale = 1.0
         swap_blocks(self.layers, config)  # type: ignore[attr-defined]
+        self._leave_blocks_whole(config.family.block)
+
+    def _leave_blocks_whole(self, block: str) -> None:
+        """Take the MoE blocks out of the family's plans for several ranks.
+
+        What is left divides attention, embeddings and dense layers; every rank holds all experts.
+        """
+        dense = {
+            re.sub(r"\d+", "*", f"layers.{number}.{block}.{name}", count=1)
+            for number, layer in enumerate(self.layers)  # type: ignore[attr-defined]
+            if not isinstance(getattr(layer, block), MoEBlock)
+            for name, _ in getattr(layer, block).named_modules()
+        }
+        for plan in ("_tp_plan", "_ep_plan", "_fsdp_plan"):
+            rules = getattr(self, plan, None) or {}
+            kept = (n for n in rules if n in dense or not n.startswith(f"layers.*.{block}"))
+            setattr(self, plan, {name: rules[name] for name in kept})
 
     def forward(
         self,

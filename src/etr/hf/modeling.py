@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import MODEL_MAPPING, Cache, GenerationMixin, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    Cache,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -86,6 +92,10 @@ class EtrForCausalLM(PreTrainedModel, GenerationMixin):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.prepare_context = self.model.prepare_context
         self.post_init()
+        head = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.base_config)]
+        for plan in ("_tp_plan", "_fsdp_plan"):  # how the family divides the last projection
+            rules = getattr(head, plan, None) or {}
+            setattr(self, plan, {**rules, **(getattr(self, plan, None) or {})})
 
     @classmethod
     def from_pretrained(
