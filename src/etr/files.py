@@ -21,6 +21,8 @@ from typing import Any
 
 LEFT_BEHIND_SECONDS = 24 * 3600.0
 """Age from which a temporary name is taken for that of a process that was killed."""
+ASIDE = ".old-"
+"""Before the name of a folder while another takes its place."""
 
 
 def sha256(*parts: bytes | str) -> str:
@@ -116,7 +118,7 @@ def put_folder(new: Path, path: Path) -> None:
 
 def set_aside(path: Path) -> Path:
     """Name of a folder while another takes its place."""
-    return path.with_name(f".old-{path.name}")
+    return path.with_name(f"{ASIDE}{path.name}")
 
 
 def put_back(path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from etr.data import load_tokenizer
 from etr.hf import EtrForCausalLM, load_pretrained
 from etr.hf.loading import load_causal
-from etr.train.checkpoint import is_divided, list_checkpoints
+from etr.train.checkpoint_folder import find_model, is_divided, list_checkpoints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,14 +23,9 @@ def open_model(path: str) -> tuple[EtrForCausalLM, PreTrainedTokenizerBase, Path
         path: a checkpoint, or a run's folder, whose newest checkpoint is taken.
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: the folder holds no model of this library.
+        ValueError: the folder holds no model of this library, or a damaged checkpoint.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{path} is not a folder; give a checkpoint or a run's folder")
-    checkpoints = list_checkpoints(folder)
-    if checkpoints:
-        folder = checkpoints[-1]
+    folder = find_model(path)
     if is_divided(folder):
         raise ValueError(
             f"{folder} was written by many ranks; make one model of it first: etr consolidate "
@@ -54,7 +49,7 @@ def open_any_model(
         ValueError: a model of another type, damaged weights, or weights of another config.
     """
     folder = Path(path)
-    model_type = _model_type(folder)
+    model_type = None if list_checkpoints(folder) else _model_type(folder)
     if model_type in (None, "etr") or (known is not None and model_type not in known):
         return open_model(path)
     return load_causal(folder), load_tokenizer(folder), folder

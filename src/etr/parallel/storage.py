@@ -5,8 +5,9 @@ What one layout of ranks wrote, any other reads: files say which part of a tenso
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
@@ -80,15 +82,31 @@ def write_tensors(folder: Path, tensors: Tensors, ranks: Ranks) -> None:
         dcp.save(tensors, storage_writer=writer, **_among(ranks))
 
 
-def read_tensors(folder: Path, tensors: Tensors, ranks: Ranks) -> None:
-    """Fill tensors in place from a folder of safetensors files.
+def read_tensors(folder: Path, names: Sequence[str], tensors: Tensors, ranks: Ranks) -> None:
+    """Fill tensors in place from safetensors files; others in the folder are not looked at.
 
+    Args:
+        folder: of the files, the same on every rank.
+        names: of the files.
+        tensors: filled in place.
+        ranks: all of them call this.
     Raises:
-        CheckpointException: a name is missing, or its shape is another.
+        CheckpointException: a tensor is missing, or its shape is another.
     """
     reader = dcp.HuggingFaceStorageReader(str(folder))
+    reader.fs = _Named(names)
     with _quietly():
         dcp.load(tensors, storage_reader=reader, **_among(ranks))
+
+
+class _Named(FileSystem):
+    """A file system whose folders hold the named files and nothing else."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+
+    def ls(self, path: str | os.PathLike[str]) -> list[str]:
+        return [str(Path(path) / name) for name in self._names]
 
 
 def _among(ranks: Ranks) -> dict[str, Any]:

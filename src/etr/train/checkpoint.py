@@ -8,14 +8,14 @@
       train_state.json          counters, the loader's place, the options
       manifest.json             size and checksum of all of the above; written last
 
-Whatever number of ranks wrote a checkpoint, any other resumes from it.
+Whatever number of ranks wrote a checkpoint, any other resumes from it. Files that the manifest
+does not list are not read.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from etr.files import write_json
+from etr.files import (
+    put_folder,
+    remove_folder,
+    temporary_sibling,
+    whole_folder,
+    write_json,
+)
 from etr.hf import EtrConfig, EtrForCausalLM
 from etr.parallel import Ranks, manifest
 from etr.parallel.storage import (
@@ -37,14 +43,24 @@ from etr.parallel.storage import (
     tensors_changed,
     write_tensors,
 )
+from etr.train.checkpoint_folder import (
+    FOLDER,
+    FORMAT,
+    OPTIMIZER,
+    PREFIX,
+    STATE,
+    TrainState,
+    changed_options,
+    find_model,
+    is_checkpoint,
+    list_checkpoints,
+    read_state,
+    step_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PREFIX = "step-"
-FORMAT = 2
-OPTIMIZER = "optimizer"
-STATE = "train_state.json"
 RNG = "rng"
 
 T = TypeVar("T")
@@ -52,27 +68,6 @@ T = TypeVar("T")
 
 class SaveError(OSError):
     """A checkpoint could not be written; those before it are as they were."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainState:
-    """What a run needs beside the model to go on as if it had never stopped.
-
-    Args:
-        step: optimizer steps done.
-        tokens: tokens seen.
-        expert_flops: floating-point operations of the experts so far.
-        elapsed_seconds: training time so far.
-        loader: state of the token loader.
-        fingerprint: options that must be the same on resuming.
-    """
-
-    step: int
-    tokens: int
-    expert_flops: float
-    elapsed_seconds: float
-    loader: dict[str, Any]
-    fingerprint: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,11 +116,10 @@ def write_checkpoint(run: Path, what: Snapshot, keep: int, ranks: Ranks) -> Path
     Raises:
         SaveError: on every rank, when any could not write its part. Nothing is left of it.
     """
-    target = run / "checkpoints" / f"{PREFIX}{what.state.step:08d}"
-    temporary = target.with_name(f".tmp-{target.name}")
+    target = run / FOLDER / f"{PREFIX}{what.state.step:08d}"
+    temporary = ranks.from_first(temporary_sibling(target))
 
     def begin() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
         (temporary / OPTIMIZER).mkdir(parents=True)
         what.tokenizer.save_pretrained(temporary)
         if ranks.size > 1:
@@ -141,8 +135,7 @@ def write_checkpoint(run: Path, what: Snapshot, keep: int, ranks: Ranks) -> Path
 
     def finish() -> None:
         write_json(temporary / manifest.NAME, files)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
+        put_folder(temporary, target)
 
     try:
         _together(ranks, lambda: begin() if ranks.is_first else None)
@@ -154,20 +147,11 @@ def write_checkpoint(run: Path, what: Snapshot, keep: int, ranks: Ranks) -> Path
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     if ranks.is_first:
-        for old in list_checkpoints(run)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        # Later ones are damaged, or the run would have gone on from them: they count for nothing.
+        whole = [path for path in list_checkpoints(run) if step_of(path) <= what.state.step]
+        for old in whole[:-keep]:
+            remove_folder(old)
     return target
-
-
-def list_checkpoints(run: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first; whether their files are whole is not looked at."""
-    found = (run / "checkpoints").glob(f"{PREFIX}*")
-    return sorted(path for path in found if (path / STATE).exists())
-
-
-def is_divided(checkpoint: Path) -> bool:
-    """Whether many ranks wrote it, so that no model can be loaded from it as it is."""
-    return any(checkpoint.glob("shard-*.safetensors"))
 
 
 def load_checkpoint(
@@ -179,66 +163,104 @@ def load_checkpoint(
 ) -> TrainState:
     """Bring model, optimizer and random state back to a checkpoint whose files are whole.
 
+    Files that its manifest does not list are named in a warning and not read.
+
     Raises:
-        ValueError: the checkpoint is of another config (the fields are named) or of an unknown
-            format.
+        ValueError: the checkpoint is of another config (the fields are named).
     """
-    state = _read_state(path)
-    differ = sorted(
-        name
-        for name in {*fingerprint, *state.fingerprint}
-        if fingerprint.get(name) != state.fingerprint.get(name)
-    )
-    if differ:
+    state = read_state(path)
+    changed = changed_options(state.fingerprint, fingerprint)
+    if changed:
         pairs = ", ".join(
-            f"{name} is {state.fingerprint.get(name)!r} there and {fingerprint.get(name)!r} here"
-            for name in differ
+            f"{name} is {a!r} there and {b!r} here" for name, (a, b) in changed.items()
         )
         raise ValueError(
             f"checkpoint {path} is of another config: {pairs}; use the same options to resume, or "
             "another out folder to start afresh"
         )
+    if ranks.is_first and (more := manifest.unlisted(path)):
+        warnings.warn(
+            f"{path} holds files that its {manifest.NAME} does not list; they are not read: "
+            f"{', '.join(more)}",
+            stacklevel=3,
+        )
     weights = model_tensors(model)
     moments = {**optimizer_tensors(model, optimizer), RNG: torch.get_rng_state()}
-    _read(path, weights, ranks)
-    _read(path / OPTIMIZER, moments, ranks)
+    _read(path, "", weights, ranks)
+    _read(path, f"{OPTIMIZER}/", moments, ranks)
     tensors_changed(model)
     torch.set_rng_state(moments[RNG])
     return state
 
 
-def consolidate(checkpoint: Path, out: Path) -> None:
+def rewrite_model(source: Path, target: Path, model: EtrForCausalLM) -> None:
+    """Write a copy of a model's folder with other weights, whole or not at all.
+
+    Args:
+        source: a model's folder; the copy of a checkpoint is a checkpoint, with its own manifest.
+        target: the copy, which may take the place of `source`.
+        model: whose weights are written.
+    """
+    is_one = is_checkpoint(source)
+    names = [*manifest.read_manifest(source)] if is_one else _files_of_model(source)
+    with whole_folder(target, replace=target == source) as temporary:
+        for name in names:
+            if not _holds_weights(name):
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, temporary / name)
+        model.save_pretrained(temporary)
+        if is_one:
+            files = manifest.describe_files(temporary, Ranks(None))
+            write_json(temporary / manifest.NAME, files)
+
+
+def consolidate(path: Path, out: Path) -> Path:
     """Make one transformers folder of a checkpoint that many ranks wrote; one process does it.
 
     Args:
-        checkpoint: whole, of any number of ranks.
+        path: a checkpoint of any number of ranks, or a run's folder, whose newest is taken.
         out: does not exist yet; gets config, tokenizer and model.safetensors.
+    Returns:
+        The checkpoint.
     Raises:
+        FileNotFoundError: there is no checkpoint.
         ValueError: `out` exists, or files of the checkpoint are damaged.
     """
     from etr.data import load_tokenizer
 
     if out.exists():
         raise ValueError(f"out={str(out)!r} exists already; name a new folder")
-    alone = Ranks(None)
-    damage = manifest.find_damage(checkpoint, alone)
-    if damage:
-        raise ValueError(f"checkpoint {checkpoint} is damaged: {damage}")
+    checkpoint = find_model(path)
     model = EtrForCausalLM(EtrConfig.from_pretrained(checkpoint))
-    _read(checkpoint, model_tensors(model), alone)
+    _read(checkpoint, "", model_tensors(model), Ranks(None))
     tensors_changed(model)
-    temporary = out.with_name(f".tmp-{out.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    load_tokenizer(checkpoint).save_pretrained(temporary)
-    os.replace(temporary, out)
+    with whole_folder(out) as temporary:
+        model.save_pretrained(temporary)
+        load_tokenizer(checkpoint).save_pretrained(temporary)
+    return checkpoint
 
 
-def _read(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
+def _files_of_model(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
+def _holds_weights(name: str) -> bool:
+    """Whether a file at the top of a model's folder holds weights, or says where they are."""
+    endings = (".safetensors", ".bin", ".index.json")
+    return "/" not in name and name.endswith(endings)
+
+
+def _read(checkpoint: Path, folder: str, tensors: dict[str, Tensor], ranks: Ranks) -> None:
+    """Read tensors from the safetensors that the manifest lists in one of its folders."""
+    names = [
+        name
+        for name in manifest.read_manifest(checkpoint)
+        if name.endswith(".safetensors") and name.rpartition("/")[0] == folder.rstrip("/")
+    ]
     try:
-        read_tensors(folder, tensors, ranks)
+        read_tensors(checkpoint, names, tensors, ranks)
     except CheckpointException as error:
-        raise ValueError(f"checkpoint {folder} does not fit the model: {error}") from error
+        raise ValueError(f"checkpoint {checkpoint} does not fit the model: {error}") from error
 
 
 def _together(ranks: Ranks, work: Callable[[], T]) -> T:
@@ -264,14 +286,3 @@ def _together(ranks: Ranks, work: Callable[[], T]) -> T:
 def _is_of_files(error: BaseException) -> bool:
     """Whether the file system refused; Rust libraries say so in words alone."""
     return isinstance(error, OSError | SafetensorError) or "(os error " in str(error)
-
-
-def _read_state(path: Path) -> TrainState:
-    try:
-        values = json.loads((path / STATE).read_text())
-        number = values.pop("format")
-        if number != FORMAT:
-            raise ValueError(f"format {number}, this version reads {FORMAT}")
-        return TrainState(**values)
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"checkpoint {path} has no usable {STATE}: {error}") from error

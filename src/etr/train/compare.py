@@ -19,10 +19,10 @@ import torch
 
 from etr.data import OpenedData, open_data
 from etr.evaluate import score_densities
-from etr.files import write_json
+from etr.files import read_json, write_json
 from etr.moe import moe_layers
-from etr.train.checkpoint import list_checkpoints
-from etr.train.config import TrainConfig
+from etr.train.config import TrainConfig, stored_config
+from etr.train.folders import RESULTS, ROW, refuse_unless_comparison, writing
 from etr.train.interrupt import stop_on_interrupt
 from etr.train.loop import Row, Trainer, TrainResult, held_out
 from etr.train.metrics import count_parameters, read_metrics
@@ -83,26 +83,28 @@ def compare(
         What was written, or None if stopped by Ctrl-C.
     """
     out = Path(config.run.out)
-    data = open_data(config.run.data)
+    refuse_unless_comparison(out)
+    _refuse_others(out, config)
     rows: list[Row] = []
-    with stop_on_interrupt() as asked_to_stop:
+    with writing(out), stop_on_interrupt() as asked_to_stop:
+        data = open_data(config.run.data)
         for seed in config.seeds:
             found = _round(out, config, seed, data, asked_to_stop, on_step, on_result)
             if found is None:
                 return None
             rows += found
-    order = [variant.name for variant in config.parsed()]
-    rows.sort(key=lambda row: (order.index(row["name"]), row["seed"]))
-    _add_step_time_ratios(out, rows)
-    results = {
-        "format": FORMAT,
-        "command": command,
-        "config": dataclasses.asdict(config),
-        "environment": {**environment(), "data": list(data.notes)},
-        "rows": rows,
-    }
-    write_json(out / "results.json", results)
-    return results
+        order = [variant.name for variant in config.parsed()]
+        rows.sort(key=lambda row: (order.index(row["name"]), row["seed"]))
+        _add_step_time_ratios(out, rows)
+        results = {
+            "format": FORMAT,
+            "command": command,
+            "config": dataclasses.asdict(config),
+            "environment": {**environment(), "data": list(data.notes)},
+            "rows": rows,
+        }
+        write_json(out / RESULTS, results)
+        return results
 
 
 def environment() -> dict[str, Any]:
@@ -135,8 +137,12 @@ def _round(
     if all(_is_finished(run) for run in runs.values()):
         return [_stored_row(run) for run in runs.values()]
     with contextlib.ExitStack() as stack:
+        for run in runs.values():
+            stack.enter_context(writing(Path(run.out)))
+            _refuse_other_steps(run)
         trainers = {
-            name: stack.enter_context(Trainer(_resumed(run), data)) for name, run in runs.items()
+            name: stack.enter_context(Trainer(dataclasses.replace(run, auto_resume=True), data))
+            for name, run in runs.items()
         }
         while waiting := [n for n, trainer in trainers.items() if not trainer.finished]:
             # After an interruption some may be ahead: let the others catch up.
@@ -152,19 +158,22 @@ def _round(
     for name, trainer in trainers.items():
         result = trainer.result()
         row = _summary(name, runs[name], result)
-        write_json(Path(runs[name].out) / "row.json", {"config": _plain(runs[name]), "row": row})
+        write_json(Path(runs[name].out) / ROW, {"config": _plain(runs[name]), "row": row})
         on_result(result)
         rows.append(row)
     return rows
 
 
 def _is_finished(run: TrainConfig) -> bool:
-    return (Path(run.out) / "row.json").exists()
+    return (Path(run.out) / ROW).exists()
 
 
 def _stored_row(run: TrainConfig) -> Row:
-    stored = json.loads((Path(run.out) / "row.json").read_text())
-    if stored["config"] != _plain(run):
+    path = Path(run.out) / ROW
+    stored = read_json(path)
+    if not isinstance(stored, dict) or not isinstance(stored.get("row"), dict):
+        raise ValueError(f"{path} holds no row; remove it, and it is made again from the run")
+    if stored.get("config") != _plain(run):
         raise ValueError(
             f"{run.out} holds a finished run of another config; choose another out folder, or "
             "remove it"
@@ -173,9 +182,30 @@ def _stored_row(run: TrainConfig) -> Row:
     return row
 
 
-def _resumed(run: TrainConfig) -> TrainConfig:
-    """The run, going on from its newest checkpoint if it has one."""
-    return dataclasses.replace(run, resume=bool(list_checkpoints(Path(run.out))))
+def _refuse_other_steps(run: TrainConfig) -> None:
+    """A run may be given more steps while it trains, but is then no equal work to compare."""
+    begun = stored_config(Path(run.out))
+    if begun is not None and begun.steps != run.steps:
+        raise ValueError(
+            f"{run.out} was begun with steps={begun.steps}, and steps={run.steps} is asked for; "
+            "choose another out folder"
+        )
+
+
+def _refuse_others(out: Path, config: CompareConfig) -> None:
+    """Results of rows that this comparison does not have would be lost to it."""
+    try:
+        rows = read_json(out / RESULTS)["rows"]
+        there = {(row["name"], row["seed"]) for row in rows}
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # none, or none that anybody can read
+    others = there - {(v.name, seed) for v in config.parsed() for seed in config.seeds}
+    if others:
+        names = ", ".join(f"{name} (seed {seed})" for name, seed in sorted(others, key=str))
+        raise ValueError(
+            f"out={str(out)!r} holds a comparison that also has {names}; name these too, or choose "
+            "another folder"
+        )
 
 
 def _plain(run: TrainConfig) -> dict[str, Any]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from etr.data import DataConfig
+from etr.files import read_json
 from etr.moe import LossConfig, MoEConfig
 from etr.moe.checked import check_types
 from etr.moe.config import EvalSelection, parse_capacity, parse_router
@@ -161,7 +163,8 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer."""
     steps: int = 400
-    """Optimizer steps."""
+    """Optimizer steps. A run that is resumed may be given more: from there on, learning rate and
+    capacity follow the schedule of the new number."""
     accumulation_steps: int = 1
     """Micro-batches per optimizer step."""
     seed: int = 0
@@ -227,8 +230,27 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """Inverse of `to_dict`, also after a round trip through JSON."""
+        """Inverse of `to_dict`, also after a round trip through JSON.
+
+        Raises:
+            ValueError: an unknown field, or a value out of range.
+        """
         return _build(cls, values)
+
+
+def stored_config(run: Path) -> TrainConfig | None:
+    """The config that a run wrote into its folder; None where there is none.
+
+    Raises:
+        ValueError: it is damaged; names the file.
+    """
+    path = run / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        return TrainConfig.from_dict(read_json(path))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not the config of a run: {error}") from error
 
 
 _FREE = {

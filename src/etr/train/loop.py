@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,11 @@ from etr.moe import attach, moe_layers
 from etr.moe.config import EvalSelection
 from etr.parallel import Ranks, gradient_norms, scale_gradients, sum_gradients
 from etr.train.alarms import Alarms
-from etr.train.checkpoint import Snapshot, TrainState, snapshot
+from etr.train.checkpoint import Snapshot, snapshot
+from etr.train.checkpoint_folder import TrainState
 from etr.train.config import TrainConfig
 from etr.train.diagnose import diagnose, mixed_batches
+from etr.train.folders import CONFIG, METRICS, refuse_unless_run, writing
 from etr.train.interrupt import stop_on_interrupt
 from etr.train.metrics import (
     expert_flops,
@@ -78,16 +83,24 @@ def train(
     Where a process group is initialised, its ranks train one model together, as one process with
     all rows would: every rank calls this with the same config. Rank 0 alone writes metrics.
 
+    A run that goes on may have been given more steps. Learning rate and capacity are from there on
+    those that a run of the new number of steps has at the same step.
+
     Args:
         config: everything about the run.
         data: opened data, to share it between runs; by default it is opened from the config.
         on_step: called on rank 0 with each row of metrics, e.g. to draw a progress bar.
     Raises:
         TrainingDiverged: the loss is NaN or infinite.
-        ValueError: the run's folder holds another run, or a checkpoint cannot be used.
+        ValueError: the run's folder holds another run or something else, another process writes
+            into it, or a checkpoint cannot be used.
     """
-    trainer = Trainer(config, data or open_data(config.data))
-    with trainer, stop_on_interrupt() as asked_to_stop:
+    run = Path(config.out)
+    refuse_unless_run(run)
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(writing(run, Ranks.current()))
+        trainer = opened.enter_context(Trainer(config, data or open_data(config.data)))
+        asked_to_stop = opened.enter_context(stop_on_interrupt())
         while not trainer.finished:
             trainer.advance(on_step)
             if trainer.ranks.any(asked_to_stop()):
@@ -193,8 +206,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        count = self.config.accumulation_steps
-        batches = [batch.to(self.device) for batch in islice(self.loader, count)]
+        micro_batches = self.config.accumulation_steps
+        batches = [batch.to(self.device) for batch in islice(self.loader, micro_batches)]
         loss, losses = self.objective.backward(batches)
         self._last_batch = batches[-1]
         if not math.isfinite(loss):
@@ -209,7 +222,7 @@ class Trainer:
         self.expert_flops += expert_flops(self.model, stats)
         seconds = time.perf_counter() - began
         self.elapsed += seconds
-        per_step = count * self.loader.tokens_per_batch
+        per_step = micro_batches * self.loader.tokens_per_batch
         self.tokens += per_step
         values = routing_metrics(stats, self.config.model.routing.top_k)
         layers = zip(moe_layers(self.model), stats, router_norms, strict=True)
@@ -296,12 +309,34 @@ class Trainer:
                 f"out={config.out!r} already holds a run with checkpoints; continue it with "
                 "resume, or choose another folder"
             )
+        elif self.ranks.from_first(_has_rows(self.run)):
+            self._start_again()
         self._recorder: Recorder | None = None
         if self.ranks.is_first:
             self.run.mkdir(parents=True, exist_ok=True)
-            write_json(self.run / "config.json", config.to_dict())
+            write_json(self.run / CONFIG, config.to_dict())
             alpha = moe_layers(self.model)[0].config.resolved_aux_alpha
             self._recorder = Recorder(self.run, self.step, Alarms(aux_alpha=alpha), config.trackers)
+
+    def _start_again(self) -> None:
+        """The run was killed before its first checkpoint, or has lost them all."""
+        if not self.config.auto_resume:
+            raise ValueError(
+                f"out={self.config.out!r} holds the metrics of a run without checkpoints; choose "
+                "another folder, or begin it again with auto_resume"
+            )
+        if self.ranks.is_first:
+            kept = next(
+                path
+                for number in count(1)
+                if not (path := self.run / f"metrics.{number}.jsonl").exists()
+            )
+            os.replace(self.run / METRICS, kept)
+            warnings.warn(
+                f"{self.run} has metrics and no checkpoint: starting at step 1 again, what there "
+                f"was is in {kept.name}",
+                stacklevel=2,
+            )
 
     def _restore(self) -> None:
         state = self.saver.resume(self.model, self.optimizer, self.config.fingerprint())
@@ -339,6 +374,11 @@ def held_out(config: TrainConfig, data: OpenedData) -> Iterator[Batch]:
         config.data.batch_size,
         config.eval_tokens_per_domain,
     )
+
+
+def _has_rows(run: Path) -> bool:
+    path = run / METRICS
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _rows_per_rank(config: TrainConfig, ranks: Ranks) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from etr.train.alarms import Alarms
+from etr.train.folders import METRICS
 from etr.train.metrics import MetricsFile, read_metrics
 from etr.train.trackers import open_trackers, scalars
 
@@ -28,7 +29,7 @@ class Recorder:
     def __init__(
         self, run: Path, after_step: int, alarms: Alarms, trackers: tuple[str, ...]
     ) -> None:
-        path = run / "metrics.jsonl"
+        path = run / METRICS
         self._file = MetricsFile(path, after_step=after_step)
         self._alarms = alarms
         for row in read_metrics(path):

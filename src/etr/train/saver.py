@@ -11,16 +11,10 @@ from typing import Any
 import torch
 
 from etr.hf import EtrForCausalLM
-from etr.parallel import Ranks, manifest
+from etr.parallel import Ranks
 from etr.parallel.storage import staged
-from etr.train.checkpoint import (
-    SaveError,
-    Snapshot,
-    TrainState,
-    list_checkpoints,
-    load_checkpoint,
-    write_checkpoint,
-)
+from etr.train.checkpoint import SaveError, Snapshot, load_checkpoint, write_checkpoint
+from etr.train.checkpoint_folder import FOLDER, TrainState, find_damage, list_checkpoints
 
 
 class Saver:
@@ -87,11 +81,11 @@ class Saver:
         Raises:
             ValueError: there is none, or it is of another config.
         """
-        paths = [self._run / "checkpoints" / name for name in self.names()]
+        paths = [self._run / FOLDER / name for name in self.names()]
         if not paths:
             raise ValueError(f"resume: {self._run} has no checkpoint; start without resume")
         for path in reversed(paths):
-            damage = manifest.find_damage(path, self._ranks)
+            damage = find_damage(path, self._ranks)
             if damage is None:
                 state = load_checkpoint(path, model, optimizer, fingerprint, self._ranks)
                 self.saved, self._step = path, state.step
@@ -100,7 +94,9 @@ class Saver:
                 warnings.warn(
                     f"checkpoint {path} is damaged ({damage}): trying the one before", stacklevel=2
                 )
-        raise ValueError(f"resume: every checkpoint of {self._run} is damaged; start afresh")
+        raise ValueError(
+            f"resume: every checkpoint of {self._run} is damaged; start afresh in another folder"
+        )
 
     def names(self) -> list[str]:
         """Checkpoints that there are, oldest first, as rank 0 sees them."""
