@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,6 +42,7 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.filterwarnings("ignore:.*files left out")
 def test_domains_of_a_folder(folder: Path) -> None:
     found = texts(load_corpus([folder]))
     assert sorted(found) == ["code", "mine", "wiki"]
@@ -71,12 +75,12 @@ def test_jsonl(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{not json", "line 3 is not JSON"),
-        ('{"body": "x"}', 'line 3 has no text: .*"text"'),
-        ('["x"]', "line 3 has no text"),
-        ('{"text": 5}', "line 3 has no text"),
+        ("{not json", "line 3: not JSON"),
+        ('{"body": "x"}', 'line 3: no text; .*"text"'),
+        ('["x"]', "line 3: no text"),
+        ('{"text": 5}', "line 3: no text"),
         ('{"text": "x", "domain": 5}', 'line 3: "domain"'),
-        ('{"text": "\\ud800"}', "line 3 holds a lone surrogate"),
+        ('{"text": "\\ud800"}', "line 3: holds a lone surrogate"),
     ],
 )
 def test_jsonl_errors_name_file_and_line(tmp_path: Path, line: str, message: str) -> None:
@@ -142,3 +146,79 @@ def test_merge_splits_anew() -> None:
     assert merged.notes[0] == "first"
     assert not any(text in trained for domain in merged.domains for text in domain.held_out)
     assert merge([first]) is first
+
+
+def test_packed_files_and_tables_in_a_folder(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    root = tmp_path / "mine"
+    root.mkdir()
+    (root / "a.txt.gz").write_bytes(gzip.compress(b"packed text"))
+    (root / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "packed line", "domain": "law"}\n'))
+    parquet.write_table(pyarrow.Table.from_pylist([{"text": "a row"}]), root / "c.parquet")
+    assert texts(load_corpus([root])) == {"law": "packed line", "mine": "a rowpacked text"}
+    assert [d.name for d in load_corpus([root / "a.txt.gz"]).domains] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('[{"text": "one"}, {"text": "two"}]', ("one", "two")),
+        ('{"text": "one"}\n{"text": "two"}\n', ("one", "two")),
+        ('{"name": "settings",\n "text": "x"}', ('{"name": "settings",\n "text": "x"}',)),
+        ('[{"id": 1}]', ('[{"id": 1}]',)),
+        ('{"messages": {"hello": "hallo"}}', ('{"messages": {"hello": "hallo"}}',)),
+        ("[1, 2", ("[1, 2",)),
+    ],
+)
+def test_json_files_are_records_where_these_have_a_text(
+    content: str, expected: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "a.json").write_text(content)
+    assert load_corpus([tmp_path / "a.json"]).domains[0].train == expected
+
+
+@pytest.mark.parametrize("name", ["talks.jsonl", "talks.json"])
+@pytest.mark.parametrize(
+    ("record", "form"),
+    [
+        ({"messages": []}, "chat messages"),
+        ({"conversations": []}, "ShareGPT"),
+        ({"instruction": "a", "output": "b"}, "Alpaca"),
+    ],
+)
+def test_conversations_are_named_as_such(name: str, record: Any, form: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(json.dumps([record]))
+    with pytest.raises(ValueError, match=rf"row 1: no text; .*looks like {form}, for `etr sft`"):
+        load_corpus([tmp_path / name])
+
+
+def test_files_left_out_are_counted_and_named(folder: Path) -> None:
+    for name in ("a.bin", "b.csv", "c.zst", "d.tar.gz"):
+        (folder / name).write_bytes(b"\xff\x00")
+    (folder / "wiki" / "empty.txt").write_text(" \n")
+    said = (
+        f"{folder}: files left out: 5 of another kind (a.bin, b.csv, c.zst, ...), "
+        "1 without text (wiki/empty.txt)"
+    )
+    with pytest.warns(UserWarning, match="files left out") as warned:
+        corpus = load_corpus([folder])
+    assert [str(entry.message) for entry in warned] == [said]
+    assert said in corpus.notes
+    assert sorted(texts(corpus)) == ["code", "mine", "wiki"]
+
+
+def test_a_folder_read_whole_says_nothing(folder: Path) -> None:
+    (folder / "code" / "skip.bin").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not any("left out" in note for note in load_corpus([folder]).notes)
+
+
+@pytest.mark.parametrize("content", ["", " \n", '{"text": " "}\n'])
+def test_a_named_file_without_text_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=r"b\.jsonl holds no text"):
+        load_corpus([tmp_path / "a.txt", tmp_path / "b.jsonl"])

@@ -291,7 +291,7 @@ def test_open_answers_score_the_cosine_of_mean_pooled_states(tmp_path: Path) -> 
         ({"question": "q", "choices": ["a", "b"], "answer": True}, "answer=True must be of type"),
         ({"question": "q", "choices": ["a"], "answer": 0}, "must be two texts or more"),
         ({"question": "q", "choices": ["a", "b"], "answer": 2}, "answer=2 must be the place"),
-        ([], "line 2 must be a JSON object"),
+        ([], "line 2: must be a JSON object"),
     ],
 )
 def test_bad_lines_are_named(row: Any, message: str, tmp_path: Path) -> None:
@@ -303,10 +303,10 @@ def test_bad_lines_are_named(row: Any, message: str, tmp_path: Path) -> None:
 def test_no_json_and_no_questions(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text("{")
-    with pytest.raises(ValueError, match="line 1 is no JSON"):
+    with pytest.raises(ValueError, match="line 1: not JSON"):
         own_questions(path)
     path.write_text("\n")
-    with pytest.raises(ValueError, match="'questions' has no questions"):
+    with pytest.raises(ValueError, match=r"q\.jsonl holds no question"):
         own_questions(path)
 
 

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from etr.data.corpus import Corpus, Domain, read_text
+from etr.data.corpus import Corpus, Domain
+from etr.data.reading import read_text
 from etr.data.synthetic import synthesise
 from etr.files import sha256, write_bytes
 

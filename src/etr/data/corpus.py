@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+from etr.data.conversations import format_of
+from etr.data.reading import READERS, read_rows, read_text, suffix_of
 from etr.data.split import HELD_OUT_FRACTION, split
 from etr.files import sha256
 
-TEXT_SUFFIXES = frozenset({".txt", ".text", ".md", ".rst", ".py", ".json", ".jsonl"})
-"""Suffixes read from a folder; a file named itself is read whatever its suffix."""
+TEXT_SUFFIXES = frozenset({".txt", ".text", ".md", ".rst", ".py", ".json", *READERS})
+"""Suffixes read from a folder, also before .gz; a file named itself is read whatever its suffix."""
+NAMED = 3
+"""Most files that a warning names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,81 +94,106 @@ def merge(corpora: Sequence[Corpus]) -> Corpus:
 
 
 def load_corpus(paths: Sequence[str | Path]) -> Corpus:
-    """Read text files, folders (recursively) and JSON-lines files.
+    """Read text files, folders (recursively), and files of records with a text each.
 
-    A domain is named by the "domain" field of a JSON line; else by the file's stem, where the
-    file itself is named in `paths`; else by the folder directly inside the named one (or the
-    named one, for files directly inside it). Hidden files and folders are skipped; in folders
-    only `TEXT_SUFFIXES` are read. Files are UTF-8; line ends become a single newline.
+    A domain is named by the "domain" field of a record; else by the file's stem, where the file
+    itself is named in `paths`; else by the folder directly inside the named one (or the named one,
+    for files directly inside it). Hidden files and folders are skipped; of a folder's other files
+    those of `TEXT_SUFFIXES` are read, also as .gz, and a warning counts and names the rest. See
+    `etr.data.reading` for encodings; line ends become a single newline.
 
     Args:
         paths: at least one file or folder.
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: no text at all, a file that is not UTF-8, or a JSON line without text; the
-            message names the file and the line.
+        ValueError: no text at all or in a file that is named itself, a file that cannot be read,
+            or a record without text; the message names the file and the line or row.
     """
     documents: dict[str, list[str]] = {}
+    notes: list[str] = []
     for path in map(Path, paths):
-        for file, domain in _files_in(path):
-            for name, text in _documents_in(file, domain):
-                if text.strip():
-                    documents.setdefault(name, []).append(text)
+        files, others = _files_in(path)
+        empty = []
+        for file, domain in files:
+            texts = [pair for pair in _documents_in(file, domain) if pair[1].strip()]
+            for name, text in texts:
+                documents.setdefault(name, []).append(text)
+            if not texts:
+                empty.append(file)
+        if path.is_file() and empty:
+            raise ValueError(f"{path} holds no text")
+        notes += _left_out(path, others, empty)
     if not documents:
-        raise ValueError(f"no text in {[str(path) for path in paths]}: the corpus is empty")
-    return Corpus.from_documents(dict(sorted(documents.items())))
+        found = "".join(f"; {note}" for note in notes)
+        raise ValueError(f"no text in {[str(path) for path in paths]}: the corpus is empty{found}")
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    return Corpus.from_documents(dict(sorted(documents.items())), notes=notes)
 
 
-def _files_in(path: Path) -> Iterator[tuple[Path, str]]:
-    """Files under `path` in a fixed order, each with the name of its domain."""
+def _files_in(path: Path) -> tuple[list[tuple[Path, str]], list[Path]]:
+    """Files under `path` in a fixed order, each with the name of its domain; and those not read."""
     if path.is_file():
-        yield path, path.stem
-        return
+        return [(path, _stem(path))], []
     if not path.is_dir():
         raise FileNotFoundError(f"data path {str(path)!r} does not exist")
+    files, others = [], []
     for file in sorted(path.rglob("*"), key=lambda file: file.relative_to(path).parts):
         parts = file.relative_to(path).parts
-        hidden = any(part.startswith(".") for part in parts)
-        if file.is_file() and not hidden and file.suffix.lower() in TEXT_SUFFIXES:
-            yield file, parts[0] if len(parts) > 1 else path.resolve().name
+        if any(part.startswith(".") for part in parts) or not file.is_file():
+            continue
+        if suffix_of(file) in TEXT_SUFFIXES:
+            files.append((file, parts[0] if len(parts) > 1 else path.resolve().name))
+        else:
+            others.append(file)
+    return files, others
+
+
+def _stem(file: Path) -> str:
+    return Path(file.stem).stem if file.suffix.lower() == ".gz" else file.stem
+
+
+def _left_out(path: Path, others: list[Path], empty: list[Path]) -> list[str]:
+    """What of a folder was not read, in words."""
+    found = [
+        f"{len(files)} {why} ({', '.join(str(file.relative_to(path)) for file in files[:NAMED])}"
+        f"{', ...' if len(files) > NAMED else ''})"
+        for files, why in ((others, "of another kind"), (empty, "without text"))
+        if files
+    ]
+    return [f"{path}: files left out: {', '.join(found)}"] if found else []
 
 
 def _documents_in(file: Path, domain: str) -> Iterator[tuple[str, str]]:
-    text = read_text(file)
-    if file.suffix.lower() != ".jsonl":
-        yield domain, text
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield _json_document(line, f"{str(file)!r} line {number}", domain)
+    if suffix_of(file) in READERS or (suffix_of(file) == ".json" and _holds_records(file)):
+        for where, record in read_rows(file):
+            yield _document(record, where, domain)
+    else:
+        yield domain, read_text(file)
 
 
-def _json_document(line: str, where: str, domain: str) -> tuple[str, str]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(f'{where} has no text: it should be an object with a string in "text"')
-    name = record.get("domain", domain)
-    if not isinstance(name, str) or not name:
-        raise ValueError(f'{where}: "domain" should be a non-empty string, got {name!r}')
-    try:
-        (name + text).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where} holds a lone surrogate, which is no text: {error}") from error
-    return name, text
+def _holds_records(file: Path) -> bool:
+    """Whether a .json file holds records with a text, or an array of conversations.
 
-
-def read_text(file: Path) -> str:
-    """A UTF-8 file's text, without a byte order mark, with single newlines.
-
-    Raises:
-        ValueError: the file is not UTF-8.
+    Any other is a text itself, as a file of settings beside code is.
     """
     try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{str(file)!r} is not UTF-8 text: {error}") from error
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+        where, first = next(read_rows(file))
+    except (StopIteration, ValueError):
+        return False
+    if isinstance(first, dict) and isinstance(first.get("text"), str):
+        return True
+    return where.endswith("row 1") and format_of(first) is not None
+
+
+def _document(record: Any, where: str, domain: str) -> tuple[str, str]:
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        form = format_of(record)
+        other = f"; it looks like {form.name}, for `etr sft`" if form and form.read else ""
+        raise ValueError(f'{where}: no text; it should be an object with a string in "text"{other}')
+    name = record.get("domain")
+    name = domain if name is None else name
+    if not isinstance(name, str) or not name:
+        raise ValueError(f'{where}: "domain" should be a non-empty string, got {name!r}')
+    return name, text

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from etr.data.reading import read_rows
 
 T = TypeVar("T")
 ALL = "all"
@@ -125,29 +126,28 @@ def spread(items: Sequence[T], limit: int | None) -> list[T]:
 
 
 def read_lines(path: str | Path, fields: dict[str, type]) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines file, each with the fields named.
+    """Objects of a file, each with the fields named.
 
+    Args:
+        path: JSON lines, a JSON array or Parquet.
+        fields: the type of each.
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line is no JSON object or lacks a field, with its number.
+        ValueError: no object in it, or one that is no JSON or lacks a field, with its line or row.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} is no file; give one of JSON lines")
     found = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+    for where, values in read_rows(path):
         if not isinstance(values, dict):
-            raise ValueError(f"{path}, line {number} must be a JSON object")
+            raise ValueError(f"{where}: must be a JSON object")
         for name, kind in fields.items():
             if not isinstance(values.get(name), kind) or isinstance(values[name], bool):
                 raise ValueError(
-                    f"{path}, line {number}: {name}={values.get(name)!r} must be of type "
-                    f"{kind.__name__}"
+                    f"{where}: {name}={values.get(name)!r} must be of type {kind.__name__}"
                 )
         found.append(values)
+    if not found:
+        raise ValueError(f"{path} holds no question")
     return found
