@@ -6,11 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bos_tokenizer import BOS, EOS, bos_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etr.data import BYTE_VOCAB_SIZE, byte_tokenizer, encode_documents, load_tokenizer, train_bpe
-from etr.data.tokenizer import fingerprint
+from etr.data import (
+    BYTE_VOCAB_SIZE,
+    byte_tokenizer,
+    encode_documents,
+    encode_prompt,
+    load_tokenizer,
+    train_bpe,
+)
+from etr.data.tokenizer import fingerprint, text_start
 
 BYTE = byte_tokenizer()
 TEXTS = ["the cat sat on the mat <eos> the end", "été 日本 the 😀 cat"] * 20
@@ -94,3 +102,47 @@ def test_errors(tmp_path: Path) -> None:
 
 def test_no_documents() -> None:
     assert encode_documents(BYTE, []) == []
+
+
+@pytest.mark.parametrize(
+    ("single", "start"),
+    [
+        ("$A", []),
+        ("<bos> $A", [BOS]),
+        ("<bos> $A <eos>", [BOS]),
+        ("$A <eos>", []),
+        ("<eos> $A", [EOS]),
+        ("<bos> <eos> $A", [BOS, EOS]),
+    ],
+)
+@pytest.mark.parametrize("saved", [False, True])
+def test_texts_begin_as_the_tokenizer_begins_them(
+    single: str, start: list[int], saved: bool, tmp_path: Path
+) -> None:
+    tokenizer = bos_tokenizer(single)
+    if saved:
+        tokenizer.save_pretrained(tmp_path)
+        tokenizer = load_tokenizer(tmp_path)
+    assert text_start(tokenizer) == start
+    own = tokenizer("hi")["input_ids"]
+    assert encode_prompt(tokenizer, "hi") == [*start, 104, 105]
+    assert own[: len(start) + 2] == [*start, 104, 105]
+    assert encode_prompt(tokenizer, "") == (start or [EOS])
+    assert encode_documents(tokenizer, ["hi"])[0].tolist() == [104, 105]
+
+
+def test_llama_tokenizers_begin_texts(tmp_path: Path) -> None:
+    from transformers import LlamaTokenizer
+
+    pieces = ["<unk>", "<s>", "</s>", "\u2581", "h", "i"]
+    vocab = {piece: number for number, piece in enumerate(pieces)}
+    LlamaTokenizer(vocab=vocab, merges=[], add_bos_token=True).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert encode_prompt(tokenizer, "hi") == tokenizer("hi")["input_ids"] == [1, 3, 4, 5]
+
+
+def test_a_prompt_that_says_bos_itself_has_it_once() -> None:
+    tokenizer = bos_tokenizer()
+    tokenizer.split_special_tokens = False
+    assert tokenizer("<bos>hi")["input_ids"] == [BOS, BOS, 104, 105]
+    assert encode_prompt(tokenizer, "<bos>hi") == [BOS, 104, 105]

@@ -10,6 +10,7 @@ import tyro
 
 from etr.cli._model import open_model
 from etr.cli._options import parse
+from etr.data import encode_prompt
 from etr.hf import EtrForCausalLM
 from etr.moe import set_eval_selection
 from etr.moe.config import EvalSelection
@@ -25,7 +26,7 @@ class GenerateConfig:
     model: Annotated[str, tyro.conf.Positional]
     """Checkpoint, or a run's folder."""
     prompt: str = ""
-    """Text to continue."""
+    """Text to continue; begun as the model's tokenizer begins texts (bos or nothing)."""
     max_new_tokens: int = 200
     """Tokens to add."""
     temperature: float = 0.8
@@ -60,10 +61,7 @@ def continue_text(
     """Prompt and continuation as text."""
     model.eval()
     set_eval_selection(model, config.selection)
-    ids = tokenizer(config.prompt, add_special_tokens=False)["input_ids"]
-    if not ids:  # an empty prompt: documents begin after an end
-        ids = [tokenizer.eos_token_id]
-    prompt = torch.tensor([ids], device=model.device)
+    prompt = torch.tensor([encode_prompt(tokenizer, config.prompt)], device=model.device)
     torch.manual_seed(config.seed)
     sampling = (
         {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}

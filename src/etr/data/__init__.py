@@ -18,6 +18,7 @@ from etr.data.tokenizer import (
     BYTE_VOCAB_SIZE,
     byte_tokenizer,
     encode_documents,
+    encode_prompt,
     load_tokenizer,
     train_bpe,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "builtin_corpus",
     "byte_tokenizer",
     "encode_documents",
+    "encode_prompt",
     "held_out_batches",
     "load_corpus",
     "load_tokenizer",

@@ -21,7 +21,8 @@ class Batch:
     input_ids: Tensor
     """Token ids, int64 [B, S]."""
     labels: Tensor
-    """The token after each input token, already shifted; `IGNORED` on padding. int64 [B, S]."""
+    """The token after each input token, already shifted; `IGNORED` on padding and where a document
+    is about to begin with a token that no model has to predict. int64 [B, S]."""
     domain: Tensor
     """Place of each row's domain in `TokenDataset.domains`, int64 [B]."""
     sequence_ids: Tensor
@@ -31,8 +32,8 @@ class Batch:
 
     @property
     def valid_mask(self) -> Tensor:
-        """True where there is a real token, False on padding, bool [B, S]."""
-        return self.labels != IGNORED
+        """True up to a row's last label, False on the padding after it, bool [B, S]."""
+        return (self.labels != IGNORED).flip(1).cumsum(1).flip(1) > 0
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -46,6 +47,7 @@ def make_batch(
     sequence_length: int,
     eos_token_id: int,
     pad_token_id: int,
+    document_start: Sequence[int] = (),
 ) -> Batch:
     """Batch rows of up to S + 1 consecutive tokens: S inputs and, one further, S labels.
 
@@ -55,6 +57,7 @@ def make_batch(
         sequence_length: S, tokens.
         eos_token_id: ends a document.
         pad_token_id: input where a row has ended.
+        document_start: tokens that begin every document; they are inputs and never labels.
     """
     inputs = np.full((len(rows), sequence_length), pad_token_id, dtype=np.int64)
     labels = np.full((len(rows), sequence_length), IGNORED, dtype=np.int64)
@@ -63,6 +66,7 @@ def make_batch(
         labels[i, : len(row) - 1] = row[1:]
     starts = np.zeros(inputs.shape, dtype=bool)
     starts[:, 1:] = (inputs[:, :-1] == eos_token_id) & (labels[:, 1:] != IGNORED)
+    labels[np.isin(labels, document_start)] = IGNORED
     place = np.arange(sequence_length)
     position = place - np.maximum.accumulate(np.where(starts, place, 0), axis=1)
     return Batch(

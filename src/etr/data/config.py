@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from etr.data.builtin import DEFAULT_MAX_BYTES, builtin_corpus
 from etr.data.corpus import Corpus, load_corpus, merge
-from etr.data.shards import TokenDataset, write_shards
+from etr.data.shards import FORMAT, TokenDataset, write_shards
 from etr.data.tokenizer import fingerprint, load_tokenizer, train_bpe
 from etr.files import sha256, temporary_sibling
 from etr.moe.checked import check_types
@@ -83,7 +83,7 @@ def open_data(config: DataConfig) -> OpenedData:
     cache_dir = Path(config.cache_dir).expanduser()
     corpus = _read_corpus(config, cache_dir)
     tokenizer = _tokenizer(config.tokenizer, corpus, cache_dir)
-    key = sha256(corpus.fingerprint, fingerprint(tokenizer))
+    key = sha256(FORMAT, corpus.fingerprint, fingerprint(tokenizer))
     directory = cache_dir / f"tokens-{key[:32]}"
     dataset = _cached(directory) or write_shards(corpus, tokenizer, directory)
     return OpenedData(dataset=dataset, tokenizer=tokenizer, notes=corpus.notes)

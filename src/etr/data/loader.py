@@ -106,6 +106,7 @@ class TokenLoader:
             sequence_length=self.sequence_length,
             eos_token_id=self.dataset.eos_token_id,
             pad_token_id=self.dataset.pad_token_id,
+            document_start=self.dataset.document_start,
         )
         self.index += 1
         if self.index == self.batches_per_epoch:
@@ -198,10 +199,10 @@ def held_out_batches(
 ) -> Iterator[Batch]:
     """Held-out tokens, domain after domain, always in the same order.
 
-    Without a limit every token is a label exactly once (eos stands before a domain's first);
-    with one, evenly spaced rows are taken, so that they come from many documents. The last row of
-    a domain is padded; a batch has rows of one domain, the domain's last batch perhaps fewer. A
-    domain with nothing held out gives no batch.
+    Without a limit every token is a label exactly once (eos stands before a domain's first), but
+    for those that only begin a document; with one, evenly spaced rows are taken, so that they come
+    from many documents. The last row of a domain is padded; a batch has rows of one domain, the
+    domain's last batch perhaps fewer. A domain with nothing held out gives no batch.
 
     Args:
         dataset: what to read.
@@ -240,6 +241,7 @@ def _held_out_batches(
                 sequence_length=sequence_length,
                 eos_token_id=dataset.eos_token_id,
                 pad_token_id=dataset.pad_token_id,
+                document_start=dataset.document_start,
             )
 
 

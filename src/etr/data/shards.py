@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from etr.data.corpus import Corpus
-from etr.data.tokenizer import encode_documents, fingerprint
 from etr.files import sha256, sha256_of_file, temporary_sibling
+from etr.data.tokenizer import encode_documents, fingerprint, text_start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = "etr-token-shards-1"
+FORMAT = "etr-token-shards-2"
 INDEX = "index.json"
 _SHARD_NAME = re.compile(r"\d{3,}-(train|held_out)\.npy")
 _DOCUMENTS_AT_ONCE = 1000
@@ -30,7 +30,10 @@ _DOCUMENTS_AT_ONCE = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class TokenShard:
-    """All documents of one domain and split, one after the other, each ending with eos."""
+    """All documents of one domain and split, one after the other, each ending with eos.
+
+    Each begins as the tokenizer begins texts, with `TokenDataset.document_start`.
+    """
 
     domain: str
     split: str
@@ -58,6 +61,8 @@ class TokenDataset:
     """The tokenizer's padding token, or eos where it has none."""
     tokenizer_fingerprint: str
     corpus_fingerprint: str
+    document_start: tuple[int, ...] = ()
+    """Tokens that begin every document, such as bos; empty where a document just follows eos."""
     notes: tuple[str, ...] = ()
     """The corpus's remarks."""
 
@@ -68,19 +73,24 @@ class TokenDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of the text and the tokenizer."""
-        return sha256(self.corpus_fingerprint, self.tokenizer_fingerprint)
+        """Hex SHA-256 of the text, the tokenizer, and what begins a document."""
+        start = map(str, self.document_start)
+        return sha256(self.corpus_fingerprint, self.tokenizer_fingerprint, *start)
 
     @cached_property
     def bytes_per_token(self) -> dict[str, float]:
-        """UTF-8 bytes of held-out text per token, eos included, for each domain.
+        """UTF-8 bytes of held-out text per predicted token, eos included, for each domain.
 
         Mean loss per token in nats / (ln 2 * bytes_per_token) is bits per byte. A domain
         without held-out text has the value of its training text.
         """
         pairs = zip(self.train, self.held_out, strict=True)
         shards = [held if len(held.tokens) else train for train, held in pairs]
-        return {shard.domain: shard.num_bytes / len(shard.tokens) for shard in shards}
+        return {
+            shard.domain: shard.num_bytes
+            / (len(shard.tokens) - len(self.document_start) * (len(shard.document_offsets) - 1))
+            for shard in shards
+        }
 
     @classmethod
     def open(cls, directory: str | Path, *, verify: bool = False) -> TokenDataset:
@@ -98,6 +108,7 @@ class TokenDataset:
         try:
             shards = [_open_shard(directory, entry, index, verify) for entry in index["shards"]]
             content = {key: index[key] for key in _INDEX_FIELDS}
+            content["document_start"] = tuple(content["document_start"])
             notes = tuple(index["notes"])
         except (KeyError, TypeError) as error:
             path = str(directory / INDEX)
@@ -115,6 +126,7 @@ _INDEX_FIELDS = (
     "pad_token_id",
     "tokenizer_fingerprint",
     "corpus_fingerprint",
+    "document_start",
 )
 
 
@@ -153,12 +165,13 @@ def write_shards(
 
 def _write_into(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> None:
     eos = tokenizer.eos_token_id
+    start = _document_start(tokenizer)
     vocab_size = len(tokenizer)
     dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
     shards = []
     for number, domain in enumerate(corpus.domains):
         for split, texts in (("train", domain.train), ("held_out", domain.held_out)):
-            documents = [*_encoded(texts, tokenizer, dtype)]
+            documents = [*_encoded(texts, tokenizer, start, dtype)]
             tokens = np.concatenate(documents) if documents else np.empty(0, dtype)
             # Numbered, since a domain's name may be no file name.
             path = folder / f"{number:03d}-{split}.npy"
@@ -183,20 +196,31 @@ def _write_into(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
         "pad_token_id": eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         "tokenizer_fingerprint": fingerprint(tokenizer),
         "corpus_fingerprint": corpus.fingerprint,
+        "document_start": start,
         "notes": list(corpus.notes),
         "shards": shards,
     }
     (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
 
 
+def _document_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What begins a document; nothing where it is eos itself, which the one before ends with."""
+    start = text_start(tokenizer)
+    return [] if start == [tokenizer.eos_token_id] else start
+
+
 def _encoded(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, dtype: np.dtype[Any]
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    start: list[int],
+    dtype: np.dtype[Any],
 ) -> Iterator[NDArray[Any]]:
-    """Each document's tokens and eos; some at a time, since int64 ids are large."""
+    """Each document's start, tokens and eos; some at a time, since int64 ids are large."""
+    before = np.array(start, dtype=dtype)
     eos = np.array([tokenizer.eos_token_id], dtype=dtype)
-    for start in range(0, len(texts), _DOCUMENTS_AT_ONCE):
-        for ids in encode_documents(tokenizer, texts[start : start + _DOCUMENTS_AT_ONCE]):
-            yield np.concatenate([ids.astype(dtype), eos])
+    for first in range(0, len(texts), _DOCUMENTS_AT_ONCE):
+        for ids in encode_documents(tokenizer, texts[first : first + _DOCUMENTS_AT_ONCE]):
+            yield np.concatenate([before, ids.astype(dtype), eos])
 
 
 def _move_into_place(temporary: Path, directory: Path) -> None:

@@ -129,6 +129,35 @@ def encode_documents(
     return [np.asarray(ids, dtype=np.int64) for ids in encoded["input_ids"]]
 
 
+def text_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids with which a tokenizer begins every text by itself: [bos], or none at all.
+
+    Tokens that it puts after a text are not among them.
+    """
+    bare = _ids(tokenizer, "a", add_special_tokens=False)
+    whole = _ids(tokenizer, "a", add_special_tokens=True)
+    places = range(len(whole) - len(bare) + 1)
+    return whole[: next((i for i in places if whole[i : i + len(bare)] == bare), 0)]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text to go on from, begun as the tokenizer begins texts; never empty.
+
+    A text that says the first token itself does not get it twice. What the tokenizer puts after a
+    text is left out, since the text goes on. An empty text becomes an end of text where nothing
+    begins one: that is what documents follow in training.
+    """
+    start = text_start(tokenizer)
+    ids = _ids(tokenizer, text, add_special_tokens=False)
+    if ids[: len(start)] != start:
+        ids = start + ids
+    return ids or [tokenizer.eos_token_id]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+
 def _wrap(
     tokenizer: Any, specials: list[str], *, split_words: bool = False
 ) -> PreTrainedTokenizerFast:

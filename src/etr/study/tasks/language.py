@@ -46,15 +46,15 @@ class LanguageTask:
 
     def forward(self, model: nn.Module, batch: Batch) -> Forward:
         """Cross-entropy of each next token."""
-        valid = batch.valid_mask
-        mask = None if model.training else valid.long()  # training rows are never padded
+        # Training rows are never padded.
+        mask = None if model.training else batch.valid_mask.long()
         output = model(input_ids=batch.input_ids, attention_mask=mask)
         labels = batch.labels.flatten()
         return Forward(
             token_losses=F.cross_entropy(
                 output.logits.float().flatten(0, 1), labels, ignore_index=IGNORED, reduction="none"
             ),
-            valid=valid.flatten(),
+            valid=labels != IGNORED,
             domain=batch.domain[:, None].expand_as(batch.labels).flatten(),
             router_losses=output.router_losses,
             stats=output.routing_stats,
