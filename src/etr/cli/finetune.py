@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +19,7 @@ from etr.cli._tables import make_table
 from etr.data import open_data
 from etr.files import write_json
 from etr.hf.convert import write_model
+from etr.train.model import SaveDtype
 from etr.train.recover import CAPACITIES, RecoverConfig, Recovery, recover
 
 
@@ -32,6 +34,9 @@ class FinetuneConfig(RecoverConfig):
     fine-tuning here. For text and conversations see `etr sft`, or any trainer of transformers."""
     out: str = "runs/recovered"
     """New folder for the model, with recover.json beside it."""
+    save_dtype: SaveDtype = "float32"
+    """float32: weights as trained, and as the losses were measured. checkpoint: rounded to the
+    data type that they came in; thresholds stay float32."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,9 +51,12 @@ def run(arguments: list[str]) -> int:
     if out.exists():
         raise ValueError(f"out={config.out!r} exists already; name a new folder")
     model, _, folder = open_model(config.model)
+    dtype = model.dtype
     data = open_data(dataclasses.replace(config.data, tokenizer=str(folder)))
     with steps_progress("recovering", config.total_steps) as show:
         found = recover(model, data, config, on_step=show)
+    if config.save_dtype == "checkpoint":
+        torch.nn.Module.to(model, dtype)
     write_model(model, out, folder)
     write_json(out / "recover.json", {"config": dataclasses.asdict(config), **found.to_dict()})
     Console().print(_table(found))

@@ -29,6 +29,7 @@ from etr.moe.routers.etr import EtrRouter
 from etr.parallel import Ranks
 from etr.train.config import OptimizerConfig
 from etr.train.loop import TrainingDiverged
+from etr.train.model import widen_weights
 from etr.train.objective import Objective
 from etr.train.optimizer import build_optimizer, learning_rate
 
@@ -149,7 +150,8 @@ def train_on(
     at every step.
 
     Args:
-        model: with routers of frame `orthonormal`; trained in place, ends in eval mode.
+        model: with routers of frame `orthonormal`; trained in place, ends in eval mode, with
+            float32 weights.
         batches: text, at least one.
         config: of the optimizer, with its warm-up and decay.
         to_blocks: turn the directions to the fixed blocks, where they arrive after `MOVING_SHARE`
@@ -161,6 +163,7 @@ def train_on(
         ValueError: another frame, or a width that blocks do not divide.
         TrainingDiverged: the loss became NaN or infinite.
     """
+    widen_weights(model)
     optimizer = build_optimizer(model, config)
     objective = Objective(model, Ranks(None), "fp32")
     device = next(model.parameters()).device

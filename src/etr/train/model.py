@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import nn
 
 from etr.hf import EtrConfig, EtrForCausalLM
 from etr.hf.config import SIZES
@@ -12,6 +13,9 @@ from etr.train.config import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+SaveDtype = Literal["float32", "checkpoint"]
+"""Data type of the weights that a training from a checkpoint saves."""
 
 
 def build_model(
@@ -52,6 +56,24 @@ def build_model(
     etr_config = EtrConfig(base_config=base, moe=options)
     torch.manual_seed(seed)
     return EtrForCausalLM(etr_config)
+
+
+def widen_weights(model: nn.Module) -> torch.dtype:
+    """Make bf16 and fp16 weights float32, in place, as a model that trains needs them.
+
+    Steps of a usual learning rate are smaller than half the distance of two neighbours in bf16,
+    and would mostly be rounded away. Whatever trains a model that was loaded calls this first; to
+    compute in bf16 is autocast's part.
+
+    Args:
+        model: of this library or of transformers; wider weights stay, and so does routing state.
+    Returns:
+        The data type that the weights had.
+    """
+    before = next(model.parameters()).dtype
+    if any(p.is_floating_point() and p.dtype.itemsize < 4 for p in model.parameters()):
+        model.float()
+    return before
 
 
 def find_device(name: str) -> torch.device:

@@ -30,6 +30,7 @@ from etr.moe.select import top_experts
 from etr.moe.watch import LayerView, watch
 from etr.train.config import OptimizerConfig
 from etr.train.into_fixed import check_blocks, into_fixed, number_experts
+from etr.train.model import widen_weights
 
 CAPACITIES = ("none", "1.1", "0.6")
 """Capacity factors at which losses are measured; none drops nothing."""
@@ -122,7 +123,8 @@ def recover(
     With `into_fixed`, then train on into the fixed frame; a copy of the model is held meanwhile.
 
     Args:
-        model: with routers `token_choice` (see `convert`); ends calibrated, in eval mode.
+        model: with routers `token_choice` (see `convert`); ends calibrated, in eval mode, with
+            float32 weights.
         data: text.
         config: how.
         on_step: called with each step's number, of `config.total_steps`, and its loss in words.
@@ -132,6 +134,7 @@ def recover(
     """
     if config.into_fixed:
         check_blocks(model)
+    widen_weights(model)
     old = [_weight(layer.router).clone() for layer in moe_layers(model)]
     loader = TokenLoader(
         data.dataset,
@@ -193,6 +196,7 @@ def distill(
     Returns:
         The loss of each step, mean over layers.
     """
+    widen_weights(model)
     routers = [p for layer in moe_layers(model) for p in layer.router.parameters()]
     optimizer = torch.optim.AdamW(routers, lr=learning_rate, weight_decay=0.0)
     device = next(model.parameters()).device

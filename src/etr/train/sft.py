@@ -7,18 +7,20 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from etr.files import write_json
 from etr.hf import EtrForCausalLM
 from etr.hf.callback import EtrCallback
 from etr.train.conversations import encode, read_conversations
+from etr.train.model import SaveDtype, widen_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EXPERTS = ("experts.gate_up_proj", "experts.up_proj", "experts.down_proj")
 """Ends of the names of expert weights, for adapters."""
+Precision = Literal["fp32", "bf16"]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -27,8 +29,9 @@ class SftConfig:
     """What to learn from, and how."""
 
     data: str
-    """File of JSON lines: chat ({"messages": [...]}), {"prompt", "completion"}, or
-    {"instruction", "input", "output"}."""
+    """File of JSON lines, a JSON array or Parquet, whose records are chats ({"messages": [...]}),
+    ShareGPT ({"conversations": [...]}), {"prompt", "completion"}, or Alpaca ({"instruction",
+    "input", "output"})."""
     out: str = "runs/sft"
     """Folder for the model; must not exist."""
     epochs: float = 1.0
@@ -48,8 +51,11 @@ class SftConfig:
     lora_rank: int = 0
     """Train adapters of this rank on attention and experts, merged at the end; 0 trains all
     weights. Needs peft."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """bf16: autocast, with float32 weights and a float32 router."""
+    save_dtype: SaveDtype = "float32"
+    """float32: weights as trained. checkpoint: rounded to the data type that they came in, which
+    undoes small changes; thresholds stay float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     use_cpu: bool = False
@@ -61,6 +67,9 @@ class SftConfig:
         for name in ("batch_size", "accumulation_steps", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, known in (("precision", Precision), ("save_dtype", SaveDtype)):
+            if getattr(self, name) not in get_args(known):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {get_args(known)}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps={self.steps} must be at least 1, or None to use epochs")
         for name in ("epochs", "learning_rate"):
@@ -90,7 +99,7 @@ def sft(model: Any, tokenizer: PreTrainedTokenizerBase, config: SftConfig) -> Sf
     """Fine-tune on the assistant's turns of conversations.
 
     Args:
-        model: of this library or of transformers; trained in place.
+        model: of this library or of transformers; trained in place, with float32 weights.
         tokenizer: its own; gets its end-of-text token as padding if it has none.
         config: what to learn from, and how.
     Raises:
@@ -114,10 +123,13 @@ def sft(model: Any, tokenizer: PreTrainedTokenizerBase, config: SftConfig) -> Sf
             f"{len(conversations) - len(rows)} of {len(conversations)} conversations have no "
             f"answer within max_length={config.max_length} tokens and are left out"
         )
+    dtype = widen_weights(model)
     trainer = _trainer(model, tokenizer, rows, config)
     trainer.train()
     trained = trainer.model.merge_and_unload() if config.lora_rank else trainer.model
     logged = [row for row in trainer.state.log_history if "loss" in row]
+    if config.save_dtype == "checkpoint":
+        trained.to(dtype)
     if trainer.is_world_process_zero():
         _save(trained, tokenizer, logged, out)
     return SftResult(out=out, rows=logged, notes=tuple(notes))
