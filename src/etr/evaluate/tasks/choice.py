@@ -12,6 +12,8 @@ from etr.evaluate.tasks.base import Task, read_lines, require, spread
 
 TELEQNA_PASSWORD = b"teleqnadataset"
 """Published by the authors: the encryption keeps the questions out of training text."""
+TELEQNA_ZIP_BYTES, TELEQNA_BYTES = 16_000_000, 64_000_000
+"""Most bytes of the zip, and of the text in it: about ten times what the authors' has."""
 _CHOICE = re.compile(r"\s*\(([A-E])\) ")
 _ANSWER = re.compile(r"answer is \(([A-E])\)")
 
@@ -102,14 +104,28 @@ def teleqna(path: str | Path, limit: int | None = None) -> Task:
     if not Path(path).is_file():
         raise FileNotFoundError(f"teleqna={str(path)!r} is no file; give the authors' TeleQnA.zip")
     try:
-        with pyzipper.AESZipFile(path) as archive:
-            archive.setpassword(TELEQNA_PASSWORD)
-            (name,) = (n for n in archive.namelist() if n.endswith((".txt", ".json")))
-            entries = json.loads(archive.read(name))
+        entries = _teleqna_entries(Path(path), pyzipper)
         found = [_teleqna_question(entry) for entry in entries.values()]
-    except (pyzipper.BadZipFile, ValueError, KeyError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # readers of a damaged or hostile archive raise what they like
         raise ValueError(f"teleqna={str(path)!r} is no TeleQnA zip: {error}") from error
     return Task(name="teleqna", label="TeleQnA", questions=spread(found, limit))
+
+
+def _teleqna_entries(path: Path, pyzipper: Any) -> dict[str, Any]:
+    """The questions in the zip's one file, which is read no further than it may be long."""
+    if path.stat().st_size > TELEQNA_ZIP_BYTES:  # whose list of members may be long
+        raise ValueError(f"it has {path.stat().st_size} bytes, more than {TELEQNA_ZIP_BYTES}")
+    with pyzipper.AESZipFile(path) as archive:
+        archive.setpassword(TELEQNA_PASSWORD)
+        names = [name for name in archive.namelist() if name.endswith((".txt", ".json"))]
+        if len(names) != 1:
+            raise ValueError(f"it holds {len(names)} files of text; it should hold one")
+        with archive.open(names[0]) as file:
+            data = file.read(TELEQNA_BYTES + 1)
+    if len(data) > TELEQNA_BYTES:
+        raise ValueError(f"{names[0]!r} in it becomes more than {TELEQNA_BYTES} bytes")
+    entries: dict[str, Any] = json.loads(data)
+    return entries
 
 
 def _teleqna_question(entry: dict[str, str]) -> dict[str, Any]:
