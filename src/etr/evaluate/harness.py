@@ -6,8 +6,11 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from etr.data.chat import ChatTemplate, ChatTemplateError
+from etr.data.tokenizer import encode_prompt
 from etr.evaluate.held_out import evaluating
 from etr.evaluate.tasks.base import ALL, Score, Task, TaskResult, by_category, require
 from etr.moe.config import EvalSelection
@@ -38,7 +41,8 @@ def run_tasks(
         chat: put questions through the tokenizer's chat template.
         selection: how experts select.
     Raises:
-        ValueError: lm-eval is not installed, or the tokenizer has no chat template.
+        ValueError: lm-eval is not installed, or the tokenizer has no chat template or one that
+            fails.
     """
     if not tasks:
         return []
@@ -117,6 +121,11 @@ def check_named(names: Sequence[str], task_path: str | None = None) -> None:
 def _check(tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
     if chat and not getattr(tokenizer, "chat_template", None):
         raise ValueError("chat=True, and the tokenizer has no chat template; leave it off")
+    if list(tokenizer("a")["input_ids"]) != encode_prompt(tokenizer, "a"):
+        raise ValueError(
+            "the tokenizer puts a token after every text, and answers would follow an end; save it "
+            "with add_eos_token=False"
+        )
     require("lm_eval", "lm-eval")
 
 
@@ -134,7 +143,7 @@ def _simple_evaluate(
 ) -> dict[str, Any]:
     import lm_eval
 
-    with offline(), evaluating(model, selection):
+    with offline(), evaluating(model, selection), ChatTemplate(tokenizer) as template:
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 
@@ -144,7 +153,11 @@ def _simple_evaluate(
             backend="causal",
             device=str(model.device),
             batch_size=batch_size,
+            # As the tokenizer begins texts; a chat template writes the beginning itself.
+            add_bos_token=not chat,
+            prefix_token_id=encode_prompt(tokenizer, "")[-1],
         )
+        harness_model.apply_chat_template = partial(_write_chat, template)
         manager = TaskManager(include_path=include_path, include_defaults=include_defaults)
         found = lm_eval.simple_evaluate(
             model=harness_model,
@@ -158,6 +171,23 @@ def _simple_evaluate(
     assert found is not None
     result: dict[str, Any] = dict(found)
     return result
+
+
+def _write_chat(
+    template: ChatTemplate, turns: list[dict[str, str]], add_generation_prompt: bool = True
+) -> str:
+    """As the harness would, which tries without system turns where a template refuses them."""
+    options = {
+        "add_generation_prompt": add_generation_prompt,
+        "continue_final_message": not add_generation_prompt,
+    }
+    others = [turn for turn in turns if turn["role"] != "system"]
+    try:
+        return template.write([(turns, options)])[0]
+    except ChatTemplateError:
+        if len(others) == len(turns):
+            raise
+        return template.write([(others, options)])[0]
 
 
 def _as_harness_task(task: Task) -> dict[str, Any]:

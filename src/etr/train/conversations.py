@@ -1,60 +1,24 @@
-"""Conversations to learn from: read from JSON lines, and turned into tokens and labels."""
+"""Conversations as tokens and labels: what a model sees, and what of it is learned."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from etr.data import IGNORED
+from etr.data.chat import ChatTemplate
+from etr.data.conversations import Conversation, Message, read_conversations
+from etr.data.tokenizer import text_start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROLES = ("system", "user", "assistant")
-FORMATS = (
-    '{"messages": [{"role": ..., "content": ...}, ...]}, {"prompt": ..., "completion": ...} or '
-    '{"instruction": ..., "input": ..., "output": ...}'
-)
+__all__ = ["Conversation", "Message", "encode", "read_conversations"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Message:
-    """One turn."""
-
-    role: str
-    """system, user or assistant."""
-    content: str
-    """Its text."""
-
-
-def read_conversations(path: str | Path) -> list[list[Message]]:
-    """Read conversations, one JSON object a line; empty lines are skipped.
-
-    Args:
-        path: lines of one of `FORMATS`; "input" may be left out.
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a line that is no conversation, named by its number, or no line at all.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"data={str(path)!r} is no file; give a file of JSON lines")
-    found = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            found.append(_conversation(json.loads(line.decode())))
-        except ValueError as error:  # of the JSON, its encoding, or what it holds
-            raise ValueError(f"{path}, line {number}: {error}") from None
-    if not found:
-        raise ValueError(f"{path} holds no conversation; each line must be {FORMATS}")
-    return found
+Ids = list[int]
+Text = TypeVar("Text", str, Ids)
+Written = tuple[Ids, Ids]
+"""Tokens and labels of a conversation."""
 
 
 def encode(
@@ -64,138 +28,137 @@ def encode(
 ) -> list[dict[str, list[int]]]:
     """Tokens, and labels that are `IGNORED` outside the assistant's turns.
 
-    The tokenizer's chat template writes the turns, and tokens end where answers begin, as they do
-    when a model answers; one without a template gets plain text,
-    ``User: ...``, ``Assistant: ...`` and an end-of-text token after each answer. Conversations are
-    cut at the end, and left out if no label is left.
+    The tokenizer's chat template writes the turns, beginning of text and all, and tokens end where
+    answers begin, as they do when a model answers; one without a template gets plain text,
+    ``User: ...``, ``Assistant: ...`` and an end-of-text token after each answer, begun as the
+    tokenizer begins texts. Conversations are cut at the end, and left out if no label is left.
 
     Args:
         conversations: of `read_conversations`.
         tokenizer: the model's own.
         max_length: most tokens of a conversation.
     Raises:
-        ValueError: the chat template refuses a conversation, or writes an answer otherwise once
-            more turns follow.
+        ValueError: the chat template fails, does not end, refuses a conversation, leaves out its
+            tools, or writes an answer otherwise once more turns follow; or there are tools and no
+            template.
     """
-    write = _by_template if getattr(tokenizer, "chat_template", None) else _plainly
+    if not getattr(tokenizer, "chat_template", None):
+        return _rows(conversations, lambda turns: _plainly(turns, tokenizer), max_length)
+    with ChatTemplate(tokenizer) as template:
+        return _rows(
+            conversations, lambda turns: _by_template(turns, tokenizer, template), max_length
+        )
+
+
+def _rows(
+    conversations: Sequence[Sequence[Message]],
+    write: Callable[[Sequence[Message]], Written],
+    max_length: int,
+) -> list[dict[str, list[int]]]:
     rows = []
-    for number, messages in enumerate(conversations, start=1):
+    for number, turns in enumerate(conversations, start=1):
         try:
-            ids, labels = write(messages, tokenizer)
-        except Exception as error:  # a template raises what it likes
-            raise ValueError(f"conversation {number} cannot be written: {error}") from error
+            ids, labels = write(turns)
+        except ValueError as error:
+            where = getattr(turns, "where", "")
+            name = f"{where}: the conversation" if where else f"conversation {number}"
+            raise ValueError(f"{name} cannot be written: {error}") from error
         ids, labels = ids[:max_length], labels[:max_length]
         if any(label != IGNORED for label in labels[1:]):  # the first token is never predicted
             rows.append({"input_ids": ids, "labels": labels})
     return rows
 
 
-def _conversation(values: Any) -> list[Message]:
-    if not isinstance(values, dict):
-        raise ValueError(f"must be a JSON object: {FORMATS}")
-    if "messages" in values:
-        return _messages(values["messages"])
-    if "prompt" in values or "completion" in values:
-        return [
-            Message(role="user", content=_text(values, "prompt")),
-            Message(role="assistant", content=_text(values, "completion")),
-        ]
-    if "instruction" in values or "output" in values:
-        question = _text(values, "instruction")
-        if values.get("input"):
-            question = f"{question}\n\n{_text(values, 'input')}"
-        return [
-            Message(role="user", content=question),
-            Message(role="assistant", content=_text(values, "output")),
-        ]
-    raise ValueError(f"has the keys {', '.join(sorted(values)) or 'none'}; must be {FORMATS}")
-
-
-def _messages(values: Any) -> list[Message]:
-    if not isinstance(values, list) or not values:
-        raise ValueError("'messages' must be a list of turns")
-    found = []
-    for turn in values:
-        if not isinstance(turn, dict) or turn.get("role") not in ROLES:
-            raise ValueError(f"every turn needs a 'role', one of {', '.join(ROLES)}; got {turn!r}")
-        found.append(Message(role=turn["role"], content=_text(turn, "content")))
-    if all(message.role != "assistant" for message in found):
-        raise ValueError("'messages' has no turn of the assistant, so there is nothing to learn")
-    return found
-
-
-def _text(values: dict[str, Any], key: str) -> str:
-    value = values.get(key)
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{key!r} must be a text that is not empty; got {value!r}")
-    return value
-
-
 def _by_template(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
-    turns = [{"role": m.role, "content": m.content} for m in messages]
-
-    def write(count: int, prompt: bool, *, tokenize: bool) -> Any:
-        return tokenizer.apply_chat_template(
-            turns[:count], tokenize=tokenize, return_dict=False, add_generation_prompt=prompt
-        )
-
-    spans = _answers(messages, partial(write, tokenize=True))
+    turns: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
+) -> Written:
+    text, answers = _texts(turns, template)
+    learned = [turn.learned for turn in turns if turn.role == "assistant"]
+    ids = _tokens(tokenizer, text)
+    spans = _spans(ids, [(_tokens(tokenizer, a), _tokens(tokenizer, b)) for a, b in answers])
     if spans is not None:
-        ids = list(write(len(turns), False, tokenize=True))
-        labels = [IGNORED] * len(ids)
-        for begin, end in spans:
-            labels[begin:end] = ids[begin:end]
-        return ids, labels
+        return _joined(_pieces(ids, spans, learned))
     # A token may reach over the place where an answer begins, such as a line break and spaces
     # after it. In use the model goes on from whole tokens of what comes before: cut there.
-    spans = _answers(messages, partial(write, tokenize=False))
+    spans = _spans(text, answers)
     if spans is None:
         raise ValueError("its chat template writes a turn otherwise once others follow")
-    text = write(len(turns), False, tokenize=False)
-    cuts = [0, *(place for span in spans for place in span), len(text)]
-    pieces = [
-        (list(tokenizer(text[begin:end], add_special_tokens=False)["input_ids"]), number % 2 == 1)
-        for number, (begin, end) in enumerate(pairwise(cuts))
-    ]
-    ids = [token for piece, _ in pieces for token in piece]
-    labels = [token if learned else IGNORED for piece, learned in pieces for token in piece]
-    return ids, labels
+    return _joined(
+        (_tokens(tokenizer, piece), counts) for piece, counts in _pieces(text, spans, learned)
+    )
 
 
-def _answers(
-    messages: Sequence[Message], write: Callable[[int, bool], Any]
-) -> list[tuple[int, int]] | None:
-    """Where the assistant's turns begin and end in what `write` makes of all turns, text or tokens.
+def _texts(turns: Sequence[Message], template: ChatTemplate) -> tuple[str, list[tuple[str, str]]]:
+    """The whole conversation, and for each answer the text up to its beginning and its end."""
+    written = [{"role": turn.role, "content": turn.content, **turn.fields} for turn in turns]
+    tools = getattr(turns, "tools", None)
+    places = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
+    chats = [(written, {"add_generation_prompt": False})]
+    for place in places:
+        if place:
+            chats.append((written[:place], {"add_generation_prompt": True}))
+        chats.append((written[: place + 1], {"add_generation_prompt": False}))
+    whole, *rest = template.write(chats, tools)
+    for name in _tool_names(turns, tools):
+        if name not in whole:
+            raise ValueError(f"its chat template leaves out the tool {name!r}")
+    if places and places[0] == 0:
+        rest.insert(0, "")
+    return whole, list(zip(rest[::2], rest[1::2], strict=True))
+
+
+def _tool_names(turns: Sequence[Message], tools: list[dict[str, Any]] | None) -> set[str]:
+    calls = [call for turn in turns for call in turn.fields.get("tool_calls", ())]
+    return {entry.get("function", entry)["name"] for entry in [*calls, *(tools or ())]}
+
+
+def _spans(whole: Text, answers: list[tuple[Text, Text]]) -> list[tuple[int, int]] | None:
+    """Where answers begin and end in all turns, as text or as tokens.
 
     None where what comes before an answer, or the answer, changes once more follows.
     """
-    whole, spans = write(len(messages), False), []
-    for place, message in enumerate(messages):
-        if message.role != "assistant":
-            continue
-        before = write(place, True) if place else whole[:0]
-        after = write(place + 1, False)
+    for before, after in answers:
         if whole[: len(after)] != after or after[: len(before)] != before:
             return None
-        spans.append((len(before), len(after)))
-    return spans
+    return [(len(before), len(after)) for before, after in answers]
 
 
-def _plainly(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
-    ids: list[int] = []
-    labels: list[int] = []
-    for message in messages:
-        learned = message.role == "assistant"
-        name = f"{message.role.capitalize()}: "
-        pieces = [(name, False), (message.content, learned), ("\n", False)]
-        for text, counts in pieces:
-            piece = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-            if counts and tokenizer.eos_token_id is not None:
-                piece.append(tokenizer.eos_token_id)
-            ids += piece
-            labels += piece if counts else [IGNORED] * len(piece)
+def _pieces(
+    whole: Text, spans: list[tuple[int, int]], learned: list[bool]
+) -> Iterator[tuple[Text, bool]]:
+    """What stands before, in, between and after the answers, and whether it is learned."""
+    done = 0
+    for (begin, end), counts in zip(spans, learned, strict=True):
+        yield whole[done:begin], False
+        yield whole[begin:end], counts
+        done = end
+    yield whole[done:], False
+
+
+def _plainly(turns: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> Written:
+    if _tool_names(turns, getattr(turns, "tools", None)) or any(t.role == "tool" for t in turns):
+        raise ValueError("it has tools, and the tokenizer no chat template that can write them")
+    pieces = [(text_start(tokenizer), False)]
+    for turn in turns:
+        ends = turn.role == "assistant" and tokenizer.eos_token_id is not None
+        end = [tokenizer.eos_token_id] if ends else []
+        pieces += [
+            (_tokens(tokenizer, f"{turn.role.capitalize()}: "), False),
+            (_tokens(tokenizer, turn.content) + end, turn.learned),
+            (_tokens(tokenizer, "\n"), False),
+        ]
+    return _joined(pieces)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _joined(pieces: Iterable[tuple[Ids, bool]]) -> Written:
+    """Tokens of all pieces, and labels of those that are learned."""
+    ids: Ids = []
+    labels: Ids = []
+    for piece, counts in pieces:
+        ids += piece
+        labels += piece if counts else [IGNORED] * len(piece)
     return ids, labels
