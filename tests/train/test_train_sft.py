@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bos_tokenizer import BOS, bos_tokenizer
 from transformers import MixtralConfig
 
 from etr.data import byte_tokenizer
+from etr.data import chat as chat_module
+from etr.data.chat import ChatTemplate
 from etr.hf import EtrConfig, EtrForCausalLM, load_pretrained
 from etr.moe import moe_layers
-from etr.train.conversations import Message, encode, read_conversations
+from etr.train.conversations import Conversation, Message, encode, read_conversations
 from etr.train.sft import SftConfig, sft
 
 IGNORED = -100
@@ -21,6 +26,25 @@ TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_process() -> Iterator[None]:
+    """The templates of all tests run in one process, which takes a second to start."""
+    running: list[Any] = []
+
+    def start(own: Callable[[], Any] = chat_module._start) -> Any:
+        if not running or running[-1].poll() is not None:
+            running.append(own())
+        return running[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat_module, "_start", start)
+        patch.setattr(ChatTemplate, "close", lambda self: setattr(self, "_process", None))
+        yield
+    for process in running:
+        process.kill()
+        process.communicate()
 
 
 def write(path: Path, *lines: Any) -> Path:
@@ -136,6 +160,108 @@ def test_a_template_that_rewrites_turns_is_refused() -> None:
     talk = [Message(role=r, content="x") for r in ("user", "assistant", "user")]
     with pytest.raises(ValueError, match="conversation 1 cannot be written: its chat template"):
         encode([talk], tokenizer, 100)
+
+
+@pytest.mark.parametrize("single", ["<bos> $A", "<bos> $A <eos>"])
+def test_plain_text_begins_as_the_tokenizer_begins_it(single: str) -> None:
+    tokenizer = bos_tokenizer(single)
+    talk = [Message(role=r, content=c) for r, c in (("user", "ab"), ("assistant", "cd")) * 2]
+    (row,) = encode([talk], tokenizer, 1000)
+    (plain,) = encode([talk], byte_tokenizer(), 1000)
+    assert row["input_ids"] == [BOS, *plain["input_ids"]]
+    assert row["labels"] == [IGNORED, *plain["labels"]]
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_template_alone_says_whether_there_is_a_bos(writes: bool) -> None:
+    """As in the tokenizer's own apply_chat_template; never two."""
+    tokenizer = bos_tokenizer()
+    tokenizer.split_special_tokens = False
+    tokenizer.chat_template = "{{ bos_token }}" * writes + TEMPLATE
+    talk = [Message(role="user", content="ab"), Message(role="assistant", content="cd")]
+    (row,) = encode([talk], tokenizer, 1000)
+    turns = [{"role": m.role, "content": m.content} for m in talk]
+    assert row["input_ids"] == tokenizer.apply_chat_template(turns, return_dict=False)
+    assert row["input_ids"].count(BOS) == writes
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+CALLS = {"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]}
+WITH_TOOLS = (
+    "{% if tools %}<{% for t in tools %}{{ t.function.name }}{% endfor %}>{% endif %}"
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+    "{% for c in m.tool_calls %}{{ c.function.name }}({{ c.function.arguments | tojson }})"
+    "{% endfor %};{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def talk_with_tools() -> Conversation:
+    return Conversation(
+        [
+            Message(role="user", content="1+1?"),
+            Message(role="assistant", content="", fields=CALLS),
+            Message(role="tool", content="2"),
+            Message(role="assistant", content="two"),
+        ],
+        [TOOL],
+        "talks.jsonl, line 7",
+    )
+
+
+def test_tool_calls_are_written_by_the_template_and_learned() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = WITH_TOOLS
+    (row,) = encode([talk_with_tools()], tokenizer, 1000)
+    text = '<add>[user]1+1?;[assistant]add({"a": 1});[tool]2;[assistant]two;'
+    assert tokenizer.decode(row["input_ids"]) == text
+    learned = tokenizer.decode([t for t in row["labels"] if t != IGNORED])
+    assert learned == 'add({"a": 1});two;'
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (None, "it has tools, and the tokenizer no chat template"),
+        (TEMPLATE, "its chat template leaves out the tool 'add'"),
+        ("{{ raise_exception('no\ntools') }}", "its chat template fails: TemplateError: no tools"),
+        ("{% for m in %}", "its chat template fails: TemplateSyntaxError in line 1"),
+    ],
+)
+def test_what_cannot_be_written_is_named_with_its_line(template: Any, reason: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=reason) as error:
+        encode([talk_with_tools()], tokenizer, 1000)
+    assert str(error.value).startswith("talks.jsonl, line 7: the conversation cannot be written: ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_answers_that_are_context_are_seen_and_not_learned(template: str | None) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    talk = [
+        Message(role="user", content="a"),
+        Message(role="assistant", content="b", context=True),
+        Message(role="user", content="c"),
+        Message(role="assistant", content="d"),
+    ]
+    (row,) = encode([talk], tokenizer, 1000)
+    whole = [dataclasses.replace(turn, context=False) for turn in talk]
+    (other,) = encode([whole], tokenizer, 1000)
+    assert row["input_ids"] == other["input_ids"]
+    learned = tokenizer.decode([t for t in row["labels"] if t != IGNORED])
+    assert learned == ("d<eos>" if template is None else "d;")
+
+
+def test_a_template_without_end_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_module, "SECONDS", 1.0)
+    tokenizer = byte_tokenizer()
+    loop = "{% for a in range(99999) %}"
+    tokenizer.chat_template = f"{loop}{loop}{{% endfor %}}{{% endfor %}}"
+    talk = [Message(role="user", content="ab"), Message(role="assistant", content="cd")]
+    with pytest.raises(ValueError, match=r"conversation 1 cannot be written: .*not end within"):
+        encode([talk], tokenizer, 1000)
 
 
 def tiny() -> EtrForCausalLM:

@@ -38,18 +38,18 @@ class ChatTemplate:
 
     Args:
         tokenizer: with a chat template.
-        seconds: longest time for one call.
+        seconds: longest time for one call; None for `SECONDS`.
         characters: longest text.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        seconds: float = SECONDS,
+        seconds: float | None = None,
         characters: int = CHARACTERS,
     ) -> None:
         self._tokenizer = tokenizer
-        self._limits = {"seconds": seconds, "characters": characters}
+        self._limits = {"seconds": seconds or SECONDS, "characters": characters}
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> ChatTemplate:

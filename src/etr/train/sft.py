@@ -142,6 +142,13 @@ def _trainer(
     from trl import SFTConfig, SFTTrainer
 
     ours = isinstance(model, EtrForCausalLM)
+    # Renamed in later versions of transformers, which deprecate the old name.
+    known = SFTConfig.__dataclass_fields__
+    kind = "activation" if "activation_checkpointing" in known else "gradient"
+    recompute: dict[str, Any] = {
+        f"{kind}_checkpointing": config.gradient_checkpointing,
+        f"{kind}_checkpointing_kwargs": {"use_reentrant": False},
+    }
     arguments = SFTConfig(
         output_dir=str(_temporary(Path(config.out))),
         num_train_epochs=config.epochs,
@@ -153,8 +160,6 @@ def _trainer(
         lr_scheduler_type="cosine",
         warmup_steps=config.warmup_steps,
         bf16=config.precision == "bf16",
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         use_cpu=config.use_cpu,
         seed=config.seed,
         logging_steps=1,
@@ -162,6 +167,7 @@ def _trainer(
         report_to=[],
         # The layers have a balance loss of their own.
         router_aux_loss_coef=0.0 if ours else None,
+        **recompute,
     )
     trainer = SFTTrainer(
         model=model,
