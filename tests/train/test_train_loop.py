@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import signal
 from itertools import islice
@@ -214,3 +215,11 @@ def test_the_device_asked_for_is_one_of_this_machine() -> None:
     for name in ("cuda:99", "abacus", "meta"):
         with pytest.raises(ValueError, match=f"device='{name}' is not on this machine"):
             find_device(name)
+
+
+def test_evaluation_and_checkpoints_are_logged(make_config, caplog):
+    """Where output is no terminal, the command line prints the last of these."""
+    caplog.set_level(logging.INFO, "etr")
+    train(make_config(steps=4))
+    assert "held-out batch 1" in caplog.messages
+    assert caplog.messages[-1] == "writing a checkpoint of step 4"

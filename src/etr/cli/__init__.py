@@ -21,7 +21,10 @@ def run(verb: str, arguments: list[str]) -> int:
 def _run(verb: str, arguments: list[str]) -> int | None:
     module = importlib.import_module(f"etr.cli.{verb}")
     _quiet_transformers()
-    found: int | None = module.run(arguments)
+    from etr.cli._progress import pulse
+
+    with pulse(verb):
+        found: int | None = module.run(arguments)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+log = logging.getLogger(__name__)
+
+
 def open_model(path: str) -> tuple[EtrForCausalLM, PreTrainedTokenizerBase, Path]:
     """Model in eval mode, its tokenizer, and the folder they came from.
 
@@ -25,6 +29,7 @@ def open_model(path: str) -> tuple[EtrForCausalLM, PreTrainedTokenizerBase, Path
         FileNotFoundError: no such folder.
         ValueError: the folder holds no model of this library, or a damaged checkpoint.
     """
+    log.info("reading the model in %s", path)
     folder = find_model(path)
     if is_divided(folder):
         raise ValueError(
@@ -52,6 +57,7 @@ def open_any_model(
     model_type = None if list_checkpoints(folder) else _model_type(folder)
     if model_type in (None, "etr") or (known is not None and model_type not in known):
         return open_model(path)
+    log.info("reading the model in %s", path)
     return load_causal(folder), load_tokenizer(folder), folder
 
 

@@ -1,11 +1,19 @@
-"""What a person sees of long work."""
+"""What a person sees of long work: bars on a terminal, elsewhere lines.
+
+What is under way is logged, here and in the library, as messages of loggers below ``etr``. Where
+output is no terminal, a `Pulse` prints the last one after every `SILENCE`.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -17,10 +25,73 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import track as track_on_terminal
 
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 Row = dict[str, Any]
 PLAIN_EVERY = 50
 """Steps between lines where the output is no terminal."""
+SILENCE = 25.0
+"""Seconds between lines of a `Pulse`."""
+
+
+class Pulse(logging.Handler):
+    """Says in every period of `SILENCE` what was logged last.
+
+    Args:
+        title: begins each line.
+        say: prints a line.
+        clock: seconds.
+    """
+
+    def __init__(
+        self, title: str, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__()
+        self._title, self._say, self._clock = title, say, clock
+        self._began = self._last = clock()
+        self._status = "working"
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._status = record.getMessage()
+
+    def beat(self) -> float:
+        """Print a line if one is due; seconds until the next is."""
+        now = self._clock()
+        if now - self._last >= SILENCE:
+            self._say(f"{self._title}: {self._status} ({now - self._began:.0f} s)")
+            self._last = now
+        return self._last + SILENCE - now
+
+    def keep_on(self, wait: Callable[[float], bool]) -> None:
+        """Beat until ``wait(seconds)`` says that the work has ended."""
+        while not wait(self.beat()):
+            pass
+
+
+@contextmanager
+def pulse(verb: str) -> Iterator[None]:
+    """Print lines while the block runs, on the first rank and where output is no terminal."""
+    out = sys.stderr if verb == "generate" else sys.stdout  # the text is generate's output
+    if out.isatty() or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    logger, ended = logging.getLogger("etr"), threading.Event()
+    level = logger.level
+    beating = Pulse(f"etr {verb}", lambda line: print(line, file=out, flush=True))
+    thread = threading.Thread(target=beating.keep_on, args=(ended.wait,), daemon=True)
+    logger.addHandler(beating)
+    logger.setLevel(logging.INFO)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        logger.removeHandler(beating)
+        logger.setLevel(level)
 
 
 class TrainingProgress:
@@ -40,6 +111,7 @@ class TrainingProgress:
                 f"{name:>12}  step {row['step']:>5}  {text}", highlight=False, soft_wrap=True
             )
             return
+        log.info("%s step %d/%d, %s", name, row["step"], self._total, text)
         if not self._console.is_terminal:
             if row["step"] % PLAIN_EVERY == 0:
                 print(f"{name:>12}  step {row['step']:>5}/{self._total}  {text}", flush=True)
@@ -97,7 +169,12 @@ def bytes_progress(description: str) -> Iterator[Callable[[int, int], None]]:
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(description, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+        def show(done: int, total: int) -> None:
+            log.info("%s %.1f/%.1f MB", description, done / 1e6, total / 1e6)
+            progress.update(task, completed=done, total=total)
+
+        yield show
 
 
 @contextmanager
@@ -113,4 +190,16 @@ def steps_progress(description: str, total: int) -> Iterator[Callable[[int, str]
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(description, total=total, text="")
-        yield lambda step, text: progress.update(task, completed=step, text=text)
+
+        def show(step: int, text: str) -> None:
+            log.info("%s %d/%d, %s", description, step, total, text)
+            progress.update(task, completed=step, text=text)
+
+        yield show
+
+
+def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
+    """The items, with a bar of how many were taken."""
+    for number, item in enumerate(track_on_terminal(items, description, total), 1):
+        log.info("%s %d/%d", description, number, total)
+        yield item

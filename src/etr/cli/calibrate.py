@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.progress import track
 
 from etr.cli._model import open_model
 from etr.cli._options import parse
+from etr.cli._progress import track
 from etr.data import DataConfig, TokenLoader, open_data
 from etr.evaluate import calibrate
 from etr.hf import EtrForCausalLM

@@ -13,11 +13,10 @@ from typing import Annotated, Literal
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from etr.cli._options import parse
-from etr.cli._progress import bytes_progress
+from etr.cli._progress import bytes_progress, track
 from etr.cli._tables import make_table
 from etr.data import Batch, DataConfig, OpenedData, TokenLoader, held_out_batches, open_data
 from etr.evaluate import calibrate, evaluate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from etr.recipes.study import FULL, SMOKE
 from etr.study.run import Run, execute
 from etr.study.study import StudyRunner
 from etr.train import TrainConfig
+
+log = logging.getLogger(__name__)
 
 SAME = 0.01
 """Nats within which a replay counts as the same: other processors add in another order, and
@@ -77,6 +80,7 @@ def run(arguments: list[str]) -> int:
                 tasks[block] = progress.add_task(block, total=total)
                 if not console.is_terminal:
                     print(f"{block}: {total} steps", flush=True)
+            log.info("%s %d/%d steps", block, done, total)
             progress.update(tasks[block], completed=done)
 
         try:

@@ -10,11 +10,11 @@ from typing import Annotated
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from etr.cli._model import open_any_model
 from etr.cli._options import parse
+from etr.cli._progress import track
 from etr.cli._tables import make_table
 from etr.data import DataConfig, open_data
 from etr.hf import FAMILIES

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import logging
 import platform
 import sysconfig
 import warnings
@@ -17,6 +18,8 @@ from etr.data.corpus import Corpus, Domain
 from etr.data.reading import read_text
 from etr.data.synthetic import synthesise
 from etr.files import sha256, write_bytes
+
+log = logging.getLogger(__name__)
 
 DEFAULT_MAX_BYTES = 2_000_000
 """Bytes of text per domain; the sources give about this much of each kind."""
@@ -69,6 +72,7 @@ def builtin_corpus(cache_dir: str | Path, max_bytes_per_domain: int = DEFAULT_MA
         return cached
     notes, documents = [f"built-in corpus from {_versions()}"], {}
     for name, found in files.items():
+        log.info("collecting built-in text: %s", name)
         documents[name], remark = _collect(name, found, max_bytes_per_domain)
         notes += remark
     corpus = Corpus.from_documents(documents, notes=notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import warnings
@@ -18,6 +19,8 @@ from etr.moe.checked import check_types
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +84,12 @@ def open_data(config: DataConfig) -> OpenedData:
         ValueError: data without text, not UTF-8, or not JSON lines; a BPE vocabulary under 259.
     """
     cache_dir = Path(config.cache_dir).expanduser()
+    log.info("reading text: %s", ", ".join(config.data))
     corpus = _read_corpus(config, cache_dir)
     tokenizer = _tokenizer(config.tokenizer, corpus, cache_dir)
     key = sha256(FORMAT, corpus.fingerprint, fingerprint(tokenizer))
     directory = cache_dir / f"tokens-{key[:32]}"
+    log.info("cutting text into tokens")
     dataset = _cached(directory) or write_shards(corpus, tokenizer, directory)
     return OpenedData(dataset=dataset, tokenizer=tokenizer, notes=corpus.notes)
 
@@ -109,6 +114,7 @@ def _tokenizer(name: str, corpus: Corpus, cache_dir: Path) -> PreTrainedTokenize
     if not folder.exists():
         texts = (text for domain in corpus.domains for text in domain.train)
         temporary = temporary_sibling(folder)
+        log.info("training a tokenizer of %s tokens", size)
         train_bpe(texts, int(size)).save_pretrained(temporary)
         try:
             os.rename(temporary, folder)

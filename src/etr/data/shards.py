@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from etr.data.corpus import Corpus
-from etr.files import sha256, sha256_of_file, temporary_sibling
 from etr.data.tokenizer import encode_documents, fingerprint, text_start
+from etr.files import sha256, sha256_of_file, temporary_sibling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

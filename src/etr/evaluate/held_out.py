@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from etr.data import IGNORED, Batch
 from etr.moe import moe_layers, set_eval_selection
 from etr.moe.config import EvalSelection
 from etr.parallel import Ranks
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +113,8 @@ def evaluate(
     domain_of_rows: list[Tensor] = []
     kept, slots = 0, 0
     with evaluating(model, selection):
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
+            log.info("held-out batch %d", number)
             batch = _own_rows(batch, ranks).to(device)
             output = model(input_ids=batch.input_ids, attention_mask=batch.valid_mask.long())
             nats = F.cross_entropy(

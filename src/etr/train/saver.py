@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from etr.parallel import Ranks
 from etr.parallel.storage import staged
 from etr.train.checkpoint import SaveError, Snapshot, load_checkpoint, write_checkpoint
 from etr.train.checkpoint_folder import FOLDER, TrainState, find_damage, list_checkpoints
+
+log = logging.getLogger(__name__)
 
 
 class Saver:
@@ -47,6 +50,7 @@ class Saver:
         self.wait()
         if step == self._step:
             return
+        log.info("writing a checkpoint of step %d", step)
         what = take()
         if not self._background:
             self._write(what)
