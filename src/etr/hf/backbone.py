@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from etr.hf.config import EtrConfig
+from etr.hf.families import Family
 from etr.hf.initialize import initialize
 from etr.moe import Collector, MoE, MoEConfig, RoutingContext
+from etr.moe.state import GlobalState
 
 
 class MoEBlock(MoE):
@@ -46,6 +48,7 @@ class _BaseModel:
         self.prepare_context: list[Callable[[RoutingContext], RoutingContext]] = []
         self.attached_loss_scale = 1.0
         swap_blocks(self.layers, config)  # type: ignore[attr-defined]
+        keep_in_float32(self, config.family)  # type: ignore[arg-type]
         self._leave_blocks_whole(config.family.block)
 
     def _leave_blocks_whole(self, block: str) -> None:
@@ -148,8 +151,16 @@ class _DecoderLayer:
 @functools.cache
 def base_model_class(family_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """`family_class` that takes an `EtrConfig` and has its MoE blocks swapped."""
-    # Being of this module also keeps transformers from renaming the weights on disk.
-    return type(f"Etr{family_class.__name__}", (_BaseModel, family_class), {"__module__": __name__})
+    members = {
+        "__module__": __name__,  # also keeps transformers from renaming the weights on disk
+        # What the family's router gives away went with it.
+        "_can_record_outputs": {
+            name: source
+            for name, source in (family_class._can_record_outputs or {}).items()
+            if name != "router_logits"
+        },
+    }
+    return type(f"Etr{family_class.__name__}", (_BaseModel, family_class), members)
 
 
 @functools.cache
@@ -183,6 +194,31 @@ def swap_blocks(layers: Sequence[nn.Module] | nn.ModuleList, config: EtrConfig) 
     for layer in layers:
         layer_class: Any = type(layer)
         layer.__class__ = decoder_layer_class(layer_class, family.block)
+
+
+def keep_in_float32(model: PreTrainedModel, family: Family) -> None:
+    """Name what stays float32 where transformers loads a checkpoint in half precision.
+
+    The routing state does, and of the block's parameters those whose counterpart the family keeps.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, MoEBlock)]
+    names = {
+        f"{path}.{name}"
+        for path, module in blocks[0].named_modules()
+        if isinstance(module, GlobalState)
+        for name, value in module.named_buffers(recurse=False)
+        if value.is_floating_point()
+    }
+    flags: Any = set(model._keep_in_fp32_modules_strict or ())
+    for key in family.keys:
+        found = {f for f in flags for name in key.theirs if f".{name}".endswith(f".{f}")}
+        flags -= found
+        if found and any(name == key.ours for name, _ in blocks[0].named_parameters()):
+            names.add(key.ours)
+            for block in blocks:
+                weight = block.get_parameter(key.ours)
+                weight.data = weight.data.to(torch.promote_types(weight.dtype, torch.float32))
+    model._keep_in_fp32_modules_strict = flags | {f"{family.block}.{name}" for name in names}
 
 
 def _valid_mask(
