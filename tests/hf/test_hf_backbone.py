@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from tiny_models import etr_config, make_model, tokens
-from transformers import MixtralModel
+from tiny_models import calibrated, etr_config, make_model, tokens
+from transformers import AutoModel, MixtralModel
 
 from etr.hf import FAMILIES, EtrForCausalLM
 from etr.moe import moe_layers
@@ -78,3 +80,18 @@ def test_such_a_router_is_built_in_float32_at_least(dtype):
     expected = torch.promote_types(dtype, torch.float32)
     assert {layer.router.weight.dtype for layer in moe_layers(model)} == {expected}
     assert {layer.experts.down_proj.dtype for layer in moe_layers(model)} == {dtype}
+
+
+def test_a_folder_of_the_decoder_alone_loads_as_this_library_s_model(tmp_path):
+    model = calibrated(make_model())
+    family_config = model.model.config
+    model.model.save_pretrained(tmp_path)
+    assert model.model.config is family_config
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "etr"
+    loaded, info = EtrForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == {"lm_head.weight"}
+    assert not info["unexpected_keys"]
+    for name, value in model.model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], value), name
+    with pytest.raises(ValueError, match="EtrConfig"):
+        AutoModel.from_pretrained(tmp_path)

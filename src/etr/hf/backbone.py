@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from collections.abc import Callable, Sequence
@@ -45,6 +46,7 @@ class _BaseModel:
         # The family's experts are gone, and with them the choice of how to run them.
         config.base_config._experts_implementation = None
         super().__init__(config.base_config)  # type: ignore[call-arg]
+        self._etr_config = config
         self.prepare_context: list[Callable[[RoutingContext], RoutingContext]] = []
         self.attached_loss_scale = 1.0
         swap_blocks(self.layers, config)  # type: ignore[attr-defined]
@@ -111,8 +113,19 @@ class _BaseModel:
             outputs.last_hidden_state = _AttachLoss.apply(outputs.last_hidden_state, loss)
         return outputs
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the decoder alone, under the config of the whole model.
+
+        Under the family's the folder would load as the family's model, with a random router.
+        """
+        config, self.config = self.config, copy.deepcopy(self._etr_config)  # type: ignore[has-type]
+        try:
+            return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.config = config
+
     def _init_weights(self, module: nn.Module) -> None:
-        if not initialize(module, self.config.initializer_range):  # type: ignore[attr-defined]
+        if not initialize(module, self.config.initializer_range):
             super()._init_weights(module)  # type: ignore[misc]
 
 
