@@ -161,7 +161,7 @@ def test_help_lists_verbs(capsys):
     ("arguments", "message"),
     [
         (["dance"], "no verb 'dance'"),
-        (["generate", "no/such/folder"], "is no folder"),
+        (["generate", "no/such/folder"], "is not a folder"),
         (["routers", "nonsense"], "name='nonsense' is unknown"),
         (["train", "--router", "nonsense"], "router='nonsense' is unknown"),
         (["train", "--top-k", "9", "--router", "token_choice"], "top_k=9 exceeds num_experts=8"),
