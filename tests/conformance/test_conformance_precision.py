@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
-from cells import ROUTER_CELLS, Cell, H, context, ids, pairs, tokens
+from cells import ALL, ROUTER_CELLS, Cell, H, context, ids, pairs, tokens
+from torch import Tensor
+
+from etr.moe import MoE, after_step
+from etr.moe.collector import Collector
+from etr.moe.polar import polar_factor
 
 N = 200
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -69,3 +88,41 @@ def test_bfloat16_sums_would_flip_choices() -> None:
     routing, _ = cell.layer(torch.float32, top_k=1).route(x, context(4000))
     flips = (low.argmax(-1) != routing.expert).float().mean()
     assert 0 < float(flips) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cell", ROUTER_CELLS, ids=ids)
+def test_a_layer_can_be_built_in_half_precision(cell: Cell, dtype: torch.dtype) -> None:
+    """As under `torch.set_default_dtype`, or by transformers' ``from_config(dtype=...)``."""
+    with default_dtype(dtype):
+        layer = MoE(cell.config())
+        output = layer(tokens(dtype=dtype), context())
+    assert {weight.dtype for weight in layer.parameters()} == {dtype}
+    assert {state.dtype for state in layer.buffers()} <= {torch.float32, torch.int64}
+    assert torch.isfinite(output.hidden_states).all()
+    weight = dict(layer.router.named_parameters()).get("weight")
+    if getattr(cell.router, "frame", "") == "orthonormal":
+        assert weight is not None
+        assert float((polar_factor(weight.float()) - weight.float()).abs().max()) < 4e-3
+
+
+@pytest.mark.parametrize("cell", ALL, ids=ids)
+def test_the_default_dtype_changes_no_number(cell: Cell) -> None:
+    """Nothing between input and state is computed in whatever dtype happens to be the default."""
+    start, ctx = cell.layer(torch.float32), context(251)  # which bfloat16 cannot divide
+    batches = [tokens(251, torch.float32) for _ in range(2)]
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = copy.deepcopy(start)
+        with default_dtype(dtype):
+            found: list[Tensor] = []
+            for x in batches:
+                with Collector(layer):
+                    output = layer(x, ctx)
+                after_step(layer)
+                found += [output.hidden_states, *output.losses.values(), *output.stats.values()]
+            with torch.no_grad():
+                found.append(layer.eval()(batches[0], ctx).hidden_states)
+        results.append([*found, *layer.buffers()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cells import E, H, I
+from cells import ROUTER_CELLS, Cell, E, H, I, ids
 
 from etr.moe import CAPACITIES, EXPERT_BACKENDS, ROUTERS, MoE, MoEConfig, support_table
 from etr.moe.config import parse_capacity
@@ -63,3 +63,10 @@ def test_tables_name_their_rows() -> None:
         for name, row in table.items():
             assert row.name == name
             assert row.summary
+
+
+@pytest.mark.parametrize("cell", ROUTER_CELLS, ids=ids)
+def test_every_parameter_has_a_dimension(cell: Cell) -> None:
+    """FSDP shards along the first one, and refuses a parameter that has none."""
+    layer = MoE(cell.config(num_shared_experts=1, shared_gate=True))
+    assert all(parameter.dim() for parameter in layer.parameters())

@@ -187,6 +187,35 @@ def test_router_options_of_a_missing_learned_weight(tmp_path):
     assert router.log_temperature.item() == pytest.approx(0.5 * torch.tensor(32.0).log().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("router", "family"), router_and_family(["etr", "etr_paper"]))
+def test_a_model_can_be_made_in_any_dtype(router, family, dtype):
+    config = etr_config(router, family)
+    model = quiet_eval(AutoModelForCausalLM.from_config(config, dtype=dtype))
+    assert model.dtype == dtype
+    assert {value.dtype for value in states(model).values()} <= {torch.float32, torch.int64}
+    assert torch.isfinite(model(tokens()).logits).all()
+
+
+def without_dimensions(tensors):
+    """As earlier versions wrote single numbers."""
+    return {name: x.reshape(()) if x.shape == (1,) else x for name, x in tensors.items()}
+
+
+@pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, load_pretrained])
+def test_single_numbers_without_dimension_are_read(load, tmp_path):
+    model = calibrated(make_model(etr.EtrRouter(gate="sigmoid")))
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    earlier = without_dimensions(tensors)
+    assert sum(not x.dim() and name not in model.state_keys() for name, x in earlier.items()) == 4
+    save_file(earlier, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = quiet_eval(load(tmp_path))
+    assert same(loaded.state_dict(), model.state_dict())
+    loaded.save_pretrained(tmp_path / "again")
+    assert same(load_file(tmp_path / "again" / "model.safetensors"), tensors)
+
+
 class TestStrictLoading:
     """load_pretrained says what is wrong with a folder."""
 

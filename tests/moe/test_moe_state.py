@@ -15,6 +15,7 @@ from etr.moe import (
     CAPACITIES,
     ROUTERS,
     Collector,
+    EtrRouter,
     MoE,
     MoEConfig,
     RoutingContext,
@@ -29,7 +30,7 @@ H, E = 16, 4
 CELLS = [cell for cell, reason in support_table().items() if reason is None]
 
 
-def make(router: str = "etr", capacity: str = "schedule") -> MoE:
+def make(router: str | EtrRouter = "etr", capacity: str = "schedule") -> MoE:
     return MoE(
         MoEConfig(
             hidden_size=H, intermediate_size=4, num_experts=E, router=router, capacity=capacity
@@ -271,6 +272,20 @@ def test_buffers_assigned_by_a_loader_are_seen_when_the_mode_is_set() -> None:
     layer.calibration.num_updates = torch.tensor(3)
     layer.eval()
     assert layer.calibration.is_calibrated
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_single_numbers_without_dimension_are_read(assign: bool) -> None:
+    """As earlier checkpoints have them."""
+    saved, loaded = make(EtrRouter(gate="sigmoid")), make(EtrRouter(gate="sigmoid"))
+    for number in (saved.router.log_temperature, saved.router.offset):
+        torch.nn.init.normal_(number)
+    earlier = {n: x.reshape(()) if x.shape == (1,) else x for n, x in saved.state_dict().items()}
+    assert earlier["router.offset"].dim() == earlier["router.log_temperature"].dim() == 0
+    loaded.load_state_dict(earlier, assign=assign)
+    for (name, got), want in zip(loaded.named_parameters(), saved.parameters(), strict=True):
+        assert got.shape == want.shape, name
+        assert torch.equal(got, want), name
 
 
 @pytest.mark.parametrize("attached", [False, True])

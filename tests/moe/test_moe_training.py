@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -126,6 +128,41 @@ def test_resumed_training_goes_on_from_the_stored_step() -> None:
     train(other, again)
     assert int(other.moe.state.step) == 5
     assert float(other.moe.capacity.progress) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("attach_first", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adagrad, torch.optim.SGD])
+def test_moments_without_dimension_go_on(kind: Any, attach_first: bool) -> None:
+    """As earlier checkpoints have them, of numbers that had no dimension either."""
+
+    def optimizer_of(model: Model) -> torch.optim.Optimizer:
+        momentum = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+        return kind(model.parameters(), lr=0.01, **momentum)
+
+    model = Model()
+    optimizer = optimizer_of(model)
+    attach(model, optimizer, 10)
+    train(model, optimizer, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state |= {
+            name: x.reshape(())
+            for name, x in state.items()
+            if isinstance(x, Tensor) and x.shape == (1,)
+        }
+    other = Model()
+    other.load_state_dict(model.state_dict())
+    again = optimizer_of(other)
+    if attach_first:
+        attach(other, again, 10)
+    again.load_state_dict(saved)
+    if not attach_first:
+        attach(other, again, 10)
+    for one, its in ((model, optimizer), (other, again)):
+        torch.manual_seed(4)
+        train(one, its, 2)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_the_capacity_falls_as_training_goes_on() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
+import shutil
 import subprocess
 import warnings
 from collections.abc import Iterator
@@ -13,12 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from parallel_runs import tiny_config, write_corpus
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from etr.data import OpenedData, open_data
 from etr.hf import EtrForCausalLM
+from etr.parallel import LoadPlanner, Ranks, manifest
 from etr.train import TrainConfig, checkpoint, train
 from etr.train.checkpoint import list_checkpoints
 from etr.train.metrics import read_metrics
@@ -220,3 +225,44 @@ def test_other_errors_end_the_run(
         monkeypatch.setattr(checkpoint, "write_tensors", broken)
         with pytest.raises(TypeError, match="a bug"), warnings.catch_warnings():
             train(config, data=data)
+
+
+def drop_dimensions(folder: Path) -> int:
+    """Write single numbers as earlier versions did: without a dimension. How many there were."""
+    count = 0
+    for path in folder.rglob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        tensors = load_file(path)
+        count += sum(x.shape == (1,) for x in tensors.values())
+        earlier = {name: x.reshape(()) if x.shape == (1,) else x for name, x in tensors.items()}
+        save_file(earlier, path, metadata)
+    files = manifest.describe_files(folder, Ranks(None))
+    (folder / manifest.NAME).write_text(json.dumps(files))
+    return count
+
+
+def test_a_run_whose_single_numbers_have_no_dimension_goes_on(
+    folder: Path, data: OpenedData, whole: list[float]
+) -> None:
+    config = tiny_config(folder, "earlier", checkpoint_every=2)
+    train(config, data=data)
+    newest = list_checkpoints(Path(config.out))[-1]
+    shutil.rmtree(newest)
+    assert drop_dimensions(list_checkpoints(Path(config.out))[-1]) == 2 * 3  # with two moments each
+    train(dataclasses.replace(config, resume=True), data=data)
+    assert losses(config) == whole
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_planner_reads_single_numbers_without_dimension(tmp_path: Path) -> None:
+    """From anybody's checkpoint of torch.distributed.checkpoint; others stay as strict as ever."""
+    dcp.save({"temperature": torch.tensor(2.0), "wide": torch.ones(2)}, checkpoint_id=tmp_path)
+    tensors = {"temperature": torch.zeros(1), "wide": torch.zeros(2)}
+    with pytest.raises(dcp.CheckpointException, match="Size mismatch"):
+        dcp.load(tensors, checkpoint_id=tmp_path)
+    dcp.load(tensors, checkpoint_id=tmp_path, planner=LoadPlanner())
+    assert tensors["temperature"].tolist() == [2.0]
+    assert tensors["wide"].tolist() == [1.0, 1.0]
+    with pytest.raises(dcp.CheckpointException, match="Size mismatch"):
+        dcp.load({"wide": torch.zeros(1)}, checkpoint_id=tmp_path, planner=LoadPlanner())

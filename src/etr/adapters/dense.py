@@ -52,6 +52,7 @@ class DenseRouter(nn.Module):
             valid_mask: True = real token, bool [T]; None for all.
         """
         moe, context = self.moe, RoutingContext(valid_mask=valid_mask)
+        moe.note_training(moe.collector)
         if valid_mask is not None:
             x = x.masked_fill(~valid_mask[:, None], 0.0)
         routing, limit = moe.route(x, context)

@@ -5,6 +5,7 @@ Importing this registers `EtrConfig` and `EtrForCausalLM` with transformers' Aut
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from etr.hf import earlier
 from etr.hf.backbone import MoEBlock
 from etr.hf.config import EtrConfig
 from etr.hf.convert import ConvertReport, convert
@@ -14,6 +15,7 @@ from etr.hf.modeling import EtrCausalLMOutput, EtrForCausalLM
 
 AutoConfig.register("etr", EtrConfig, exist_ok=True)
 AutoModelForCausalLM.register(EtrConfig, EtrForCausalLM, exist_ok=True)
+earlier.register()
 
 __all__ = [
     "FAMILIES",

@@ -42,6 +42,8 @@ class MoEBlock(MoE):
 class _BaseModel:
     """Mixed into a family's base model: swaps the blocks and initialises them."""
 
+    family_class: type[PreTrainedModel]
+
     def __init__(self, config: EtrConfig) -> None:
         # The family's experts are gone, and with them the choice of how to run them.
         config.base_config._experts_implementation = None
@@ -124,6 +126,9 @@ class _BaseModel:
         finally:
             self.config = config
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _by_maker(self, protocol, base_model_class, self.family_class)
+
     def _init_weights(self, module: nn.Module) -> None:
         if not initialize(module, self.config.initializer_range):
             super()._init_weights(module)  # type: ignore[misc]
@@ -148,6 +153,7 @@ class _DecoderLayer:
     The context is part of the call, so activation recomputation finds it again.
     """
 
+    layer_class: Any
     block_name: str
 
     def forward(self, *args: Any, etr_context: RoutingContext | None = None, **kwargs: Any) -> Any:
@@ -160,11 +166,15 @@ class _DecoderLayer:
         finally:
             block.context = None
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _by_maker(self, protocol, decoder_layer_class, self.layer_class, self.block_name)
+
 
 @functools.cache
 def base_model_class(family_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """`family_class` that takes an `EtrConfig` and has its MoE blocks swapped."""
     members = {
+        "family_class": family_class,
         "__module__": __name__,  # also keeps transformers from renaming the weights on disk
         # What the family's router gives away went with it.
         "_can_record_outputs": {
@@ -185,8 +195,19 @@ def decoder_layer_class(layer_class: Any, block_name: str) -> Any:
     return type(
         layer_class.__name__,
         (_DecoderLayer, layer_class),
-        {"__module__": __name__, "block_name": block_name},
+        {"__module__": __name__, "layer_class": layer_class, "block_name": block_name},
     )
+
+
+def _by_maker(instance: Any, protocol: Any, maker: Callable[..., type], *args: Any) -> Any:
+    """Reduce an instance of a class made here, which pickle finds by no name, for copies too."""
+    state = object.__reduce_ex__(instance, protocol)[2]
+    return _blank, (maker, *args), state
+
+
+def _blank(maker: Callable[..., type], *args: Any) -> Any:
+    made = maker(*args)
+    return made.__new__(made)
 
 
 def swap_blocks(layers: Sequence[nn.Module] | nn.ModuleList, config: EtrConfig) -> None:

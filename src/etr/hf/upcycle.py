@@ -331,7 +331,7 @@ def _expert_stack(matrix: Tensor, config: UpcycleConfig, dim: int, name: str) ->
         stack = matrix.expand(config.num_experts, *matrix.shape).clone()
     if config.noise:
         generator = torch.Generator().manual_seed(_seed(config.seed, name))
-        noise = torch.randn(stack.shape, generator=generator) * config.noise
+        noise = torch.randn(stack.shape, generator=generator, dtype=torch.float32) * config.noise
         stack = (stack.float() + noise * matrix.float().std()).to(matrix.dtype)
     return stack
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,11 @@ from etr.moe.routing import Limit, MoEOutput, RouterInput, Routing, RoutingConte
 from etr.moe.select import ExpertPool, select
 from etr.moe.state import LayerState, keep_state
 from etr.moe.stats import routing_stats, target_kept
+from etr.moe.unlearned import Unlearned
 from etr.moe.watch import LayerView, Watcher
+
+if TYPE_CHECKING:
+    from etr.moe.training import Attachment
 
 
 class MoE(nn.Module):
@@ -94,6 +99,8 @@ class MoE(nn.Module):
         self.normalize = config.resolved_normalize
         self.eval_selection: EvalSelection = config.eval_selection
         self.collector: Collector | None = None
+        self.attachment: Attachment | None = None
+        self.unlearned = Unlearned()
         self.watchers: list[Watcher] = []
         self.pending: dict[str, Tensor] = {}
         self.register_load_state_dict_pre_hook(keep_state)
@@ -137,6 +144,7 @@ class MoE(nn.Module):
             # Whatever padding holds, even NaN, must not reach a sum in the backward pass.
             x = x.masked_fill(~context.valid_mask.reshape(-1, 1), 0.0)
         collector = context.collector or self.collector
+        self.note_training(collector)
 
         routing, limit = self.route(x, context, traffic)
         selection = self.select(routing, limit)
@@ -258,10 +266,17 @@ class MoE(nn.Module):
             found.update(self.capacity.observe(seen))
         return found
 
+    def note_training(self, collector: Collector | None) -> None:
+        """Notice a forward that a backward pass may follow; see `etr.moe.unlearned`."""
+        training = self.training and self.attachment is None and torch.is_grad_enabled()
+        if training and not torch.compiler.is_compiling():
+            self.unlearned.forward(self, collector)
+
     @torch.no_grad()
     def calibrate_from_pending(self, decay: float | None = None) -> None:
         """Consume the pending counters for the thresholds alone: no step, no schedule moves."""
         stats, self.pending = self.pending, {}
+        self.unlearned.learned()
         if "score_histogram" in stats:
             self.calibration.update(stats["score_histogram"], target_kept(stats), decay)
 
@@ -306,7 +321,7 @@ class MoE(nn.Module):
         if not self.config.local_bonus or not self.training or context.placement is None:
             return None
         node = context.placement.node_of_rank[context.rank]
-        bonus = torch.zeros(self.config.num_experts, device=x.device)
+        bonus = torch.zeros(self.config.num_experts, dtype=torch.float32, device=x.device)
         bonus[list(context.placement.experts_on_node(node))] = self.config.local_bonus
         return bonus
 

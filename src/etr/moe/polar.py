@@ -59,9 +59,15 @@ def condition_number(weight: Tensor) -> float:
     return float(singular[0] / singular[-1].clamp_min(NORM_FLOOR))
 
 
-def orthonormal_start(num_experts: int, hidden_size: int) -> Tensor:
-    """Random orthonormal rows from torch's global generator, float32 [E, H]."""
-    q, _ = torch.linalg.qr(torch.randn(hidden_size, num_experts))
+def orthonormal_start(
+    num_experts: int, hidden_size: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Random orthonormal rows from torch's global generator, [E, H].
+
+    Args:
+        dtype: float32 or float64; there is no decomposition in half precision.
+    """
+    q, _ = torch.linalg.qr(torch.randn(hidden_size, num_experts, dtype=dtype))
     return q.T.contiguous()
 
 

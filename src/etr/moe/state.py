@@ -49,6 +49,11 @@ class GlobalState(nn.Module):
             self._read[name] = read
             self.set_on_host(name, read(initial))
 
+    @property
+    def has_state(self) -> bool:
+        """Whether there is any."""
+        return bool(self._initial)
+
     def on_host(self, name: str) -> Any:
         """What the host knows of a scalar state: never older than the state itself.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +53,7 @@ def after_step(model: nn.Module, group: ProcessGroup | None = None) -> list[dict
         found = _reduced(found, group)
     for layer, stats in zip(layers, found, strict=True):
         layer.pending = {}
+        layer.unlearned.learned()
         if stats:
             _learn(layer, stats)
     return found
@@ -79,12 +82,29 @@ def attach(
         Attachment, whose `last_stats` holds the counters of the last step.
     Raises:
         ValueError: the model has no MoE layer, or total_steps < 1.
+    Warns of an optimizer that holds none of the model's parameters.
     """
     return Attachment(model, optimizer, total_steps, group)
 
 
+class _Hook:
+    """A method as a hook of a model. In a copy of the model, saved ones too, it does nothing."""
+
+    def __init__(self, method: Callable[..., None] | None = None) -> None:
+        self._method = method
+
+    def __call__(self, *args: Any) -> None:
+        if self._method is not None:
+            self._method(*args)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
+
+
 class Attachment:
     """Hooks that `attach` installed; `detach` removes them.
+
+    A copy of the model, by `copy.deepcopy` or through a file, is attached to nothing.
 
     Attributes:
         last_stats: counters of the last step, one dictionary per MoE layer.
@@ -107,11 +127,19 @@ class Attachment:
         self._layers = layers
         self._collector: Collector | None = None
         self._handles: list[Any] = [
-            model.register_forward_pre_hook(self._open),
-            model.register_forward_hook(self._close, always_call=True),
+            model.register_forward_pre_hook(_Hook(self._open)),
+            model.register_forward_hook(_Hook(self._close), always_call=True),
             optimizer.register_step_post_hook(self._step),
+            optimizer.register_load_state_dict_post_hook(_add_dimensions),
         ]
+        for layer in layers:
+            layer.attachment = self
+        _check_parameters(model, optimizer)
+        _add_dimensions(optimizer)
         self._set_progress()
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # for layers that are copied or saved
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -119,6 +147,8 @@ class Attachment:
             handle.remove()
         for layer in self._layers:
             layer.collector = None
+            if layer.attachment is self:
+                layer.attachment = None
 
     def _open(self, module: nn.Module, args: Any) -> None:
         if any(x.collector is not None and x.collector.is_open for x in self._layers):
@@ -138,6 +168,32 @@ class Attachment:
         if self._total_steps is not None:
             done = int(self._layers[0].state.step)
             set_progress(self._model, min(1.0, done / self._total_steps))
+
+
+def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
+    """Warn of an optimizer that trains another model, or this one's parameters of earlier."""
+    own = set(map(id, model.parameters()))
+    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        warnings.warn(
+            f"attach: the optimizer holds no parameter of {type(model).__name__}: its steps would "
+            "move schedules and thresholds of a model that it does not train. Give the model's own "
+            "optimizer, made after FSDP has wrapped the model",
+            stacklevel=4,
+        )
+
+
+def _add_dimensions(optimizer: Optimizer) -> None:
+    """Moments of single numbers had no dimension in earlier checkpoints, nor had the numbers."""
+    shaped = {
+        name
+        for parameter, state in optimizer.state.items()
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.dim() and value.shape == parameter.shape
+    }
+    for parameter, state in optimizer.state.items():
+        for name in shaped & state.keys() if parameter.shape == (1,) else ():
+            if state[name].dim() == 0:
+                state[name] = state[name].reshape(1)
 
 
 def _learn(layer: MoE, stats: dict[str, Tensor]) -> None:

@@ -5,8 +5,10 @@ from etr.parallel.gradients import gradient_norms, local_part, scale_gradients, 
 from etr.parallel.launch import is_launched, process_group
 from etr.parallel.ranks import Ranks
 from etr.parallel.sharding import build_mesh, distribute
+from etr.parallel.storage import LoadPlanner
 
 __all__ = [
+    "LoadPlanner",
     "ParallelConfig",
     "Ranks",
     "build_mesh",

@@ -16,13 +16,33 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.distributed.tensor import DTensor
 
 from etr.moe.state import GlobalState
 from etr.parallel.ranks import Ranks
 
 Tensors = dict[str, Tensor]
+
+
+class LoadPlanner(dcp.DefaultLoadPlanner):
+    """Reads single numbers from checkpoints in which they have no dimension, as earlier ones do.
+
+    dcp.load(tensors, checkpoint_id=folder, planner=LoadPlanner())
+    """
+
+    def create_local_plan(self) -> dcp.LoadPlan:
+        assert self.metadata is not None
+        for name, value in list(self.state_dict.items()):
+            saved = self.metadata.state_dict_metadata.get(name)
+            no_dimension = isinstance(saved, TensorStorageMetadata) and saved.size == torch.Size()
+            if no_dimension and isinstance(value, Tensor) and value.shape == (1,):
+                part = value.to_local() if isinstance(value, DTensor) else value
+                # The same memory, or some that nobody looks at where another rank has the number.
+                self.state_dict[name] = part.view(()) if part.numel() else part.new_empty(())
+        return super().create_local_plan()
 
 
 def model_tensors(model: nn.Module) -> Tensors:
@@ -96,7 +116,7 @@ def read_tensors(folder: Path, names: Sequence[str], tensors: Tensors, ranks: Ra
     reader = dcp.HuggingFaceStorageReader(str(folder))
     reader.fs = _Named(names)
     with _quietly():
-        dcp.load(tensors, storage_reader=reader, **_among(ranks))
+        dcp.load(tensors, storage_reader=reader, planner=LoadPlanner(), **_among(ranks))
 
 
 class _Named(FileSystem):

@@ -70,7 +70,7 @@ class _AffinityMassPolicy(CapacityPolicy):
         # sum_e n_e / (E * T k / E), over all tokens of the step
         mean_load_sum = stats["num_valid_tokens"] * self.top_k
         if int(mean_load_sum) > 0:
-            self.mass_factor.copy_(stats["mass_prefix_sum"] / mean_load_sum)
+            self.mass_factor.copy_(stats["mass_prefix_sum"].float() / mean_load_sum)
             self.state_changed()  # compiled code takes it for a constant
 
     def _limit(self, routing: Routing, threshold: Tensor) -> Limit:

@@ -61,7 +61,7 @@ class _LocMoEPolicy(CapacityPolicy):
         if int(self.num_updates) > 0 or int(stats["num_valid_tokens"]) == 0:
             return
         bound = erfc_bound(self.hidden_size, self.num_experts, affinity_p99)
-        tokens = stats["num_valid_tokens"] / stats["num_forwards"]
+        tokens = stats["num_valid_tokens"].float() / stats["num_forwards"]
         factor = bound * self.num_experts / (tokens * self.top_k)
         self.raw_bound.copy_(bound)
         self.frozen_factor.copy_(factor.clamp(self.config.min_factor, self.config.max_factor))

@@ -81,5 +81,5 @@ class _ThresholdPolicy(CapacityPolicy):
         return Limit(min_score=threshold)
 
     def _target_limit(self, routing: Routing) -> Limit:
-        unused = torch.zeros((), device=routing.expert.device)
+        unused = torch.zeros((), dtype=torch.float32, device=routing.expert.device)
         return self.target.limit(routing, unused.expand(self.num_experts), unused)

@@ -111,13 +111,13 @@ def affinity_top_k(
     """
     num_tokens, block_width = x.shape[0], x.shape[1] // num_experts
     x, device = x.contiguous(), x.device
-    unit = torch.full((num_experts,), block_width**0.5, device=device)
+    unit = torch.full((num_experts,), block_width**0.5, dtype=torch.float32, device=device)
     if weight is not None:
         unit = weight.view(num_experts, block_width).norm(dim=-1).clamp_min(NORM_FLOOR)
     valid = torch.ones(num_tokens, dtype=torch.bool) if valid_mask is None else valid_mask
     found = Chosen(
-        affinity=torch.empty(num_tokens, num_experts, device=device),
-        norm=torch.empty(num_tokens, 1, device=device),
+        affinity=torch.empty(num_tokens, num_experts, dtype=torch.float32, device=device),
+        norm=torch.empty(num_tokens, 1, dtype=torch.float32, device=device),
         expert=torch.empty(num_tokens, top_k, dtype=torch.int64, device=device),
         num_tokens_per_expert=torch.zeros(num_experts, dtype=torch.int64, device=device),
     )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from etr.moe.affinity import router_dtype
 from etr.moe.checked import check_types
@@ -128,9 +129,10 @@ class Router(nn.Module):
         routing = self.choose(scores, inputs)
         if routing.tokens_choose:
             return routing
-        best = Router.choose(self, scores, inputs).routing_map().flatten()
-        unused = tokens_choose & ~best
-        return replace(routing, expert=torch.where(unused, self.num_experts, routing.expert))
+        best = Router.choose(self, scores, inputs).expert.view(-1, self.top_k)
+        best = F.pad(best, (0, self.num_experts - best.shape[1]), value=self.num_experts)
+        expert = torch.where(tokens_choose, best, routing.expert.view_as(best))
+        return replace(self.routing_of(scores, expert, inputs), tokens_choose=False)
 
     def _replayed(self, replay: Replay, x: Tensor) -> Tensor:
         if replay.num_experts != self.num_experts:
@@ -204,6 +206,16 @@ class Router(nn.Module):
 
     def reset_parameters(self) -> None:
         """Write initial values into the parameters (after a meta-device start)."""
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Load it; in earlier checkpoints single numbers have no dimension."""
+        for name, parameter in self.named_parameters(recurse=False):
+            value = state_dict.get(prefix + name)
+            if parameter.shape == (1,) and isinstance(value, Tensor) and value.dim() == 0:
+                state_dict[prefix + name] = value.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def one_best(name: str, top_k: int) -> None:

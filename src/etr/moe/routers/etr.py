@@ -124,9 +124,9 @@ class _EtrRouter(Router):
         elif config.frame == "orthonormal":
             self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         if config.learn_temperature:
-            self.log_temperature = nn.Parameter(torch.empty(()))
+            self.log_temperature = nn.Parameter(torch.empty(1))  # FSDP takes none without dimension
         if config.gate == "sigmoid":
-            self.offset = nn.Parameter(torch.empty(()))
+            self.offset = nn.Parameter(torch.empty(1))
         self._directions: tuple[Tensor, Tensor] | None = None
         self.reset_parameters()
 
@@ -136,7 +136,8 @@ class _EtrRouter(Router):
             if self.config.frame == "learned":
                 self.weight.fill_(self.num_experts / self.hidden_size)
             elif not self.weight.is_meta:
-                self.weight.copy_(orthonormal_start(self.num_experts, self.hidden_size))
+                dtype = torch.promote_types(self.weight.dtype, torch.float32)
+                self.weight.copy_(orthonormal_start(self.num_experts, self.hidden_size, dtype))
         if self.log_temperature is not None:
             self.log_temperature.fill_(math.log(self.temperature))
         if self.offset is not None:
@@ -175,12 +176,12 @@ class _EtrRouter(Router):
             affinity = affinity * (token_norm(router_dtype(x)) / math.sqrt(self.hidden_size))
         scale: Tensor | float = self.temperature
         if self.log_temperature is not None:
-            scale = self.log_temperature.to(affinity.dtype).exp()
+            scale = self.log_temperature.squeeze().to(affinity.dtype).exp()
         logits = affinity * scale
         probs = logits.softmax(-1)
         gates = probs
         if self.offset is not None:
-            gates = (logits + self.offset.to(logits.dtype)).sigmoid()
+            gates = (logits + self.offset.squeeze().to(logits.dtype)).sigmoid()
         score = affinity if self.config.score == "cosine" else probs
         return Scores(scores=score, logits=logits, gates=gates, probs=probs)
 

@@ -1,0 +1,68 @@
+"""Noticing that layers train while nobody tells them of optimizer steps."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+from etr.moe.state import GlobalState
+
+if TYPE_CHECKING:
+    from etr.moe.collector import Collector
+    from etr.moe.layer import MoE
+
+STEPS, FORWARDS = 2, 100
+"""Steps that weights took, or forwards where nothing tells of steps, until it is said."""
+
+
+class Unlearned:
+    """What a layer did in training since it last learned from an optimizer step.
+
+    Its weights change by steps alone, however many micro-batches those have. Where no weight tells
+    of steps, because it is frozen or sharded, forwards are counted.
+    """
+
+    def __init__(self) -> None:
+        self._version: int | None = None
+        self._forwards = self._steps = 0
+        self._said = False
+
+    def learned(self) -> None:
+        """The layer learned from a step."""
+        self._version, self._forwards, self._steps = None, 0, 0
+
+    def forward(self, layer: MoE, collector: Collector | None) -> None:
+        """A forward with gradients begins: warn, once a model, if `layer` should have learned.
+
+        Args:
+            collector: knows the model's other layers.
+        """
+        if self._said or not learns_from_steps(layer):
+            return
+        weight = next((p for p in layer.parameters() if p.requires_grad), None)
+        version = 0 if weight is None else weight._version
+        self._forwards += 1
+        self._steps += self._version is not None and version != self._version
+        self._version = version
+        if self._steps < STEPS and self._forwards < FORWARDS:
+            return
+        for one in (layer, *(collector.layers if collector else ())):
+            one.unlearned._said = True
+        warnings.warn(
+            "MoE layers train, and nobody tells them of optimizer steps: thresholds, capacity "
+            "schedules and counts of the load stay where they are. Call etr.attach(model, "
+            "optimizer, total_steps), or after_step(model) after each step; transformers' Trainer "
+            "needs etr.hf.callback.EtrCallback",
+            stacklevel=2,
+        )
+
+
+def learns_from_steps(layer: MoE) -> bool:
+    """Whether a layer has anything that changes once per optimizer step."""
+    config = layer.config
+    return (
+        not layer.traits.position_free  # draws anew in each step
+        or (layer.ranks_by_score and config.capacity_config.name != "none")  # thresholds
+        or (config.losses.aux_mode == "previous" and bool(config.resolved_aux_alpha))
+        or any(isinstance(m, GlobalState) and m.has_state for m in layer.capacity.modules())
+    )
