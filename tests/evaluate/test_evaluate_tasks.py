@@ -18,7 +18,16 @@ from etr.data import BYTE_VOCAB_SIZE, byte_tokenizer
 from etr.evaluate import run_tasks
 from etr.evaluate.embedding import Embedder
 from etr.evaluate.harness import run_named
-from etr.evaluate.tasks import TASKS, Task, TaskConfig, gsm8k, mmlu_dev, open_answers, teleqna
+from etr.evaluate.tasks import (
+    TASKS,
+    Task,
+    TaskConfig,
+    choice,
+    gsm8k,
+    mmlu_dev,
+    open_answers,
+    teleqna,
+)
 from etr.evaluate.tasks.base import by_category, mean_score, spread
 from etr.evaluate.tasks.choice import TELEQNA_PASSWORD, own_questions
 from etr.evaluate.tasks.written import last_number, passes
@@ -202,6 +211,60 @@ def test_teleqna_is_read_in_memory(tmp_path: Path) -> None:
         teleqna(path)
     with pytest.raises(FileNotFoundError, match="is no file"):
         teleqna(tmp_path / "absent.zip")
+
+
+@pytest.mark.parametrize(
+    ("files", "limit", "reason"),
+    [
+        ({"TeleQnA.txt": "[" + " " * 1000 + "]"}, 1000, "'TeleQnA.txt' in it becomes more than"),
+        ({"TeleQnA.txt": "{}", "b.json": "{}"}, 1000, "it holds 2 files of text; it should hold"),
+        ({"a.bin": "{}"}, 1000, "it holds 0 files of text; it should hold one"),
+        ({"TeleQnA.txt": "[" * 100_000}, 10**6, "recursion"),
+        ({"TeleQnA.txt": "[1]"}, 1000, "is no TeleQnA zip"),
+    ],
+)
+def test_hostile_zips_are_refused(
+    files: dict[str, str],
+    limit: int,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pyzipper = pytest.importorskip("pyzipper")
+    monkeypatch.setattr(choice, "TELEQNA_BYTES", limit)
+    path = tmp_path / "TeleQnA.zip"
+    deflated = {"compression": pyzipper.ZIP_DEFLATED, "encryption": pyzipper.WZ_AES}
+    with pyzipper.AESZipFile(path, "w", **deflated) as archive:
+        archive.setpassword(TELEQNA_PASSWORD)
+        for name, text in files.items():
+            archive.writestr(name, text)
+    with pytest.raises(ValueError, match=rf"TeleQnA\.zip' is no TeleQnA zip: .*{reason}|{reason}"):
+        teleqna(path)
+
+
+def test_a_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large it says it is, no more is read than the limit."""
+    pyzipper = pytest.importorskip("pyzipper")
+    path = tmp_path / "TeleQnA.zip"
+    deflated = {"compression": pyzipper.ZIP_DEFLATED, "encryption": pyzipper.WZ_AES}
+    with pyzipper.AESZipFile(path, "w", **deflated) as archive:
+        archive.setpassword(TELEQNA_PASSWORD)
+        archive.writestr("TeleQnA.txt", bytes(choice.TELEQNA_BYTES + 10**7))
+    assert path.stat().st_size < choice.TELEQNA_ZIP_BYTES / 10
+    read: list[int] = []
+    own = pyzipper.zipfile_aes.AESZipExtFile.read
+
+    def look(self: Any, n: int = -1) -> bytes:
+        read.append(n)
+        return bytes(own(self, n))
+
+    monkeypatch.setattr(pyzipper.zipfile_aes.AESZipExtFile, "read", look)
+    with pytest.raises(ValueError, match=f"becomes more than {choice.TELEQNA_BYTES} bytes"):
+        teleqna(path)
+    assert read == [choice.TELEQNA_BYTES + 1]
+    monkeypatch.setattr(choice, "TELEQNA_ZIP_BYTES", 100)
+    with pytest.raises(ValueError, match="bytes, more than 100"):
+        teleqna(path)
 
 
 def test_mmlu_dev_is_whole_and_called_what_it_is() -> None:

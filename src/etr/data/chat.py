@@ -27,10 +27,6 @@ Chat = tuple[Sequence[dict[str, Any]], dict[str, Any]]
 """Turns, and options: add_generation_prompt, continue_final_message."""
 
 
-class ChatTemplateError(ValueError):
-    """A template that cannot be run, refuses a conversation, or does not end; one line."""
-
-
 class ChatTemplate:
     """Writes conversations as text by the tokenizer's template; use it in `with`, or close it.
 
@@ -72,12 +68,13 @@ class ChatTemplate:
             chats: JSON-ready; at least one.
             tools: JSON schemas of the functions that the assistant may call.
         Raises:
-            ChatTemplateError: what is wrong with the template or a conversation.
+            ValueError: the template cannot be run, refuses a conversation or does not end; one
+                line.
         """
         try:
             template = self._tokenizer.get_chat_template(tools=tools)
         except ValueError as error:
-            raise ChatTemplateError(_one_line(str(error))) from error
+            raise ValueError(_one_line(str(error))) from error
         request = {
             "chats": [{"messages": list(turns), "options": options} for turns, options in chats],
             "common": {
@@ -87,7 +84,7 @@ class ChatTemplate:
         }  # fmt: skip
         answer = self._ask(json.dumps(request, default=str))
         if "error" in answer:
-            raise ChatTemplateError(f"its chat template fails: {_one_line(answer['error'])}")
+            raise ValueError(f"its chat template fails: {_one_line(answer['error'])}")
         return [str(text) for text in answer["texts"]]
 
     def _ask(self, request: str) -> dict[str, Any]:
@@ -101,7 +98,7 @@ class ChatTemplate:
             why = f"does not end within {self._limits['seconds']:g} s" if late else (
                 "ends the process that runs it, perhaps for lack of memory"
             )  # fmt: skip
-            raise ChatTemplateError(f"its chat template {why}")
+            raise ValueError(f"its chat template {why}")
         return answer
 
 
@@ -121,7 +118,7 @@ def _start() -> subprocess.Popen[str]:
     )
     if _exchange(process) is None:
         process.communicate()
-        raise ChatTemplateError(f"no process for chat templates: {sys.executable} does not start")
+        raise ValueError(f"no process for chat templates: {sys.executable} does not start")
     return process
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from etr.data.chat import ChatTemplate, ChatTemplateError
+from etr.data.chat import ChatTemplate
 from etr.data.tokenizer import encode_prompt
 from etr.evaluate.held_out import evaluating
 from etr.evaluate.tasks.base import ALL, Score, Task, TaskResult, by_category, require
@@ -184,7 +184,7 @@ def _write_chat(
     others = [turn for turn in turns if turn["role"] != "system"]
     try:
         return template.write([(turns, options)])[0]
-    except ChatTemplateError:
+    except ValueError:
         if len(others) == len(turns):
             raise
         return template.write([(others, options)])[0]
