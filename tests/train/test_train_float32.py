@@ -118,6 +118,7 @@ def test_sft_from_the_command_line_and_saved_as_it_came(talks: Path) -> None:
     assert main(["sft", str(source), *options, str(narrow), "--save-dtype", "checkpoint"]) == 0
     trained, rounded = load_pretrained(wide), load_pretrained(narrow)
     assert abs(moved(before, trained) - RIGHT) <= 5
+    assert 0.4 * RIGHT < moved(before, rounded) < 0.6 * RIGHT, "about half, as the guide says"
     assert json.loads((wide / "config.json").read_text())["dtype"] == "float32"
     assert rounded.dtype == torch.bfloat16
     for name, value in rounded.named_parameters():

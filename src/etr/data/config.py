@@ -28,7 +28,8 @@ class DataConfig:
     """What to read, how to cut it into tokens and batches, and where to cache."""
 
     data: tuple[str, ...] = ("builtin",)
-    """"builtin" (text installed with the library) and/or paths of text files, folders, .jsonl."""
+    """"builtin" (text installed with the library) and/or paths: folders, text files, .jsonl and
+    .parquet with a "text" in each record; .gz too."""
     tokenizer: str = "byte"
     """"byte", "bpe:N" (byte-level BPE of N tokens trained on the data), or a saved one's folder."""
     sequence_length: int = 256
@@ -81,7 +82,8 @@ def open_data(config: DataConfig) -> OpenedData:
 
     Raises:
         FileNotFoundError: a data path or the tokenizer does not exist.
-        ValueError: data without text, not UTF-8, or not JSON lines; a BPE vocabulary under 259.
+        ValueError: data without text, not UTF-8, or not JSON lines; a BPE vocabulary under 259. See
+            `load_corpus`.
     """
     cache_dir = Path(config.cache_dir).expanduser()
     log.info("reading text: %s", ", ".join(config.data))
