@@ -86,10 +86,11 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
 
     try:
         tokenizer = from_local(AutoTokenizer, name_or_path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # damaged files make transformers raise errors of every kind
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise FileNotFoundError(
             f"tokenizer {str(name_or_path)!r} cannot be loaded; give 'byte', a folder written by "
-            f"save_pretrained, or a name in the local Hugging Face cache"
+            f"save_pretrained, or a name in the local Hugging Face cache ({reason})"
         ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {str(name_or_path)!r} has no eos_token; set one and save it")
