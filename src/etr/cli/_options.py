@@ -55,8 +55,14 @@ USUAL = {
 """What other programs call an option, to what it is called here."""
 
 
-def parse(kind: type[T], verb: str, arguments: list[str]) -> T:
+def parse(kind: type[T], verb: str, arguments: list[str], default: T | None = None) -> T:
     """Read a dataclass from the command line; nested fields are flat options.
+
+    Args:
+        kind: the dataclass.
+        verb: name of the verb.
+        arguments: of the command line.
+        default: where options that are not named come from; the dataclass's own by default.
 
     Raises:
         ValueError: an option that other programs have and this verb has under another name.
@@ -67,7 +73,13 @@ def parse(kind: type[T], verb: str, arguments: list[str]) -> T:
         usual = USUAL.get(name) if argument.startswith("--") and name not in known else None
         if usual is not None and usual.split()[0].removeprefix("--") in known:
             raise ValueError(f"there is no option --{name}; use {usual}")
-    return tyro.cli(kind, prog=f"etr {verb}", args=arguments, config=(tyro.conf.OmitArgPrefixes,))
+    return tyro.cli(
+        kind,
+        prog=f"etr {verb}",
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes,),
+        default=tyro.MISSING_NONPROP if default is None else default,
+    )
 
 
 def _names(kind: Any) -> set[str]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -13,11 +12,12 @@ from typing import Annotated
 import tyro
 
 from etr.cli._model import open_model
-from etr.cli._options import parse
+from etr.cli._of_run import parse_with_text, run_at
 from etr.cli._progress import track
 from etr.data import DataConfig, TokenLoader, open_data
 from etr.evaluate import calibrate
-from etr.hf import EtrForCausalLM
+from etr.train.checkpoint import rewrite_model
+from etr.train.folders import making, writing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +27,13 @@ class CalibrateConfig:
     model: Annotated[str, tyro.conf.Positional]
     """Checkpoint, or a run's folder."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Text; its training documents are used. The tokenizer is the model's own."""
+    """Text; its training documents are used. The run's own by default. The tokenizer is the
+    model's."""
     num_batches: int = 64
     """Batches to run; make them as large as in training."""
     save_to: str | None = None
-    """Folder for the calibrated model; by default the model's own folder is updated."""
+    """New folder for the calibrated model; by default it takes the place of the model itself, and a
+    run goes on from it."""
 
     def __post_init__(self) -> None:
         if self.num_batches < 1:
@@ -40,34 +42,30 @@ class CalibrateConfig:
 
 def run(arguments: list[str]) -> int:
     """Calibrate, save, and print what each layer keeps."""
-    config = parse(CalibrateConfig, "calibrate", arguments)
-    model, _, folder = open_model(config.model)
-    data = open_data(dataclasses.replace(config.data, tokenizer=str(folder)))
-    loader = TokenLoader(
-        data.dataset,
-        sequence_length=config.data.sequence_length,
-        batch_size=config.data.batch_size,
-    )
-    batches = track(islice(loader, config.num_batches), "calibrating", total=config.num_batches)
-    kept = calibrate(model, batches)
-    target = folder if config.save_to is None else Path(config.save_to)
-    save_beside(model, folder, target)
+    config = parse_with_text(CalibrateConfig, "calibrate", arguments, lambda c: (c.model,))
+    with _held(config):
+        model, _, folder = open_model(config.model)
+        target = folder if config.save_to is None else Path(config.save_to)
+        data = open_data(dataclasses.replace(config.data, tokenizer=str(folder)))
+        loader = TokenLoader(
+            data.dataset,
+            sequence_length=config.data.sequence_length,
+            batch_size=config.data.batch_size,
+        )
+        batches = track(islice(loader, config.num_batches), "calibrating", total=config.num_batches)
+        kept = calibrate(model, batches)
+        rewrite_model(folder, target, model)
     for layer, share in enumerate(kept):
         print(f"layer {layer}: thresholds keep {share:.1%} of choices")
     print(f"saved: {target}")
     return 0
 
 
-def save_beside(model: EtrForCausalLM, source: Path, target: Path) -> None:
-    """Write a copy of a model folder with new weights, complete or not at all."""
-    temporary = target.with_name(f".tmp-{target.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    for old in temporary.glob("*.safetensors"):
-        old.unlink()
-    model.save_pretrained(temporary)
-    replaced = target.with_name(f".old-{target.name}")
-    if target.exists():
-        os.replace(target, replaced)
-    os.replace(temporary, target)
-    shutil.rmtree(replaced, ignore_errors=True)
+def _held(config: CalibrateConfig) -> AbstractContextManager[None]:
+    """Hold what is written to: a new folder, a run, or a model's folder."""
+    if config.save_to is not None:
+        if Path(config.save_to).exists():
+            raise ValueError(f"save_to={config.save_to!r} exists already; name a new folder")
+        return making(Path(config.save_to))
+    run = run_at(config.model)
+    return making(Path(config.model)) if run is None else writing(run)

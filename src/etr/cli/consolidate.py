@@ -9,7 +9,8 @@ from typing import Annotated
 import tyro
 
 from etr.cli._options import parse
-from etr.train.checkpoint import consolidate, list_checkpoints
+from etr.train.checkpoint import consolidate
+from etr.train.folders import making
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +26,8 @@ class ConsolidateConfig:
 def run(arguments: list[str]) -> int:
     """Read the parts, write the whole."""
     config = parse(ConsolidateConfig, "consolidate", arguments)
-    folder = Path(config.run)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{config.run} is no folder; give a checkpoint or a run's folder")
-    checkpoint = [folder, *list_checkpoints(folder)][-1]
-    consolidate(checkpoint, Path(config.out))
+    out = Path(config.out)
+    with making(out):
+        checkpoint = consolidate(Path(config.run), out)
     print(f"{config.out} is the model of {checkpoint}")
     return 0

@@ -25,6 +25,8 @@ from etr.hf.convert import Direction, write_model
 from etr.hf.swap_router import SwapReport, set_temperatures, swap_router
 from etr.moe import moe_layers
 from etr.moe.config import EvalSelection, parse_capacity
+from etr.train.checkpoint_folder import find_model
+from etr.train.folders import making
 
 HELD_OUT_TOKENS = 4096
 """Most tokens of each domain by which the losses of `--router etr` are measured."""
@@ -83,7 +85,12 @@ class ConvertConfig:
 def run(arguments: list[str]) -> int:
     """Convert, and print what became of the function."""
     config = parse(ConvertConfig, "convert", arguments)
-    source, target = Path(config.source), Path(config.target)
+    target = Path(config.target)
+    with making(target):
+        return _into(target, find_model(config.source), config)
+
+
+def _into(target: Path, source: Path, config: ConvertConfig) -> int:
     if config.router == "keep":
         _say(_convert(config, source, target))
         return 0

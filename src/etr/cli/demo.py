@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from etr.cli._model import open_model
+from etr.cli._of_run import command_line
 from etr.cli._options import parse
 from etr.cli.compare import run_comparison
 from etr.cli.generate import GenerateConfig, continue_text
@@ -35,7 +36,7 @@ def run(arguments: list[str]) -> int:
     command = "etr demo" + (
         " --seeds " + " ".join(map(str, config.seeds)) if config.seeds != (0,) else ""
     )
-    results = run_comparison(comparison, command)
+    results = run_comparison(comparison, command, command_line("demo", arguments))
     if results is None:
         return 130
     if config.markdown:

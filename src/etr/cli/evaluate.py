@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from etr.cli._model import open_any_model
-from etr.cli._options import parse
+from etr.cli._of_run import parse_with_text
 from etr.cli._tables import make_table
 from etr.data import DataConfig, held_out_batches, open_data
 from etr.evaluate import (
@@ -44,7 +44,8 @@ class EvaluateConfig:
     """Checkpoints or run folders; also plain transformers models."""
     tasks: TaskConfig = field(default_factory=TaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    """Text; its held-out documents are used. The tokenizer is the model's own."""
+    """Text; its held-out documents are used. That of the run by default. The tokenizer is the
+    model's own."""
     selection: EvalSelection = "threshold"
     """How experts select; batch lets later tokens change earlier ones and is no honest loss."""
     max_tokens_per_domain: int | None = None
@@ -64,7 +65,12 @@ class EvaluateConfig:
 
 def run(arguments: list[str]) -> int:
     """Evaluate, print a table, and write it where asked."""
-    config = parse(EvaluateConfig, "evaluate", arguments)
+    config = parse_with_text(
+        EvaluateConfig,
+        "evaluate",
+        arguments,
+        lambda c: c.models if HELD_OUT in c.tasks.tasks else (),
+    )
     # A missing file or an unknown name shows before a model is read.
     tasks = config.tasks.local()
     check_named(config.tasks.named, config.tasks.task_path)

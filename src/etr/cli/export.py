@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from etr.cli._model import open_model
-from etr.cli._options import parse
+from etr.cli._of_run import parse_with_text
 from etr.cli._progress import bytes_progress
 from etr.data import IGNORED, Batch, DataConfig, open_data
 from etr.evaluate.held_out import effective_selection
@@ -21,6 +22,7 @@ from etr.hf.plain import divides_by_norm, export_plain, mean_inverse_norms
 from etr.moe import moe_layers, set_eval_selection
 from etr.moe.config import EvalSelection
 from etr.train.diagnose import mixed_batches
+from etr.train.folders import making
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class ExportConfig:
     """To a family of transformers with a linear router: the one kind of export there is."""
     data: DataConfig = field(default_factory=DataConfig)
     """Text by which norms, losses and the difference of logits are measured; its held-out part is
-    read. The tokenizer is the model's own."""
+    read. That of the run by default. The tokenizer is the model's own."""
     num_batches: int = 8
     """Batches of it, about; every domain gives as much."""
     max_shard_bytes: int = 4 * 10**9
@@ -50,7 +52,12 @@ class ExportConfig:
 
 def run(arguments: list[str]) -> int:
     """Export, and print what serving it costs."""
-    config = parse(ExportConfig, "export", arguments)
+    config = parse_with_text(ExportConfig, "export", arguments, lambda c: (c.source,))
+    with making(Path(config.target)):
+        return _export(config)
+
+
+def _export(config: ExportConfig) -> int:
     model, _, folder = open_model(config.source)
     text = dataclasses.replace(config.data, tokenizer=str(folder))
     size = (text.sequence_length, text.batch_size)

@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from etr.cli._model import open_model
-from etr.cli._options import parse
+from etr.cli._of_run import parse_with_text
 from etr.cli._progress import steps_progress
 from etr.cli._tables import make_table
 from etr.data import open_data
 from etr.files import write_json
 from etr.hf.convert import write_model
+from etr.train.folders import making
 from etr.train.model import SaveDtype
 from etr.train.recover import CAPACITIES, RecoverConfig, Recovery, recover
 
@@ -46,10 +47,15 @@ class FinetuneConfig(RecoverConfig):
 
 def run(arguments: list[str]) -> int:
     """Recover, save, and print the loss of each stage."""
-    config = parse(FinetuneConfig, "finetune", arguments)
+    config = parse_with_text(FinetuneConfig, "finetune", arguments, lambda c: (c.model,))
     out = Path(config.out)
-    if out.exists():
-        raise ValueError(f"out={config.out!r} exists already; name a new folder")
+    with making(out):
+        if out.exists():
+            raise ValueError(f"out={config.out!r} exists already; name a new folder")
+        return _recover(config, out)
+
+
+def _recover(config: FinetuneConfig, out: Path) -> int:
     model, _, folder = open_model(config.model)
     dtype = model.dtype
     data = open_data(dataclasses.replace(config.data, tokenizer=str(folder)))

@@ -9,6 +9,7 @@ import torch
 import tyro
 
 from etr.cli._model import open_model
+from etr.cli._of_run import say_which
 from etr.cli._options import parse
 from etr.data import encode_prompt
 from etr.hf import EtrForCausalLM
@@ -50,7 +51,8 @@ class GenerateConfig:
 def run(arguments: list[str]) -> int:
     """Generate and print."""
     config = parse(GenerateConfig, "generate", arguments)
-    model, tokenizer, _ = open_model(config.model)
+    model, tokenizer, folder = open_model(config.model)
+    say_which(folder)
     print(continue_text(model, tokenizer, config))
     return 0
 

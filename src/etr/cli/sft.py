@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from etr.cli._model import open_any_model
 from etr.cli._options import parse
+from etr.train.folders import making
 from etr.train.sft import SftConfig, sft
 
 
@@ -23,8 +27,11 @@ class SftArguments(SftConfig):
 def run(arguments: list[str]) -> int:
     """Fine-tune, save, and print what a person should know."""
     config = parse(SftArguments, "sft", arguments)
-    model, tokenizer, _ = open_any_model(config.model)
-    result = sft(model, tokenizer, config)
+    # Of the processes of a launch, the first one writes.
+    first = os.environ.get("RANK", "0") == "0"
+    with making(Path(config.out)) if first else nullcontext():
+        model, tokenizer, _ = open_any_model(config.model)
+        result = sft(model, tokenizer, config)
     for note in result.notes:
         print(f"note: {note}")
     first, last = result.rows[0]["loss"], result.rows[-1]["loss"]

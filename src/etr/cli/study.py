@@ -19,11 +19,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from etr.cli._of_run import command_line
 from etr.cli._options import parse
 from etr.recipes.study import FULL, SMOKE
 from etr.study.run import Run, execute
 from etr.study.study import StudyRunner
 from etr.train import TrainConfig
+from etr.train.folders import writing
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +59,13 @@ class StudyCommand:
 def run(arguments: list[str]) -> int:
     """Replay one run, or run the study."""
     command = parse(StudyCommand, "study", arguments)
-    if command.replay is not None:
-        return _replay(Path(command.replay), Path(command.out))
+    with writing(Path(command.out)):
+        if command.replay is not None:
+            return _replay(Path(command.replay), Path(command.out))
+        return _study(command, command_line("study", arguments))
+
+
+def _study(command: StudyCommand, again: str) -> int:
     study = SMOKE if command.smoke else FULL
     out = Path(command.out)
     weights = Path(command.weights) if command.weights else out / "weights"
@@ -86,7 +93,7 @@ def run(arguments: list[str]) -> int:
         try:
             page = runner.run(command.blocks, show)
         except KeyboardInterrupt:
-            print(f"stopped; the same command goes on where it stopped ({command.out})")
+            print(f"stopped; go on with:\n{again}")
             return 130
     print(f"page: {page}")
     return 0

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from etr.cli._model import open_any_model
-from etr.cli._options import parse
+from etr.cli._of_run import parse_with_text
 from etr.cli._progress import track
 from etr.cli._tables import make_table
 from etr.data import DataConfig, open_data
@@ -48,7 +48,8 @@ class TraceConfig:
     device: str = "auto"
     """auto, cpu, cuda, npu, ..."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Text; its held-out documents are used. The tokenizer is the model's own."""
+    """Text; its held-out documents are used. That of the run by default. The tokenizer is the
+    model's own."""
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "segment"):
@@ -59,7 +60,7 @@ class TraceConfig:
 
 def run(arguments: list[str]) -> int:
     """Trace, write the file, and print a summary."""
-    config = parse(TraceConfig, "trace", arguments)
+    config = parse_with_text(TraceConfig, "trace", arguments, lambda c: (c.model,))
     device = find_device(config.device)
     model, tokenizer, folder = open_any_model(config.model, FAMILIES)
     model.to(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from etr.cli._options import parse
+from etr.cli._of_run import command_line, parse_training
 from etr.cli._progress import training_progress
 from etr.parallel import Ranks, is_launched, process_group
 from etr.train import TrainConfig, TrainResult, train
@@ -13,7 +13,7 @@ from etr.train.model import find_device
 
 def run(arguments: list[str]) -> int:
     """Train, showing progress."""
-    config = parse(TrainConfig, "train", arguments)
+    config = parse_training(arguments)
     # A launcher shows what its ranks raised if they write it down for it.
     return (record(_train)(config) or 0) if is_launched() else _train(config)
 
@@ -30,8 +30,6 @@ def _train(config: TrainConfig) -> int:
 
 def _outcome(config: TrainConfig, result: TrainResult) -> str:
     if result.stopped:
-        return (
-            f"stopped after step {result.steps}; go on with: etr train --out {config.out} "
-            "--resume and the same options"
-        )
+        command = command_line("train", ["--resume", "--out", config.out])
+        return f"stopped after step {result.steps}; go on with:\n{command}"
     return f"trained {result.steps} steps; metrics and checkpoints are in {result.run}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -10,6 +11,8 @@ import tyro
 from etr.cli._options import parse
 from etr.cli._progress import bytes_progress
 from etr.hf.upcycle import UpcycleConfig, upcycle
+from etr.train.checkpoint_folder import find_model
+from etr.train.folders import making
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +33,9 @@ class UpcycleArguments(UpcycleConfig):
 def run(arguments: list[str]) -> int:
     """Upcycle, and print whether the function is the same."""
     config = parse(UpcycleArguments, "upcycle", arguments)
-    with bytes_progress("upcycling") as progress:
+    with making(Path(config.target)), bytes_progress("upcycling") as progress:
         report = upcycle(
-            config.source,
+            find_model(config.source),
             config.target,
             config,
             max_shard_bytes=config.max_shard_bytes,

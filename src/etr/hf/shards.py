@@ -34,7 +34,10 @@ DTYPES = {
 }
 """Data types of weights and routing state, and what the file format calls them."""
 _DTYPE_OF = {name: dtype for dtype, name in DTYPES.items()}
-KEPT_WITH_WEIGHTS = ("config.json", "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.gguf")
+KEPT_WITH_WEIGHTS = (
+    *("config.json", "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.gguf"),
+    *("manifest.json", "train_state.json"),  # of a run's checkpoint
+)
 """Files that do not travel with the tokenizer and generation options."""
 
 

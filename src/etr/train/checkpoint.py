@@ -201,6 +201,7 @@ def rewrite_model(source: Path, target: Path, model: EtrForCausalLM) -> None:
         target: the copy, which may take the place of `source`.
         model: whose weights are written.
     """
+    source, target = source.resolve(), target.resolve()
     is_one = is_checkpoint(source)
     names = [*manifest.read_manifest(source)] if is_one else _files_of_model(source)
     with whole_folder(target, replace=target == source) as temporary:

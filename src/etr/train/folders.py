@@ -43,6 +43,7 @@ def making(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: another process does, or nothing can be written there.
     """
+    folder = folder.resolve()
     with locked(folder.with_name(f".{folder.name}{LOCK}")):
         yield
 

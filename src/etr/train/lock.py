@@ -74,7 +74,8 @@ def _held(path: Path) -> Iterator[None]:
         warnings.warn(f"{path} cannot be locked ({error}); its note alone guards it", stacklevel=4)
     try:
         found = _read(note)
-        alone = lock.is_locked and (found is None or found.get("host") == socket.gethostname())
+        host = None if found is None else found.get("host")
+        alone = lock.is_locked and host in (None, socket.gethostname())
         if not alone and _lives(note):
             raise InUse(_in_use(path, found))
         with _renewed(note):
