@@ -63,6 +63,11 @@ def test_the_lock_is_exact_and_of_no_machine() -> None:
     assert not any(versions.NOT_LOCKED.fullmatch(name) for name in LOCK)
 
 
+def test_the_readme_installs_the_locked_torch() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"pip install torch=={locked('torch')} --index-url" in text
+
+
 def test_the_lowest_versions_are_the_lower_bounds() -> None:
     lowest = {line.name: bounds(line)["=="] for line in map(Requirement, versions.lowest())}
     want = {one.name: bounds(one)[">="] for one in REQUIREMENTS}
