@@ -7,7 +7,7 @@ LOCK   ?= constraints.txt
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check
 INSTALL = $(PIP) install --quiet $(LOCK:%=--constraint %)
-PYTEST  = $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --durations 40
+PYTEST  = $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder --durations 40
 
 .PHONY: demo test test-fast test-newest test-lowest test-pythons check lock bench study study-smoke \
         results clean

@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import zlib
 from collections.abc import Generator, Iterator
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # in the processes that tests start, too
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that two workers end together."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests run on one worker, in order; so do those of all files that start ranks."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    @functools.cache
+    def group(file: str) -> str:
+        text = (config.rootpath / file).read_text(encoding="utf-8")
+        return "ranks" if "mark.distributed" in text else file
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid.partition("::")[0])
+
+    return ByFile(config, log)
 
 
 def seed_of(node_id: str) -> int:

@@ -163,12 +163,33 @@ VARIANTS = _variant_cells()
 
 ALL = CELLS + VARIANTS
 
-WITH_BACKENDS = [
-    dataclasses.replace(cell, backend=backend.name)
-    for cell in ALL
+BACKEND_CELLS = [
+    Cell(router=ROUTERS["token_choice"](), capacity=policy("none")),
+    Cell(router=ROUTERS["token_choice"](), capacity=policy("threshold")),
+    Cell(router=ROUTERS["baseline"](), capacity=policy("factor")),
+    Cell(router=ROUTERS["expert_choice"](), capacity=policy("factor")),
+    Cell(router=ROUTERS["etr"](), capacity=policy("schedule")),
+    Cell(router=ROUTERS["etr_paper"](), capacity=policy("affinity_mass")),
+]
+"""What engines can tell apart, for they see rows and counts and never a router: all kept or some
+dropped, one expert a token or two, tokens that choose or experts, capacities or least scores."""
+
+BACKENDS = [
+    backend.name
     for backend in EXPERT_BACKENDS.values()
     if backend.unavailable() is None  # tests/moe say by name what is skipped
 ]
+
+
+def with_backends(cells: list[Cell]) -> list[Cell]:
+    """`cells` with loops, and `BACKEND_CELLS` with every other backend."""
+    return cells + [
+        dataclasses.replace(cell, backend=backend)
+        for backend in BACKENDS
+        if backend != "loop"
+        for cell in BACKEND_CELLS
+    ]
+
 
 ROUTER_CELLS = [
     Cell(router=router, capacity=policy(router.traits.default_capacity))

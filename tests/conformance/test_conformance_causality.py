@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cells import ALL, ROUTER_CELLS, Cell, E, context, ids, pairs, policy, tokens, train_steps
+from cells import (
+    ALL,
+    ROUTER_CELLS,
+    Cell,
+    E,
+    context,
+    ids,
+    pairs,
+    policy,
+    tokens,
+    train_steps,
+    with_backends,
+)
 from torch import Tensor
 
 from etr.moe import CAPACITIES, MoE
@@ -47,11 +59,10 @@ def assert_causal(layer: MoE) -> None:
 
 
 @pytest.mark.parametrize("selection", ["threshold", "dropless"])
-@pytest.mark.parametrize("backend", ["bmm", "loop"])
-@pytest.mark.parametrize("cell", ALL, ids=ids)
+@pytest.mark.parametrize("cell", with_backends(ALL), ids=ids)
 @pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
-def test_eval_is_causal(cell: Cell, backend: str, selection: str) -> None:
-    layer = cell.layer(backend=backend, eval_selection=selection)
+def test_eval_is_causal(cell: Cell, selection: str) -> None:
+    layer = cell.layer(eval_selection=selection)
     train_steps(layer)
     layer.eval()
     assert_causal(layer)

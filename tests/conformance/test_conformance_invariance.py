@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
-from cells import ALL, ROUTER_CELLS, WITH_BACKENDS, Cell, E, H, T, context, ids, pairs, tokens
+from cells import (
+    ALL,
+    ROUTER_CELLS,
+    Cell,
+    E,
+    H,
+    T,
+    context,
+    ids,
+    pairs,
+    tokens,
+    with_backends,
+)
 from torch import Tensor
 
 from etr.moe import Collector, ExpertPlacement, RoutingContext
@@ -49,7 +62,7 @@ def test_the_same_input_gives_the_same_output_bit_for_bit(cell: Cell) -> None:
         assert torch.equal(first.losses[name], second.losses[name]), name
 
 
-@pytest.mark.parametrize("cell", WITH_BACKENDS, ids=ids)
+@pytest.mark.parametrize("cell", with_backends(ALL), ids=ids)
 def test_what_padding_holds_never_matters(cell: Cell) -> None:
     mask, layer, ctx = torch.rand(T) > 0.3, cell.layer(), context()
     mask[0], mask[-1] = False, False
@@ -77,11 +90,10 @@ def test_what_padding_holds_never_matters(cell: Cell) -> None:
             torch.testing.assert_close(got, want, **CLOSE)
 
 
-@pytest.mark.parametrize("cell", ROUTER_CELLS, ids=ids)
-@pytest.mark.parametrize("backend", ["bmm", "loop"])
+@pytest.mark.parametrize("cell", with_backends(ROUTER_CELLS), ids=ids)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_nan_in_padding_reaches_no_real_token(cell: Cell, backend: str, value: float) -> None:
-    cell, x, mask = dataclasses.replace(cell, backend=backend), tokens(), torch.arange(T) < T - 3
+def test_nan_in_padding_reaches_no_real_token(cell: Cell, value: float) -> None:
+    x, mask = tokens(), torch.arange(T) < T - 3
     layer, ctx = cell.layer(), context(valid_mask=mask)
     want = layer(x, ctx)
     bad = torch.where(mask[:, None], x, value).requires_grad_()
@@ -111,27 +123,26 @@ def test_padding_equals_leaving_the_tokens_out(cell: Cell, padding_first: bool) 
     assert torch.equal(padded.stats["num_tokens_per_expert"], alone.stats["num_tokens_per_expert"])
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("num_tokens", [0, 1])
-@pytest.mark.parametrize("cell", WITH_BACKENDS, ids=ids)
+@pytest.mark.parametrize("cell", with_backends(ALL), ids=ids)
 @pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
-def test_no_token_and_one_token(cell: Cell, num_tokens: int, training: bool) -> None:
-    layer = cell.layer(num_shared_experts=1).train(training)
-    x, ctx = tokens(num_tokens).requires_grad_(), context(num_tokens)
-    with Collector(layer) as collector:
-        output = layer(x, ctx)
-    (output.hidden_states.sum() + collector.loss()).backward()
-    assert output.hidden_states.shape == (num_tokens, H)
-    for value in (x.grad, *output.losses.values(), *(p.grad for p in layer.parameters())):
-        assert value is None or bool(torch.isfinite(value).all())
-    if num_tokens == 0:
-        assert all(float(loss.detach()) == 0 for loss in output.losses.values())
-        assert not output.stats["num_tokens_per_expert"].any()
-    elif cell.traits.tokens_choose and getattr(cell.router, "expert_pool", "") != "all":
-        assert int(output.stats["num_tokens_per_expert"].sum()) == cell.top_k
+def test_no_token_and_one_token(cell: Cell) -> None:
+    for training, num_tokens in itertools.product([True, False], [0, 1]):
+        layer = cell.layer(num_shared_experts=1).train(training)
+        x, ctx = tokens(num_tokens).requires_grad_(), context(num_tokens)
+        with Collector(layer) as collector:
+            output = layer(x, ctx)
+        (output.hidden_states.sum() + collector.loss()).backward()
+        assert output.hidden_states.shape == (num_tokens, H)
+        for value in (x.grad, *output.losses.values(), *(p.grad for p in layer.parameters())):
+            assert value is None or bool(torch.isfinite(value).all())
+        if num_tokens == 0:
+            assert all(float(loss.detach()) == 0 for loss in output.losses.values())
+            assert not output.stats["num_tokens_per_expert"].any()
+        elif cell.traits.tokens_choose and getattr(cell.router, "expert_pool", "") != "all":
+            assert int(output.stats["num_tokens_per_expert"].sum()) == cell.top_k
 
 
-@pytest.mark.parametrize("cell", WITH_BACKENDS, ids=ids)
+@pytest.mark.parametrize("cell", with_backends(ALL), ids=ids)
 def test_all_tokens_are_padding(cell: Cell) -> None:
     layer, x = cell.layer(), tokens().requires_grad_()
     output = layer(x, context(valid_mask=torch.zeros(T, dtype=torch.bool)))

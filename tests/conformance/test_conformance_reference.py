@@ -6,7 +6,23 @@ from typing import Any
 
 import pytest
 import torch
-from cells import ALL, ROUTER_CELLS, WITH_BACKENDS, Cell, E, H, I, T, context, ids, pairs, tokens
+from cells import (
+    ALL,
+    BACKEND_CELLS,
+    BACKENDS,
+    ROUTER_CELLS,
+    Cell,
+    E,
+    H,
+    T,
+    context,
+    ids,
+    pairs,
+    policy,
+    tokens,
+    train_steps,
+    with_backends,
+)
 from torch import Tensor
 
 from etr.moe import EXPERT_BACKENDS, EtrRouter, MoE, reference
@@ -45,7 +61,7 @@ def compare(layer: MoE, x: Tensor, ctx: RoutingContext, tolerance: float = 1e-10
     return routing
 
 
-@pytest.mark.parametrize("cell", WITH_BACKENDS, ids=ids)
+@pytest.mark.parametrize("cell", with_backends(ALL), ids=ids)
 def test_values_and_gradients_equal_the_reference(cell: Cell) -> None:
     mask = torch.rand(T) > 0.15
     layer, ctx = cell.layer(), context(valid_mask=mask)
@@ -171,7 +187,7 @@ def test_lower_precision(
     compare(layer, x, context(valid_mask=mask), tolerance)
 
 
-@pytest.mark.parametrize("cell", WITH_BACKENDS, ids=ids)
+@pytest.mark.parametrize("cell", with_backends(ALL), ids=ids)
 def test_uninitialised_memory_never_leaks(cell: Cell, nan_filled_memory: None) -> None:
     mask = torch.arange(T) < T - 5
     layer, x = cell.layer(torch.float32), tokens(dtype=torch.float32).requires_grad_()
@@ -205,10 +221,35 @@ def _all_losses(cell: Cell) -> Any:
     return LossConfig(aux_alpha=1.0 if cell.traits.tokens_choose else 0.0, z_beta=1.0)
 
 
-def test_sizes_of_the_cells() -> None:
-    assert I % 2 == 0
-    assert H % E == 0
-    assert {cell.backend for cell in WITH_BACKENDS} >= {"loop", "bmm", "grouped_mm"}
+def test_the_cells_of_backends_have_all_that_engines_can_tell_apart() -> None:
+    """Otherwise an engine could fail where only loops are tried."""
+    seen: dict[str, set[bool]] = {}
+    for cell in BACKEND_CELLS:
+        layer = cell.layer()
+        train_steps(layer)
+        routing, limit = layer.route(tokens(), context())
+        counts = layer.select(routing, limit).num_tokens_per_expert
+        facts = {
+            "some dropped": int(counts.sum()) < T * cell.top_k,
+            "several experts a token": cell.top_k > 1,
+            "tokens choose": cell.traits.tokens_choose,
+            "a capacity": limit.capacity is not None,
+            "a least score": limit.min_score is not None,
+            "equal counts": len(set(counts.tolist())) == 1,
+        }
+        for fact, holds in facts.items():
+            seen.setdefault(fact, set()).add(holds)
+    assert seen == {fact: {True, False} for fact in seen}
+    assert set(BACKENDS) >= {"loop", "bmm", "grouped_mm"}
+
+
+@pytest.mark.parametrize("cell", ROUTER_CELLS, ids=ids)
+def test_flag_fixed_load(cell: Cell) -> None:
+    """Under one capacity for all, fixed_load=True means equal counts; False shows without any."""
+    layer = cell.layer(capacity=policy("factor") if cell.traits.fixed_load else "none")
+    counts = [layer(tokens(), context()).stats["num_tokens_per_expert"].tolist() for _ in range(8)]
+    equal = [min(count) == max(count) > 0 for count in counts]
+    assert all(equal) == cell.traits.fixed_load, counts
 
 
 def test_the_cells_pair_every_gate_with_every_score() -> None:
