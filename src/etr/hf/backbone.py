@@ -173,7 +173,7 @@ class _DecoderLayer:
 @functools.cache
 def base_model_class(family_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """`family_class` that takes an `EtrConfig` and has its MoE blocks swapped."""
-    members = {
+    members: dict[str, Any] = {
         "family_class": family_class,
         "__module__": __name__,  # also keeps transformers from renaming the weights on disk
         # What the family's router gives away went with it.
