@@ -206,7 +206,7 @@ def _by_maker(instance: Any, protocol: Any, maker: Callable[..., type], *args: A
 
 
 def _blank(maker: Callable[..., type], *args: Any) -> Any:
-    made = maker(*args)
+    made: Any = maker(*args)
     return made.__new__(made)
 
 
