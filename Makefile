@@ -9,8 +9,8 @@ PIP    := $(BIN)/pip --disable-pip-version-check
 INSTALL = $(PIP) install --quiet $(LOCK:%=--constraint %)
 PYTEST  = $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder --durations 40
 
-.PHONY: demo test test-fast test-newest test-lowest test-pythons check lock bench study study-smoke \
-        results clean
+.PHONY: demo test test-fast test-newest test-lowest test-pythons test-peers check lock bench study \
+        study-smoke results clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,9 @@ test-lowest: build/lowest.txt  ## all tests with the lowest allowed versions (bu
 test-pythons:  ## all tests on the other Pythons
 	$(MAKE) PYTHON=python3.12 VENV=.venv-3.12 test
 	$(MAKE) PYTHON=python3.13 VENV=.venv-3.13 test
+
+test-peers: $(VENV)/.all  ## transformers' own model tests; more of them with TRANSFORMERS_TESTS=DIR
+	$(BIN)/python tests/peers --page docs/results/peers.md $(TRANSFORMERS_TESTS:%=--tests %)
 
 build/lowest.txt: pyproject.toml tools/versions.py
 	mkdir -p build
