@@ -1,4 +1,4 @@
-"""With `debug`, ranks that are at different places end with words instead of waiting."""
+"""With `debug`, ranks at different places, or with bad tokens, end with words and do not wait."""
 
 from __future__ import annotations
 
@@ -39,7 +39,18 @@ def on_rank(world: int) -> dict[str, str]:
             )
             layers = [MoE(config, index).distribute(parallel) for index in range(2)]
             found[f"{dispatch} {fault}"] = _two_steps(layers, fault if at_fault else "none")
+        found[f"{dispatch} nan"] = _bad_tokens(layers[1], 2 if at_fault else 0)
     return found
+
+
+def _bad_tokens(layer: MoE, count: int) -> str:
+    x = torch.randn(6, 8)
+    x[:count, 3] = torch.nan
+    try:
+        layer(x)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _two_steps(layers: list[MoE], fault: str) -> str:
@@ -63,8 +74,10 @@ def test_ranks_at_different_places(tmp_path: Path) -> None:
     ranks: list[dict[str, Any]] = spawn(2, on_rank, tmp_path / "two", 2)
     for dispatch in DISPATCHERS:
         assert [rank[f"{dispatch} none"] for rank in ranks] == ["", ""]
+        words = "MoE layer 1 holds NaN or infinite values in 2 of 6 tokens on rank 1"
+        assert [rank[f"{dispatch} nan"] for rank in ranks] == [f"hidden_states of {words}"] * 2
         for fault, second in (
-            ("no backward", "forward, exchange 1 of MoE layer 0"),
+            ("no backward", "forward, start of MoE layer 0"),
             ("no forward", "backward, exchange"),
         ):
             said = {rank[f"{dispatch} {fault}"] for rank in ranks}

@@ -9,6 +9,7 @@ import os
 import signal
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +17,12 @@ import torch
 import etr
 from etr.evaluate import evaluate
 from etr.hf import EtrForCausalLM
+from etr.moe import MoE, MoEConfig
 from etr.parallel import Ranks, manifest
 from etr.train import TrainingDiverged, train
 from etr.train.checkpoint import list_checkpoints
 from etr.train.loop import Trainer
-from etr.train.metrics import read_metrics
+from etr.train.metrics import nonfinite_in_words, read_metrics
 from etr.train.model import find_device
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
@@ -146,6 +148,17 @@ def test_divergence_names_step_layers_and_checkpoint(make_config, data):
     assert "nan at step 5" in text
     assert "step-00000004" in text
     assert "layer 1: weight norm" in text
+    batch = config.data.batch_size * config.data.sequence_length
+    assert f"NaN or infinite router scores: layer 0: {batch}, layer 1: {batch}; layer 0: " in text
+
+
+def test_ranks_whose_tokens_are_not_finite_are_named() -> None:
+    layers = [MoE(MoEConfig(hidden_size=4, intermediate_size=4, num_experts=2), i) for i in (0, 1)]
+    ranks = SimpleNamespace(size=3, gather=lambda counts: [[0, 0], [0, 5], counts])
+    layers[0].pending["num_nonfinite_tokens"] = torch.tensor(7)
+    said = "tokens with NaN or infinite router scores: "
+    assert nonfinite_in_words(layers, ranks) == f"{said}layer 1 on rank 1: 5, layer 0 on rank 2: 7"
+    assert nonfinite_in_words(layers[1:], Ranks(None)) == f"{said}none"
 
 
 def test_last_checkpoints_are_kept(make_config, data):

@@ -74,6 +74,11 @@ class MoEConfig:
     check waits for the device, and for the other ranks."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.capacity, int | float):
+            raise ValueError(
+                f"capacity={self.capacity} must be the name or the config of a policy; a capacity "
+                f"factor is capacity='factor:capacity_factor={self.capacity}'"
+            )
         check_types(self)
         for name in ("hidden_size", "intermediate_size", "num_experts", "top_k"):
             if getattr(self, name) < 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from etr.moe.routing import Routing
     from etr.moe.topology import Topology
 
+T = TypeVar("T")
 BASELINE_FACTOR = 1.1
 """Capacity factor of the padded baseline that traffic is compared with."""
 
@@ -188,22 +189,31 @@ class _Flight:
         return found
 
 
-def _meet(name: str | None, direction: str) -> None:
-    """Wait for all ranks, and refuse to go on unless they are at the same exchange.
+def meet(place: str, value: T) -> list[T]:
+    """Wait for all ranks, and refuse to go on unless they are at the same place.
 
+    Args:
+        place: where this rank is, in words.
+        value: what the others are told.
+    Returns:
+        Every rank's value, by rank.
     Raises:
         RuntimeError: on every rank, naming where each one is.
     """
-    if name is None:
-        return
-    places: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(places, f"{direction}, {name}")
-    if len(set(places)) > 1:
-        found = "; ".join(f"rank {rank}: {place}" for rank, place in enumerate(places))
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, (place, value))
+    if len({there for there, _ in told}) > 1:
+        found = "; ".join(f"rank {rank}: {there}" for rank, (there, _) in enumerate(told))
         raise RuntimeError(
             f"ranks are at different places ({found}); every rank must run forward and backward of "
             "the same layers in the same order, a rank without tokens too"
         )
+    return [value for _, value in told]
+
+
+def _meet(name: str | None, direction: str) -> None:
+    if name is not None:
+        meet(f"{direction}, {name}", None)
 
 
 class _Depart(torch.autograd.Function):

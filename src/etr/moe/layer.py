@@ -25,7 +25,7 @@ from etr.moe.calibration import Calibration, score_histogram
 from etr.moe.collector import Collector
 from etr.moe.config import EVAL_SELECTIONS, EvalSelection, MoEConfig
 from etr.moe.dispatch import Permute, parse_dispatcher
-from etr.moe.exchange import Traffic
+from etr.moe.exchange import Traffic, meet
 from etr.moe.expert_parallel import ExpertParallel, dispatcher_across, shard_experts
 from etr.moe.experts import (
     EXPERT_BACKENDS,
@@ -61,6 +61,8 @@ class MoE(nn.Module):
 
     def __init__(self, config: MoEConfig, layer_index: int = 0) -> None:
         super().__init__()
+        if not isinstance(config, MoEConfig):
+            raise TypeError(f"config is {type(config).__name__}; it must be a MoEConfig")
         self.config = config
         self.layer_index = layer_index
         size = (config.hidden_size, config.num_experts, config.top_k)
@@ -131,10 +133,11 @@ class MoE(nn.Module):
         Returns:
             MoEOutput; the routed part is exactly zero for a token with no kept pair.
         Raises:
-            ValueError: wrong dtype, width or mask shape; with `debug`, NaN or infinite values.
+            TypeError: not a tensor, or not a context.
+            ValueError: wrong dtype, width or mask shape; with `debug`, NaN or infinite values, on
+                every rank if they are on any.
         """
-        context = context or RoutingContext()
-        traffic = None
+        context, traffic = RoutingContext.of(context), None
         if self.parallel is not None:
             checked = f"MoE layer {self.layer_index}" if self.config.debug else None
             context, traffic = self.parallel.fill(context), Traffic(self.parallel, checked)
@@ -357,19 +360,37 @@ class MoE(nn.Module):
         warnings.warn(f"MoE layer evaluates dropless: {reason}", stacklevel=3)
 
     def _check(self, hidden_states: Tensor, context: RoutingContext) -> None:
+        if not isinstance(hidden_states, Tensor):
+            raise TypeError(
+                f"hidden_states is {type(hidden_states).__name__}; it must be a floating tensor"
+            )
         if not hidden_states.is_floating_point():
             raise ValueError(f"hidden_states has dtype {hidden_states.dtype}; it must be floating")
-        if hidden_states.shape[-1] != self.config.hidden_size:
+        if hidden_states.shape[-1:] != (self.config.hidden_size,):
             raise ValueError(
                 f"hidden_states has shape {tuple(hidden_states.shape)}; its last dimension must be "
                 f"hidden_size={self.config.hidden_size}"
             )
         context.check(hidden_states.shape[:-1])
-        if self.config.debug and not bool(torch.isfinite(hidden_states).all()):
-            bad = int((~torch.isfinite(hidden_states)).any(-1).sum())
+        if self.config.debug:
+            self._check_finite(hidden_states, context)
+
+    def _check_finite(self, hidden_states: Tensor, context: RoutingContext) -> None:
+        bad = ~torch.isfinite(hidden_states).all(-1)
+        if context.valid_mask is not None:
+            bad = bad & context.valid_mask
+        counts = [(int(bad.sum()), bad.numel())]
+        if self.parallel is not None:
+            counts = meet(f"forward, start of MoE layer {self.layer_index}", counts[0])
+        if any(count for count, _ in counts):
+            found = [
+                f"{count} of {total} tokens" + (f" on rank {rank}" if self.parallel else "")
+                for rank, (count, total) in enumerate(counts)
+                if count
+            ]
             raise ValueError(
                 f"hidden_states of MoE layer {self.layer_index} holds NaN or infinite values in "
-                f"{bad} of {hidden_states[..., 0].numel()} tokens"
+                f"{', '.join(found)}"
             )
 
 

@@ -8,6 +8,7 @@ Shapes are static: an unused or invalid pair has ``expert == num_experts`` and i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -250,23 +251,50 @@ class RoutingContext:
     replay: dict[int, Replay] | None = None
     collector: Collector | None = None
 
-    def check(self, shape: torch.Size) -> None:
-        """Refuse a mask or ids of another shape than the tokens'.
+    @classmethod
+    def of(cls, given: RoutingContext | None) -> RoutingContext:
+        """What a layer was given, or an empty one.
 
         Raises:
+            TypeError: it is something else, e.g. a bare mask.
+        """
+        if given is None:
+            return cls()
+        if not isinstance(given, RoutingContext):
+            raise TypeError(
+                f"context is {type(given).__name__}; it must be a RoutingContext. A mask is passed "
+                "as RoutingContext(valid_mask=mask)"
+            )
+        return given
+
+    def check(self, shape: torch.Size) -> None:
+        """Refuse a mask or ids of another type or shape than the tokens'.
+
+        Raises:
+            TypeError: names the field, its type and what would be right.
             ValueError: names the field, its shape or dtype and what would be right.
         """
         for name in ("valid_mask", "token_ids", "sequence_ids"):
             value = getattr(self, name)
-            if value is not None and value.shape != shape:
+            if value is None:
+                continue
+            dtypes = (torch.bool,) if name == "valid_mask" else _INTEGERS
+            what = "bool, True = real token" if name == "valid_mask" else "integers"
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"context.{name} is {type(value).__name__}; it must be a tensor of {what}"
+                )
+            if value.shape != shape:
                 raise ValueError(
                     f"context.{name} has shape {tuple(value.shape)}; it must be "
                     f"{tuple(shape)}, one value per token"
                 )
-        if self.valid_mask is not None and self.valid_mask.dtype != torch.bool:
-            raise ValueError(
-                f"context.valid_mask has dtype {self.valid_mask.dtype}; it must be bool, "
-                "True = real token"
+            if value.dtype not in dtypes:
+                raise ValueError(f"context.{name} has dtype {value.dtype}; it must be {what}")
+        if not isinstance(self.replay, Mapping | None):
+            raise TypeError(
+                f"context.replay is {type(self.replay).__name__}; it must be a dictionary from the "
+                "index of a MoE layer to a Replay"
             )
 
 

@@ -19,6 +19,8 @@ def routing_stats(routing: Routing, selection: Selection, limit: Limit) -> dict[
 
     Returns:
         num_forwards, num_valid_tokens: int64 [].
+        num_nonfinite_tokens: valid tokens for which the router computed NaN or infinity, int64 [];
+            always 0 where the router reads no token (`hash` and `random`).
         num_choices_per_expert: before dropping, int64 [E].
         num_tokens_per_expert: kept, int64 [E].
         num_tokens_without_expert: valid tokens with no kept pair, int64 [].
@@ -37,6 +39,7 @@ def routing_stats(routing: Routing, selection: Selection, limit: Limit) -> dict[
     return {
         "num_forwards": torch.ones_like(tokens),
         "num_valid_tokens": tokens,
+        "num_nonfinite_tokens": _num_nonfinite_tokens(routing),
         "num_choices_per_expert": (
             routing.num_choices_per_expert() if routing.tokens_choose else kept
         ),
@@ -46,6 +49,13 @@ def routing_stats(routing: Routing, selection: Selection, limit: Limit) -> dict[
         "gate_sum": chosen_gates if routing.tokens_choose else kept_gates,
         "kept_gate_sum": kept_gates,
     }
+
+
+def _num_nonfinite_tokens(routing: Routing) -> Tensor:
+    if routing.logits is None:
+        return torch.zeros_like(routing.num_valid_tokens())
+    bad = ~torch.isfinite(routing.logits.sum(-1))  # a sum holds what any of its terms does
+    return (bad & routing.valid_mask).sum()
 
 
 def target_kept(stats: dict[str, Tensor]) -> Tensor:

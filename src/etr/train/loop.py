@@ -34,6 +34,7 @@ from etr.train.metrics import (
     layer_in_words,
     layer_metrics,
     memory_bytes,
+    nonfinite_in_words,
     router_grad_norms,
     routing_metrics,
 )
@@ -359,10 +360,10 @@ class Trainer:
         return self._recorder.write(row)
 
     def _diverged(self, loss: float) -> None:
-        good = self.saver.saved or "none was saved"
+        good, layers = self.saver.saved or "none was saved", moe_layers(self.model)
         raise TrainingDiverged(
             f"loss is {loss} at step {self.step + 1}; last good checkpoint: {good}; "
-            + "; ".join(map(layer_in_words, moe_layers(self.model)))
+            + "; ".join([nonfinite_in_words(layers, self.ranks), *map(layer_in_words, layers)])
         )
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,21 @@ def layer_in_words(layer: MoE) -> str:
     parts = [local_part(p.detach()).float() for p in layer.parameters()]
     norm = sum(float(part.norm()) ** 2 for part in parts) ** 0.5
     return f"layer {layer.layer_index}: weight norm {norm:.3g}, kept {kept}"
+
+
+def nonfinite_in_words(layers: Sequence[MoE], ranks: Ranks) -> str:
+    """Where tokens of the last step have NaN or infinite router scores, by rank; for an error.
+
+    All ranks must ask together.
+    """
+    counts = [int(layer.pending.get("num_nonfinite_tokens", 0)) for layer in layers]
+    found = [
+        f"layer {layer.layer_index}{f' on rank {rank}' if ranks.size > 1 else ''}: {count}"
+        for rank, of_rank in enumerate(ranks.gather(counts))
+        for layer, count in zip(layers, of_rank, strict=True)
+        if count
+    ]
+    return f"tokens with NaN or infinite router scores: {', '.join(found) or 'none'}"
 
 
 def router_grad_norms(model: EtrForCausalLM, ranks: Ranks) -> list[float | None]:
