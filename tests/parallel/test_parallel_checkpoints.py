@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,53 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def holding(text: str) -> Callable[[Path], None]:
+    """Write this in the place of a file."""
+
+    def damage(path: Path) -> None:
+        path.write_text(text)
+
+    return damage
+
+
+def listing(**changes: Any) -> Callable[[Path], None]:
+    """Change entries of a manifest; None takes one out."""
+
+    def damage(path: Path) -> None:
+        files = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({name: e for name, e in files.items() if e is not None}))
+
+    return damage
+
+
+def stating(**changes: Any) -> Callable[[Path], None]:
+    """Change the state, and the manifest with it, as another program might."""
+
+    def damage(path: Path) -> None:
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        files = manifest.describe_files(path.parent, Ranks(None))
+        (path.parent / manifest.NAME).write_text(json.dumps(files))
+
+    return damage
+
+
+NO_LIST = "manifest.json is not a list of files"
+ENTRY = {"bytes": 1, "sha256": "0"}
+
+
+def no_optimizer(path: Path) -> None:
+    files = json.loads(path.read_text())
+    path.write_text(json.dumps({name: e for name, e in files.items() if "/" not in name}))
+
+
+@pytest.fixture(scope="module")
+def short(folder: Path, data: OpenedData) -> Path:
+    """A run of 4 steps with a checkpoint at 2 and at 4."""
+    config = tiny_config(folder, "short", steps=4, checkpoint_every=2)
+    train(config, data=data)
+    return Path(config.out)
+
+
 @pytest.mark.parametrize(
     ("file", "damage", "words"),
     [
@@ -78,15 +125,42 @@ def flip(path: Path) -> None:
         ("optimizer/*", flip, "another checksum"),
         ("optimizer/*", Path.unlink, "is missing"),
         ("train_state.json", shorten, "train_state.json"),
+        ("train_state.json", Path.unlink, "train_state.json is missing"),
+        ("tokenizer.json", Path.unlink, "tokenizer.json is missing"),
+        ("config.json", Path.unlink, "config.json is missing"),
         ("manifest.json", Path.unlink, "manifest.json cannot be read"),
+        ("manifest.json", holding('{"config'), "manifest.json cannot be read"),
+        *(
+            ("manifest.json", holding(text), NO_LIST)
+            for text in ("{}", "[]", "null", "7", '{"a": 1}', '{"a": {}}', '["config.json"]')
+        ),
+        *(
+            ("manifest.json", listing(**{name: ENTRY}), NO_LIST)
+            for name in ("../a", "/a", "a/../../b", "")
+        ),
+        ("manifest.json", listing(a={**ENTRY, "bytes": "1"}), NO_LIST),
+        ("manifest.json", listing(a=ENTRY), "a is missing"),
+        *(
+            ("manifest.json", listing(**{name: None}), f"manifest.json lists no .*{name}")
+            for name in ("train_state.json", "config.json", "tokenizer_config.json")
+        ),
+        ("manifest.json", listing(**{"model.safetensors": None}), r"lists no model\*.safetensors"),
+        ("manifest.json", no_optimizer, r"lists no optimizer/\*.safetensors"),
+        ("train_state.json", stating(step=3), "train_state.json is of step 3"),
+        ("train_state.json", stating(step="4"), "train_state.json has counters"),
+        ("train_state.json", stating(tokens=-1), "train_state.json has counters"),
+        ("train_state.json", stating(loader=[]), "train_state.json cannot be used"),
+        ("train_state.json", stating(fingerprint=None), "train_state.json cannot be used"),
+        ("train_state.json", stating(elapsed_seconds=None), "train_state.json has sums"),
+        ("train_state.json", stating(format="2"), "train_state.json has counters"),
+        ("train_state.json", stating(more=1), "train_state.json cannot be used"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
-    folder: Path, data: OpenedData, whole: list[float], file: str, damage: Any, words: str
+    folder: Path, data: OpenedData, short: Path, tmp_path: Path, file: str, damage: Any, words: str
 ) -> None:
-    name = f"damaged-{file.split('.')[0].strip('/*')}-{damage.__name__}"
-    config = tiny_config(folder, name, steps=4, checkpoint_every=2)
-    train(config, data=data)
+    config = tiny_config(folder, "short", steps=4, checkpoint_every=2, out=str(tmp_path / "run"))
+    shutil.copytree(short, tmp_path / "run")
     newest = list_checkpoints(Path(config.out))[-1]
     damage(next(newest.glob(file)))
     # The cosine knows its end: what the steps in between learned is that of the shorter run.
@@ -95,6 +169,26 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
         train(dataclasses.replace(config, resume=True), data=data)
     assert losses(config) == before
     assert names(config) == ["step-00000002", "step-00000004"]
+
+
+@pytest.mark.parametrize("place", ["model_backup.safetensors", "optimizer/more.safetensors"])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_files_that_no_manifest_lists_are_not_read(
+    folder: Path, data: OpenedData, short: Path, tmp_path: Path, place: str, damaged: bool
+) -> None:
+    """Other weights of the same names, or no weights at all."""
+    config = tiny_config(folder, "short", steps=6, checkpoint_every=2, out=str(tmp_path / "run"))
+    shutil.copytree(short, tmp_path / "run")
+    before, newest = list_checkpoints(Path(config.out))
+    train(dataclasses.replace(config, resume=True), data=data)
+    expected = losses(config)
+    shutil.rmtree(config.out)
+    shutil.copytree(short, tmp_path / "run")
+    other = next((before / place).parent.glob("*.safetensors"))
+    (newest / place).write_bytes(b"no weights" if damaged else other.read_bytes())
+    with pytest.warns(UserWarning, match=f"does not list; they are not read: {place}"):
+        train(dataclasses.replace(config, resume=True), data=data)
+    assert losses(config) == expected
 
 
 def test_a_run_with_nothing_whole_is_refused(folder: Path, data: OpenedData) -> None:

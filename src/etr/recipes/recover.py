@@ -19,7 +19,7 @@ from etr.data import DataConfig, open_data
 from etr.files import write_json, write_text
 from etr.hf import convert, load_pretrained
 from etr.train import ModelConfig, OptimizerConfig, RoutingOptions, TrainConfig, train
-from etr.train.checkpoint import list_checkpoints
+from etr.train.checkpoint_folder import find_model, list_checkpoints
 from etr.train.into_fixed import MOVING_SHARE
 from etr.train.recover import CAPACITIES, RecoverConfig, recover
 
@@ -91,13 +91,11 @@ def run(recipe: RecoverRecipe) -> dict[str, Any]:
         What recover.json holds.
     """
     out = Path(recipe.out)
-    trained = list_checkpoints(out / "train")
-    if not trained:
+    if not list_checkpoints(out / "train"):
         train(tiny_mixtral(recipe))
-        trained = list_checkpoints(out / "train")
-    for source, target in ((trained[-1], out / "mixtral"), (out / "mixtral", out / "keep")):
+    for source, target in ((out / "train", out / "mixtral"), (out / "mixtral", out / "keep")):
         if not target.exists():
-            convert(source, target)
+            convert(find_model(source), target)
     model = load_pretrained(out / "keep")
     data = dataclasses.replace(recipe.data, tokenizer=str(out / "keep"))
     config = RecoverConfig(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from etr.files import read_json
 from etr.study.run import FORMAT, Run, execute
 
 REPORT_EVERY = 10
@@ -24,8 +25,9 @@ def load(run: Run, folder: Path) -> dict[str, Any] | None:
     path = run.path(folder)
     if not path.exists():
         return None
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if result.get("format") != FORMAT or Run(**result["run"]) != run:
+    found = read_json(path)
+    result: dict[str, Any] = found if isinstance(found, dict) else {}
+    if result.get("format") != FORMAT or result.get("run") != dataclasses.asdict(run):
         raise ValueError(
             f"{path} holds another run ({result.get('run')}); move it away or rename the row"
         )

@@ -169,7 +169,8 @@ def read_state(checkpoint: Path) -> TrainState:
                 f"checkpoint {checkpoint} is of format {number}; this version reads {FORMAT}"
             )
         state = TrainState(**values)
-        counters = (state.step, state.tokens, state.loader["epoch"], state.loader["index"])
+        place = (state.loader["epoch"], state.loader["index"])
+        counters = (number, state.step, state.tokens, *place)
         sums = (state.expert_flops, state.elapsed_seconds)
         names = state.fingerprint.keys()
     except UnknownFormat:
