@@ -6,11 +6,12 @@ import importlib
 import tomllib
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transformers
 
-from etr.hf import versions
+from etr.hf import FAMILIES, versions
 
 PYPROJECT = Path(__file__).resolve().parent.parent.parent / "pyproject.toml"
 
@@ -31,6 +32,12 @@ def test_a_tested_transformers_is_taken_without_a_word(version: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         versions.warn_if_untested(version)
+
+
+def test_gpt_oss_without_options_of_its_activation_has_the_constants() -> None:
+    """As in transformers 5.17."""
+    found = FAMILIES["gpt_oss"].experts(SimpleNamespace())
+    assert (found["swiglu_limit"], found["swiglu_alpha"]) == (7.0, 1.702)
 
 
 def test_the_import_warns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from etr.moe import moe_layers
 from etr.moe.training import attach
 
 VOCAB, PAD = 64, 0
+CLAMP_OPTIONS = hasattr(GptOssConfig(), "swiglu_limit")
 LATENT = {  # sizes of DeepSeek's attention
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
@@ -71,8 +72,8 @@ BASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "head_dim": 8,
             "sliding_window": 8,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-            "swiglu_limit": 0.5,  # so that it cuts
-            "swiglu_alpha": 1.3,
+            # So that it cuts; older versions of transformers have 7 and 1.702 and no option.
+            **({"swiglu_limit": 0.5, "swiglu_alpha": 1.3} if CLAMP_OPTIONS else {}),
         },
     ),
     "granitemoe": (

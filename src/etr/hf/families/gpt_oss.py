@@ -11,10 +11,11 @@ from etr.moe.routers.token_choice import TokenChoice
 
 
 def _experts(config: PreTrainedConfig) -> dict[str, Any]:
+    # Constants of the model, not options of its config, in older versions of transformers.
     return {
         "activation": "clamped_swiglu",
-        "swiglu_limit": config.swiglu_limit,
-        "swiglu_alpha": config.swiglu_alpha,
+        "swiglu_limit": getattr(config, "swiglu_limit", 7.0),
+        "swiglu_alpha": getattr(config, "swiglu_alpha", 1.702),
         "expert_bias": True,
     }
 
