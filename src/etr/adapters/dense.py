@@ -60,7 +60,7 @@ class DenseRouter(nn.Module):
         collector = moe.collector
         if collector is not None:
             stats = moe.stats(routing, selection, limit)
-            collector.add(moe, MoEOutput(hidden_states=x, stats=stats))
+            collector.add(moe, MoEOutput(hidden_states=x, stats=stats), learns=moe.training)
         weight, shape = selection.combine_weight, (routing.num_tokens, routing.num_experts + 1)
         probs = weight.new_zeros(shape).index_put((routing.token, routing.expert), weight)
         return DenseRouting(

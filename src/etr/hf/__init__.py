@@ -4,6 +4,7 @@ Importing this registers `EtrConfig` and `EtrForCausalLM` with transformers' Aut
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from etr.hf import earlier
 from etr.hf.backbone import MoEBlock
@@ -16,6 +17,8 @@ from etr.hf.modeling import EtrCausalLMOutput, EtrForCausalLM
 AutoConfig.register("etr", EtrConfig, exist_ok=True)
 AutoModelForCausalLM.register(EtrConfig, EtrForCausalLM, exist_ok=True)
 earlier.register()
+# Trainer's label smoother and pipelines ask the table of names, which `register` leaves alone.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["etr"] = EtrForCausalLM.__name__
 
 __all__ = [
     "FAMILIES",

@@ -5,19 +5,23 @@ from __future__ import annotations
 import copy
 import functools
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import can_return_tuple
 
+from etr.hf.carried import carry
 from etr.hf.config import EtrConfig
 from etr.hf.families import Family
 from etr.hf.initialize import initialize
 from etr.moe import Collector, MoE, MoEConfig, RoutingContext
 from etr.moe.state import GlobalState
+from etr.moe.watch import LayerView, watch
 
 
 class MoEBlock(MoE):
@@ -25,18 +29,35 @@ class MoEBlock(MoE):
 
     Args:
         config, layer_index: see `MoE`.
-        returns_scores: return a pair, as the family's decoder layer expects it.
+        model_config: of the model; trainers may change its balance coefficient and jitter at any
+            time.
     """
 
-    def __init__(self, config: MoEConfig, layer_index: int, returns_scores: bool = False) -> None:
+    def __init__(self, config: MoEConfig, layer_index: int, model_config: EtrConfig) -> None:
         super().__init__(config, layer_index)
         self.context: RoutingContext | None = None
-        self.returns_scores = returns_scores
+        self.model_config = model_config
 
     def forward(self, hidden_states: Tensor) -> Any:  # type: ignore[override]
         """Run the layer with the context of the decoder layer's call, [B, S, H]."""
-        result = super().forward(hidden_states, self.context).hidden_states
-        return (result, None) if self.returns_scores else result
+        family, context = self.model_config.family, self.context or RoutingContext()
+        jitter = family.jitter and getattr(self.model_config, family.jitter)
+        if jitter and self.learns_from(context):
+            noise = torch.empty_like(hidden_states).uniform_(1 - jitter, 1 + jitter)
+            hidden_states = hidden_states * noise
+        result = super().forward(hidden_states, context).hidden_states
+        return (result, None) if family.returns_scores else result
+
+    @property
+    def aux_alpha(self) -> float:
+        """Weight of the balance loss, which a trainer may have changed in the model's config."""
+        changed = self.model_config.changed_aux_alpha()
+        if changed and not self.traits.can_balance:
+            raise ValueError(
+                f"{self.model_config.family.aux_coefficient} of the config was changed, and router "
+                f"{self.config.router_config.name!r} can have no balance loss"
+            )
+        return super().aux_alpha if changed is None else changed
 
 
 class _BaseModel:
@@ -48,9 +69,8 @@ class _BaseModel:
         # The family's experts are gone, and with them the choice of how to run them.
         config.base_config._experts_implementation = None
         super().__init__(config.base_config)  # type: ignore[call-arg]
-        self._etr_config = config
         self.prepare_context: list[Callable[[RoutingContext], RoutingContext]] = []
-        self.attached_loss_scale = 1.0
+        self._etr_config, self._built_for = config, _layer_options(config)
         swap_blocks(self.layers, config)  # type: ignore[attr-defined]
         keep_in_float32(self, config.family)  # type: ignore[arg-type]
         self._leave_blocks_whole(config.family.block)
@@ -71,32 +91,37 @@ class _BaseModel:
             kept = (n for n in rules if n in dense or not n.startswith(f"layers.*.{block}"))
             setattr(self, plan, {name: rules[name] for name in kept})
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         etr_context: RoutingContext | None = None,
+        output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """The family's decoder, with the rest of the context filled in.
 
         Trainers that bring an output projection of their own (TRL's) call it past
-        `EtrForCausalLM`. The router losses then travel with the hidden states: their gradient,
-        times `attached_loss_scale`, joins the backward pass, and no loss shows them.
+        `EtrForCausalLM`; what it returns then carries the router losses, see `etr.hf.carried`.
+
+        Args:
+            output_router_logits: also return the logits of each MoE layer's router, [B * S, E], in
+                `router_logits`; None: as the config says.
+        Raises:
+            ValueError: an option of the config that is built into the layers has changed, or a
+                router has no logits.
         """
-        if kwargs.get("output_router_logits"):
-            raise ValueError(
-                "output_router_logits=True asks for the family's own balance loss, and the layers "
-                "have theirs (losses.aux_alpha); leave it out, and give TRL's configs "
-                "router_aux_loss_coef=0.0"
-            )
+        _check_unchanged(self._built_for, self.config)
+        if self.training and self._etr_config.leaves_balance():  # type: ignore[attr-defined]
+            _warn_of_zero(self._etr_config)
         context = etr_context or RoutingContext()
         for prepare in self.prepare_context:
             context = prepare(context)
         context = replace(
             context,
-            valid_mask=_valid_mask(attention_mask, input_ids, inputs_embeds),
+            valid_mask=valid_mask(attention_mask, input_ids, inputs_embeds),
             token_ids=input_ids,
         )
         run = functools.partial(
@@ -106,13 +131,17 @@ class _BaseModel:
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
+        if output_router_logits is None:
+            output_router_logits = getattr(self.config, "output_router_logits", False)
+        if output_router_logits:
+            run = functools.partial(_with_router_logits, self, run)
         if context.collector is not None:
             return run(etr_context=context)
         with Collector(self, ambient=False) as collector:  # type: ignore[arg-type]
             outputs = run(etr_context=replace(context, collector=collector))
-        if collector.losses():
-            loss = self.attached_loss_scale * collector.loss()
-            outputs.last_hidden_state = _AttachLoss.apply(outputs.last_hidden_state, loss)
+        losses, scale = collector.losses(), collector.layers[0].loss_scale
+        for name, value in carry(dict(outputs), losses, scale).items():
+            outputs[name] = value
         return outputs
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
@@ -132,19 +161,6 @@ class _BaseModel:
     def _init_weights(self, module: nn.Module) -> None:
         if not initialize(module, self.config.initializer_range):
             super()._init_weights(module)  # type: ignore[misc]
-
-
-class _AttachLoss(torch.autograd.Function):
-    """Hidden states as they are; the backward pass gives `loss` the gradient 1."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_states: Tensor, loss: Tensor) -> Tensor:
-        ctx.save_for_backward(loss)
-        return hidden_states.view_as(hidden_states)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, torch.ones_like(ctx.saved_tensors[0])
 
 
 class _DecoderLayer:
@@ -224,7 +240,7 @@ def swap_blocks(layers: Sequence[nn.Module] | nn.ModuleList, config: EtrConfig) 
             "is no MoE block to swap"
         )
     for index, layer in enumerate(sparse):
-        setattr(layer, family.block, MoEBlock(moe_config, index, family.returns_scores))
+        setattr(layer, family.block, MoEBlock(moe_config, index, config))
     for layer in layers:
         layer_class: Any = type(layer)
         layer.__class__ = decoder_layer_class(layer_class, family.block)
@@ -255,7 +271,48 @@ def keep_in_float32(model: PreTrainedModel, family: Family) -> None:
     model._keep_in_fp32_modules_strict = flags | {f"{family.block}.{name}" for name in names}
 
 
-def _valid_mask(
+def _with_router_logits(model: Any, run: Callable[..., Any], **kwargs: Any) -> Any:
+    """`run`, and the logits of each MoE layer's router in `router_logits` of what it returns."""
+    found: list[Tensor] = []
+
+    def see(_: int, view: LayerView) -> None:
+        if view.routing.logits is None:
+            name = view.layer.config.router_config.name
+            raise ValueError(f"output_router_logits=True: router {name!r} has no logits")
+        found.append(view.routing.logits)
+
+    with watch(model, see):
+        outputs = run(output_router_logits=False, **kwargs)  # the family's routers are gone
+    outputs["router_logits"] = tuple(found)
+    return outputs
+
+
+def _layer_options(config: EtrConfig) -> dict[str, Any]:
+    """Options of the base config that are built into the layers."""
+    base = config.base_config
+    names = [name for name in config.family.built_in if hasattr(base, name)]
+    return {name: copy.copy(getattr(base, name)) for name in names}  # some are lists
+
+
+def _check_unchanged(built_for: dict[str, Any], config: PreTrainedConfig) -> None:
+    for name, value in built_for.items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} of the config differs from {value!r}, for which "
+                "the layers were built; make a new model from the changed config"
+            )
+
+
+def _warn_of_zero(config: EtrConfig) -> None:
+    warnings.warn(
+        f"{config.family.aux_coefficient}=0 with output_router_logits=False says that a trainer "
+        "adds no balance loss of its own: the layers keep theirs, which "
+        "losses=LossConfig(aux_alpha=0) or output_router_logits=True would turn off",
+        stacklevel=3,
+    )
+
+
+def valid_mask(
     attention_mask: Tensor | None, input_ids: Tensor | None, inputs_embeds: Tensor | None
 ) -> Tensor | None:
     """True = real token, bool [B, S]; None where no 2-D mask tells."""

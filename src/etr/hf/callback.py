@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from etr.hf.modeling import EtrForCausalLM
 from etr.moe import RoutingContext, attach, moe_layers
@@ -29,6 +33,7 @@ class EtrCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
+        self._trainer: Callable[[], Any] = lambda: None
         self._attachment: Attachment | None = None
         self._models: list[EtrForCausalLM] = []
         self._group: Any = None
@@ -36,8 +41,12 @@ class EtrCallback(TrainerCallback):
 
     @classmethod
     def add_to(cls, trainer: Any) -> EtrCallback:
-        """Add one to a Trainer before its other callbacks, so that trackers get its numbers too."""
+        """Add one to a Trainer before its other callbacks, so that trackers get its numbers too.
+
+        It then also knows how many micro-batches each step has where the data does not say.
+        """
         callback = cls()
+        callback._trainer = weakref.ref(trainer)
         trainer.callback_handler.callbacks.insert(0, callback)
         return callback
 
@@ -57,8 +66,6 @@ class EtrCallback(TrainerCallback):
         """
         assert model is not None  # the Trainer always gives it
         self._release()  # a training that failed did not
-        while not hasattr(optimizer, "_optimizer_step_post_hooks"):
-            optimizer = optimizer.optimizer  # accelerate's wrapper
         several = dist.is_initialized() and dist.get_world_size() > 1
         self._group = dist.group.WORLD if several else None
         self._attachment = attach(model, optimizer, _total_steps(model, state), group=self._group)
@@ -66,7 +73,24 @@ class EtrCallback(TrainerCallback):
         self._models = [m for m in model.modules() if isinstance(m, EtrForCausalLM)]
         for inner in self._models:
             inner.prepare_context.append(self._prepare)
-            inner.model.attached_loss_scale = 1 / args.gradient_accumulation_steps
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Say how many micro-batches the step has: the last one of an epoch may have fewer."""
+        assert self._attachment is not None
+        trainer = self._trainer()
+        steps = (
+            trainer.current_gradient_accumulation_steps
+            if trainer is not None
+            else _micro_batches(args, state, train_dataloader)
+        )
+        self._attachment.loss_scale.share = 1 / steps
 
     def on_log(
         self,
@@ -95,8 +119,17 @@ class EtrCallback(TrainerCallback):
             self._attachment.detach()
         for inner in self._models:
             inner.prepare_context.remove(self._prepare)
-            inner.model.attached_loss_scale = 1.0
         self._attachment, self._models = None, []
+
+
+def _micro_batches(args: TrainingArguments, state: TrainerState, loader: Any) -> int:
+    """Micro-batches of the next optimizer step, as the Trainer counts them."""
+    full = args.gradient_accumulation_steps
+    if not has_length(loader):
+        return full
+    steps_in_epoch = max(math.ceil(len(loader) / full), 1)
+    is_last = state.global_step % steps_in_epoch == steps_in_epoch - 1
+    return (len(loader) % full or full) if is_last else full
 
 
 def _total_steps(model: nn.Module, state: TrainerState) -> int:

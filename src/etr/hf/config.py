@@ -42,6 +42,9 @@ class EtrConfig(PreTrainedConfig):
     Args:
         base_config: config of the model whose MoE blocks are swapped, or its dictionary.
         moe: options of the layers, as `MoEConfig.to_dict` gives them without the sizes.
+        aux_coefficient: the base's coefficient of a balance loss that says the same as `moe` does;
+            another value in the base is a change, and weighs the balance loss from then on. None
+            for a config that is new, or older than this field: see `from_base`.
     Raises:
         ValueError: the base's family is not known, the options contradict the sizes or each other,
             or the values are a config of another model type.
@@ -51,13 +54,16 @@ class EtrConfig(PreTrainedConfig):
     sub_configs = {"base_config": AutoConfig}  # noqa: RUF012
     keys_to_ignore_at_inference = [  # noqa: RUF012
         *CACHE_NAMES,
+        "aux_loss",
         "lm_loss",
+        "router_logits",
         "router_losses",
         "routing_stats",
     ]
 
     base_config: Any = None
     moe: Any = None
+    aux_coefficient: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         _check_model_type(kwargs.pop("model_type", self.model_type))
@@ -72,6 +78,9 @@ class EtrConfig(PreTrainedConfig):
             base._attn_implementation = self._attn_implementation
         # Through the layer's own config: checked, and complete with every default.
         config = _moe_config(family_of(base), base, self.moe or {})
+        if self.aux_coefficient is None:
+            self.base_config, config = _balanced(family_of(base), base, config)
+            self.aux_coefficient = self.family.coefficient(self.base_config)
         self.moe = {k: v for k, v in config.to_dict().items() if k not in SIZES}
 
     @classmethod
@@ -94,6 +103,14 @@ class EtrConfig(PreTrainedConfig):
         debug: bool = False,
     ) -> EtrConfig:
         """Config of a model like `hf_config` with its MoE blocks swapped.
+
+        The balance loss is transformers' too (``router_aux_loss_coef``, whose loss is top_k where
+        ours is 1), so both say the same: a coefficient other than the family's default gives
+        ``aux_alpha = coefficient * top_k`` unless `losses` names one, and the config's own
+        coefficient becomes ``aux_alpha / top_k``. Trainers may change it (and
+        ``router_jitter_noise``) at any time; options that are built into the layers may not be
+        changed any more. How the base's own router chooses (``norm_topk_prob``, ``n_group``, ...)
+        goes with router="keep" alone.
 
         Args:
             hf_config: config of a family in `FAMILIES`; copied. What its experts are (activation,
@@ -185,6 +202,23 @@ class EtrConfig(PreTrainedConfig):
         """Config of each MoE layer."""
         return _moe_config(self.family, self.base_config, self.moe)
 
+    def changed_aux_alpha(self) -> float | None:
+        """Weight of the balance loss, where the base's coefficient was changed since; else None.
+
+        0 counts as no change without ``output_router_logits=True``: TRL's SFTTrainer writes both
+        to say that it adds no balance loss of its own.
+        """
+        coefficient = self.family.coefficient(self.base_config)
+        if coefficient is None or coefficient == self.aux_coefficient or self.leaves_balance():
+            return None
+        return coefficient * getattr(self.base_config, self.family.top_k)
+
+    def leaves_balance(self) -> bool:
+        """Whether a trainer says by a coefficient of 0 that it adds no balance loss of its own."""
+        base, own = self.base_config, self.aux_coefficient
+        asked = getattr(base, "output_router_logits", False)
+        return bool(own) and not asked and self.family.coefficient(base) == 0
+
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The base config: it describes the language model to caches and generation."""
         return self.base_config
@@ -210,6 +244,7 @@ _OWN = frozenset(
     for name in (
         "base_config",
         "moe",
+        "aux_coefficient",
         *dir(PreTrainedConfig),
         "name_or_path",
         "quantization_config",
@@ -252,6 +287,34 @@ def _base_config(value: Any) -> PreTrainedConfig:
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"base_config['model_type']={model_type!r} is unknown to transformers")
     return CONFIG_MAPPING[model_type].from_dict(values)
+
+
+def _balanced(
+    family: Family, base: PreTrainedConfig, config: MoEConfig
+) -> tuple[PreTrainedConfig, MoEConfig]:
+    """Both with one weight of the balance loss; a base that says another is copied.
+
+    Raises:
+        ValueError: the base asks for a balance loss, and the router can have none.
+    """
+    name, coefficient = family.aux_coefficient, family.coefficient(base)
+    if name is None:
+        return base, config
+    if coefficient is None:
+        coefficient = getattr(type(base), name)
+    told = coefficient not in (getattr(type(base), name), config.resolved_aux_alpha / config.top_k)
+    if config.losses.aux_alpha is None and told:
+        if coefficient and not config.router_config.traits.can_balance:
+            raise ValueError(
+                f"{name}={coefficient} of the base config asks for a balance loss, which router "
+                f"{config.router_config.name!r} cannot have; give losses=LossConfig(aux_alpha=0)"
+            )
+        losses = dataclasses.replace(config.losses, aux_alpha=coefficient * config.top_k)
+        config = dataclasses.replace(config, losses=losses)
+    if coefficient * config.top_k != config.resolved_aux_alpha:
+        base = copy.copy(base)
+        setattr(base, name, config.resolved_aux_alpha / config.top_k)
+    return base, config
 
 
 def _moe_config(family: Family, base: PreTrainedConfig, moe: dict[str, Any]) -> MoEConfig:

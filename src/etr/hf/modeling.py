@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,15 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import can_return_tuple
 
-from etr.hf.backbone import base_model_class
+from etr.hf.backbone import base_model_class, valid_mask
+from etr.hf.carried import carry
 from etr.hf.config import EtrConfig
 from etr.hf.shards import INDEX, WEIGHTS, weight_map
 from etr.hf.versions import CACHE, CACHE_NAMES
-from etr.moe import Collector, RoutingContext
+from etr.moe import Collector, RoutingContext, moe_layers
 from etr.moe.state import GlobalState
 from etr.pretrained import check_links
 
@@ -40,18 +43,24 @@ class EtrCausalLMOutput(CausalLMOutputWithPast):
 
     Args:
         loss: cross-entropy in nats per token, plus the router losses while training; None
-            without labels.
+            without labels. A loss that a caller computes from the other fields gets the gradient of
+            the router losses too, see `etr.hf.carried`.
         logits: [B, S, vocab_size].
         cache: for further tokens; `past_key_values` with transformers before 5.24.
         hidden_states, attentions: of each layer, where asked for.
         lm_loss: the cross-entropy alone, detached.
         router_losses: mean over layers of each scaled loss, by name; empty in eval mode.
         routing_stats: counters of each MoE layer, see `etr.moe.stats`.
+        router_logits: of each MoE layer, [B * S, E], where asked for (output_router_logits).
+        aux_loss: the balance loss as transformers' families compute it from them: top_k where the
+            load is even. A caller who adds it to a loss takes the place of the layers' own.
     """
 
     lm_loss: Tensor | None = None
     router_losses: dict[str, Tensor] | None = None
     routing_stats: list[dict[str, Tensor]] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    aux_loss: Tensor | None = None
 
 
 class EtrForCausalLM(PreTrainedModel, GenerationMixin):
@@ -165,7 +174,7 @@ class EtrForCausalLM(PreTrainedModel, GenerationMixin):
             routing_context: placement, groups, replay and so on; the mask, the token ids and the
                 collector are filled in.
             kwargs: for the base model; `num_items_in_batch` divides the summed loss, as
-                transformers' Trainer wants it.
+                transformers' Trainer wants it, and `shift_labels` are labels shifted already.
         """
         for name in ("output_hidden_states", "output_attentions"):
             if getattr(self.config, name):
@@ -188,22 +197,60 @@ class EtrForCausalLM(PreTrainedModel, GenerationMixin):
         if self.config.family.logits_divisor is not None:
             logits = logits / getattr(self.config, self.config.family.logits_divisor)
 
+        losses = collector.losses()
         loss = lm_loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
             lm_loss = loss.detach()
             if self.training:
-                loss = loss + collector.loss() * _share_of_step(labels, **kwargs)
+                loss = loss + sum(losses.values()) * _share_of_step(labels, **kwargs)
+        fields = {"loss": loss, "logits": logits, "router_losses": losses}
+        for name in ("hidden_states", "attentions", "router_logits"):
+            fields[name] = outputs.get(name)
+        fields = carry(fields, losses, collector.layers[0].loss_scale)
+        aux_loss: Any = None
+        if fields["router_logits"] is not None:
+            sizes = self.config.family.sizes(self.config.base_config)
+            mask = valid_mask(attention_mask, input_ids, inputs_embeds)
+            aux_loss = load_balancing_loss_func(
+                fields["router_logits"], sizes["num_experts"], sizes["top_k"], mask
+            )
         return EtrCausalLMOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            **fields,
             lm_loss=lm_loss,
-            router_losses=collector.losses(),
             routing_stats=collector.stats(),
+            aux_loss=aux_loss,
             **{CACHE: outputs.get(CACHE)},
         )
+
+    @torch.no_grad()
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as transformers does; layers select as in eval mode, in training mode too."""
+        with self._selecting_as_in_eval():
+            return super().generate(*args, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """The same with transformers' continuous batching."""
+        with self._selecting_as_in_eval():
+            return super().generate_batch(*args, **kwargs)
+
+    @contextmanager
+    def _selecting_as_in_eval(self) -> Iterator[None]:
+        layers = [layer for layer in moe_layers(self) if layer.training]
+        if not layers:
+            yield
+            return
+        for layer in layers:
+            layer.warn_about_eval()
+
+        def select(context: RoutingContext) -> RoutingContext:
+            return replace(context, selection=layers[0].eval_selection)
+
+        self.prepare_context.append(select)
+        try:
+            yield
+        finally:
+            self.prepare_context.remove(select)
 
     def _set_gradient_checkpointing(  # type: ignore[override]
         self,
@@ -266,9 +313,13 @@ def _align(model: nn.Module) -> None:
 
 
 def _share_of_step(
-    labels: Tensor, num_items_in_batch: Tensor | int | None = None, **_: Any
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    shift_labels: Tensor | None = None,
+    **_: Any,
 ) -> Tensor | float:
     """Weight of this micro-batch's router losses, so that over a step they make up a mean."""
     if num_items_in_batch is None:
         return 1.0
-    return (labels[..., 1:] != -100).sum() / num_items_in_batch
+    targets = labels[..., 1:] if shift_labels is None else shift_labels
+    return (targets != -100).sum() / num_items_in_batch

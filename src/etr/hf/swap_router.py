@@ -239,7 +239,7 @@ def _replace_blocks(model: EtrForCausalLM, config: EtrConfig) -> None:
 def _block_like(old: MoEBlock, config: MoEConfig) -> MoEBlock:
     weight = old.router.get_parameter("weight")
     with torch.device("meta"):  # no memory for the experts, which are the old ones
-        new = MoEBlock(config, old.layer_index, old.returns_scores)
+        new = MoEBlock(config, old.layer_index, old.model_config)
     new.experts, new.shared_experts = old.experts, old.shared_experts
     new.shared_gate = old.shared_gate
     for part in (new.router, new.capacity, new.calibration, new.state):

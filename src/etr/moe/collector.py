@@ -40,6 +40,7 @@ class Collector:
         self._outer: list[Collector | None] = []
         self._grad_enabled = torch.is_grad_enabled()
         self._entries: list[tuple[MoE, dict[str, Tensor], dict[str, Tensor]]] = []
+        self._learned: list[tuple[MoE, dict[str, Tensor]]] = []
 
     def __enter__(self) -> Collector:
         if self._ambient:
@@ -64,9 +65,13 @@ class Collector:
         # A copied or saved layer is not collected from, and must not drag a graph along.
         return type(None), ()
 
-    def add(self, layer: MoE, output: MoEOutput) -> None:
+    def add(self, layer: MoE, output: MoEOutput, *, learns: bool) -> None:
         """Take in one layer's output, unless closed.
 
+        Args:
+            layer: the layer.
+            output: of one call.
+            learns: its counters are for `after_step`, see `MoE.learns_from`.
         Raises:
             ValueError: the layer ran without gradients inside a forward that has them, as
                 reentrant activation checkpointing does: its losses would silently be lost.
@@ -79,6 +84,8 @@ class Collector:
                     "use_reentrant=False, or put the layer in eval mode"
                 )
             self._entries.append((layer, output.losses, output.stats))
+            if learns:
+                self._learned.append((layer, output.stats))
 
     def earlier_choices(self, layer: MoE) -> Tensor | None:
         """Choices of `layer` in the step's earlier micro-batches, int64 [E], or None."""
@@ -93,9 +100,8 @@ class Collector:
             return
         self.is_open = False
         if commit and torch.is_grad_enabled():
-            for layer, _, stats in self._entries:
-                if layer.training:
-                    layer.pending = add_stats(layer.pending, stats)
+            for layer, stats in self._learned:
+                layer.pending = add_stats(layer.pending, stats)
 
     def losses(self) -> dict[str, Tensor]:
         """Mean over layers of each loss, by name."""

@@ -171,8 +171,7 @@ class MoEConfig:
         """Weight of the balance loss."""
         if self.losses.aux_alpha is not None:
             return self.losses.aux_alpha
-        traits = self.router_config.traits
-        return 0.01 if traits.has_probs and traits.tokens_choose else 0.0
+        return 0.01 if self.router_config.traits.can_balance else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready values; `from_dict` restores an equal config."""

@@ -36,6 +36,7 @@ from etr.moe.experts import (
     auto_backend,
 )
 from etr.moe.group_selection import choosers_of, limit_over_group, token_offset
+from etr.moe.loss_scale import LossScale
 from etr.moe.routers import Router
 from etr.moe.routing import Limit, MoEOutput, RouterInput, Routing, RoutingContext, Selection
 from etr.moe.select import ExpertPool, select
@@ -154,8 +155,9 @@ class MoE(nn.Module):
         for watcher in self.watchers:
             watcher(LayerView(layer=self, x=x.detach(), routing=routing, selection=selection))
         y = self.run_experts(x, routing, selection, traffic)
-        losses = self.losses(routing, context, collector) if self.training else {}
-        stats = self.stats(routing, selection, limit, traffic)
+        learns = self.learns_from(context)
+        losses = self.losses(routing, context, collector) if learns else {}
+        stats = self.stats(routing, selection, limit, traffic, learns=learns)
         stats |= {f"loss_{name}": loss.detach() for name, loss in losses.items()}
         output = MoEOutput(
             hidden_states=y.to(hidden_states.dtype).view_as(hidden_states),
@@ -163,7 +165,7 @@ class MoE(nn.Module):
             stats=stats if traffic is None else traffic.add_to(stats),
         )
         if collector is not None:
-            collector.add(self, output)
+            collector.add(self, output, learns=learns)
         return output
 
     def route(
@@ -177,12 +179,13 @@ class MoE(nn.Module):
             traffic: the ranks whose tokens compete; None for this rank's alone.
         """
         inputs = self._router_input(x, context, traffic)
-        if self.training or self.eval_selection == "batch":
+        serving = context.selection or self.eval_selection
+        if self.learns_from(context) or serving == "batch":
             routing = self.router(x, inputs)
             state = self.calibration
             limit = self.capacity.limit(routing, state.threshold, state.affinity_p99)
             return routing, limit_over_group(self, routing, limit, traffic)
-        if self.eval_selection == "threshold" and self.ranks_by_score:
+        if serving == "threshold" and self.ranks_by_score:
             # Thresholds that nothing was learned for are -inf, which keeps every choice. Where
             # experts choose they would take every token: the device then lets tokens choose.
             unknown = False if self.traits.tokens_choose else self.calibration.num_updates == 0
@@ -239,13 +242,27 @@ class MoE(nn.Module):
             y = y * self.shared_gate(x).sigmoid()
         return y
 
+    @property
+    def loss_scale(self) -> LossScale | None:
+        """How the main loss is scaled, as whoever attached the layer says."""
+        return None if self.attachment is None else self.attachment.loss_scale
+
+    @property
+    def aux_alpha(self) -> float:
+        """Weight of the balance loss."""
+        return self.config.resolved_aux_alpha
+
+    def learns_from(self, context: RoutingContext) -> bool:
+        """Whether a call trains: the training policy selects, and losses and counters are taken."""
+        return self.training and context.selection is None
+
     def losses(
         self, routing: Routing, context: RoutingContext, collector: Collector | None
     ) -> dict[str, Tensor]:
         """Scaled losses of one forward; those with weight 0 are left out."""
         return loss_fns.scaled_losses(
             self.config.losses,
-            self.config.resolved_aux_alpha,
+            self.aux_alpha,
             routing,
             context,
             past=self.state.previous_load,
@@ -259,10 +276,12 @@ class MoE(nn.Module):
         selection: Selection,
         limit: Limit,
         traffic: Traffic | None = None,
+        *,
+        learns: bool | None = None,
     ) -> dict[str, Tensor]:
-        """Counters of one forward; in training also what `after_step` learns from."""
+        """Counters of one forward; where it learns (None: in training), also for `after_step`."""
         found = routing_stats(routing, selection, limit)
-        if self.training:
+        if self.training if learns is None else learns:
             if routing.scores is not None:
                 found["score_histogram"] = score_histogram(routing, self.calibration.scale)
             seen = choosers_of(self, routing, limit, traffic)
@@ -286,7 +305,7 @@ class MoE(nn.Module):
     def train(self, mode: bool = True) -> MoE:
         super().train(mode)
         if not mode:
-            self._warn_about_eval()
+            self.warn_about_eval()
         return self
 
     def extra_repr(self) -> str:
@@ -321,7 +340,9 @@ class MoE(nn.Module):
         )
 
     def _bonus(self, x: Tensor, context: RoutingContext) -> Tensor | None:
-        if not self.config.local_bonus or not self.training or context.placement is None:
+        if not self.config.local_bonus or not self.learns_from(context):
+            return None
+        if context.placement is None:
             return None
         node = context.placement.node_of_rank[context.rank]
         bonus = torch.zeros(self.config.num_experts, dtype=torch.float32, device=x.device)
@@ -346,7 +367,8 @@ class MoE(nn.Module):
         """Whether eval mode can select by calibrated thresholds. Waits for the device."""
         return self.ranks_by_score and self.calibration.is_calibrated
 
-    def _warn_about_eval(self) -> None:
+    def warn_about_eval(self) -> None:
+        """Say in warnings what makes selection in eval mode another one than it looks."""
         for module in self.router.modules():
             for text in module.report() if isinstance(module, Router) else ():
                 warnings.warn(text, stacklevel=3)
@@ -372,6 +394,11 @@ class MoE(nn.Module):
                 f"hidden_size={self.config.hidden_size}"
             )
         context.check(hidden_states.shape[:-1])
+        if context.selection not in (None, *EVAL_SELECTIONS):
+            raise ValueError(
+                f"context.selection={context.selection!r} must be one of "
+                f"{', '.join(EVAL_SELECTIONS)}, or None"
+            )
         if self.config.debug:
             self._check_finite(hidden_states, context)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from etr.moe.collector import Collector
+    from etr.moe.config import EvalSelection
     from etr.moe.topology import ExpertPlacement
 
 _INTEGERS = (
@@ -237,6 +238,8 @@ class RoutingContext:
         data_group: ranks that share the balance statistics (aux mode `ranks`).
         node_group: ranks of this node (locality loss).
         replay: choices by MoE layer index, to use instead of the router's own.
+        selection: route as eval mode does, by this selection, whatever the layer's mode and its own
+            `eval_selection`; nothing is learned from the call. None: as the mode says.
         collector: receives losses and statistics; closes when the model's forward returns.
     """
 
@@ -249,6 +252,7 @@ class RoutingContext:
     data_group: ProcessGroup | None = None
     node_group: ProcessGroup | None = None
     replay: dict[int, Replay] | None = None
+    selection: EvalSelection | None = None
     collector: Collector | None = None
 
     @classmethod

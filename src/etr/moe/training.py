@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from etr.moe.collector import Collector, moe_layers
 from etr.moe.layer import MoE
+from etr.moe.loss_scale import LossScale
 from etr.moe.stats import target_kept
 
 if TYPE_CHECKING:
@@ -65,26 +66,40 @@ def attach(
     total_steps: int | None,
     *,
     group: ProcessGroup | None = None,
+    scaler: Any = None,
+    accumulation_steps: int | None = None,
 ) -> Attachment:
     """Let every `optimizer.step()` advance the MoE layers of `model`.
 
     Layers called without a context are collected from too, for as long as the model's own forward
-    runs. Add their `losses` to the loss yourself, or use `Collector.loss`.
+    runs. Add their `losses` to the loss yourself, or use `Collector.loss`. Models of `etr.hf` do so
+    in ``outputs.loss``; where a loss is computed from their logits or hidden states, the layers'
+    losses join its backward pass, and `scaler` and `accumulation_steps` say how it is scaled.
 
     Args:
         model: holds MoE layers.
         optimizer: its step is the step of the schedules; resumed training goes on from the step
-            stored in the layers.
+            stored in the layers. One that accelerate prepared is told by it what follows.
         total_steps: optimizer steps of the whole training, or None if a capacity schedule brings
             its own `steps`.
         group: ranks over which counters are summed.
+        scaler: the torch.amp.GradScaler that scales the loss, or None.
+        accumulation_steps: micro-batches of one optimizer step, by which the loss is divided; None
+            for 1.
     Returns:
         Attachment, whose `last_stats` holds the counters of the last step.
     Raises:
-        ValueError: the model has no MoE layer, or total_steps < 1.
+        ValueError: the model has no MoE layer, total_steps < 1, or accumulation_steps < 1.
     Warns of an optimizer that holds none of the model's parameters.
     """
-    return Attachment(model, optimizer, total_steps, group)
+    if accumulation_steps is not None and accumulation_steps < 1:
+        raise ValueError(f"accumulation_steps={accumulation_steps} must be at least 1 micro-batch")
+    if hasattr(optimizer, "gradient_state"):  # accelerate's: its `backward` scales the loss
+        scaler = scaler or optimizer.scaler  # type: ignore[attr-defined]
+        accumulation_steps = accumulation_steps or optimizer.gradient_state.num_steps
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+    scale = LossScale(scaler, 1 / (accumulation_steps or 1))
+    return Attachment(model, optimizer, total_steps, group, scale)
 
 
 class _Hook:
@@ -108,6 +123,7 @@ class Attachment:
 
     Attributes:
         last_stats: counters of the last step, one dictionary per MoE layer.
+        loss_scale: how the main loss is scaled; may be changed between steps.
     """
 
     def __init__(
@@ -116,6 +132,7 @@ class Attachment:
         optimizer: Optimizer,
         total_steps: int | None,
         group: ProcessGroup | None,
+        loss_scale: LossScale,
     ) -> None:
         layers = moe_layers(model)
         if not layers:
@@ -125,6 +142,7 @@ class Attachment:
         self.last_stats: list[dict[str, Tensor]] = []
         self._model, self._group, self._total_steps = model, group, total_steps
         self._layers = layers
+        self.loss_scale = loss_scale
         self._collector: Collector | None = None
         self._handles: list[Any] = [
             model.register_forward_pre_hook(_Hook(self._open)),

@@ -169,6 +169,7 @@ def _trainer(
         router_aux_loss_coef=0.0 if ours else None,
         **recompute,
     )
+    coefficient = getattr(model.config, "router_aux_loss_coef", None)
     trainer = SFTTrainer(
         model=model,
         args=arguments,
@@ -178,6 +179,8 @@ def _trainer(
     )
     if ours:
         EtrCallback.add_to(trainer)
+        if coefficient is not None:  # TRL has written its 0.0 into the config
+            model.config.router_aux_loss_coef = coefficient
     return trainer
 
 

@@ -64,6 +64,8 @@ class Family:
         num_experts, top_k, intermediate_size: names of the config's attributes.
         aux_coefficient: name of the attribute with the weight of the family's own balance loss, or
             None where it has none.
+        jitter: name of the attribute with the noise on the block's input in training, or None.
+        options: names of further attributes that say what the block computes.
         logits_divisor: name of the attribute that divides the logits, or None.
         returns_scores: whether the block returns a pair, the second of which nobody reads.
         experts: options of `MoEConfig` about the experts, from the family's config.
@@ -80,6 +82,8 @@ class Family:
     top_k: str = "num_experts_per_tok"
     intermediate_size: str = "intermediate_size"
     aux_coefficient: str | None = "router_aux_loss_coef"
+    jitter: str | None = None
+    options: tuple[str, ...] = ()
     logits_divisor: str | None = None
     returns_scores: bool = False
     experts: Callable[[PreTrainedConfig], dict[str, Any]] = activation_of
@@ -95,14 +99,22 @@ class Family:
             "top_k": getattr(config, self.top_k),
         }
 
+    @property
+    def built_in(self) -> tuple[str, ...]:
+        """Names of the config's attributes that are built into the layers."""
+        sizes = ("hidden_size", self.num_experts, self.top_k, self.intermediate_size)
+        return (*sizes, "hidden_act", *self.options)
+
+    def coefficient(self, config: PreTrainedConfig) -> float | None:
+        """Weight of the family's own balance loss; None where it has none."""
+        return None if self.aux_coefficient is None else getattr(config, self.aux_coefficient)
+
     def aux_alpha(self, config: PreTrainedConfig) -> float:
         """`LossConfig.aux_alpha` that weighs the balance loss as the family does.
 
         The family's loss is top_k where this project's is 1, hence the factor.
         """
-        if self.aux_coefficient is None:
-            return 0.0
-        return getattr(config, self.aux_coefficient) * getattr(config, self.top_k)
+        return (self.coefficient(config) or 0.0) * getattr(config, self.top_k)
 
     def is_moe(self, layer: nn.Module) -> bool:
         """Whether a decoder layer of the family holds experts."""

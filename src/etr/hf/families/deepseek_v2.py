@@ -42,5 +42,14 @@ FAMILY = Family(
     aux_coefficient=None,
     experts=experts,
     router=_router,
+    options=(
+        "topk_method",
+        "n_group",
+        "topk_group",
+        "routed_scaling_factor",
+        "n_shared_experts",
+        "first_k_dense_replace",
+        "mlp_bias",
+    ),
     keys=(MLP_ROUTER, *MLP_EXPERTS, *shared_keys("mlp.shared_experts")),
 )

@@ -29,6 +29,14 @@ FAMILY = Family(
     aux_coefficient=None,
     experts=experts,
     router=_router,
+    options=(
+        "norm_topk_prob",
+        "n_group",
+        "topk_group",
+        "routed_scaling_factor",
+        "n_shared_experts",
+        "first_k_dense_replace",
+    ),
     keys=(
         MLP_ROUTER,
         Key(ours="router.selection.bias", theirs=("mlp.gate.e_score_correction_bias",)),

@@ -32,6 +32,7 @@ FAMILY = Family(
     returns_scores=True,
     experts=_experts,
     router=_router,
+    options=("swiglu_limit", "swiglu_alpha"),
     keys=(
         Key(ours="router.weight", theirs=("mlp.router.weight",)),
         Key(ours="router.bias", theirs=("mlp.router.bias",)),

@@ -5,6 +5,7 @@ from etr.hf.families.base import Family, Key, expert_keys
 FAMILY = Family(
     model_type="mixtral",
     num_experts="num_local_experts",
+    jitter="router_jitter_noise",
     keys=(
         Key(
             ours="router.weight",

@@ -2,4 +2,4 @@
 
 from etr.hf.families.base import MLP_EXPERTS, MLP_ROUTER, Family
 
-FAMILY = Family(model_type="olmoe", keys=(MLP_ROUTER, *MLP_EXPERTS))
+FAMILY = Family(model_type="olmoe", options=("norm_topk_prob",), keys=(MLP_ROUTER, *MLP_EXPERTS))

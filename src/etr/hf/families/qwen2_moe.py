@@ -29,6 +29,12 @@ FAMILY = Family(
     model_type="qwen2_moe",
     intermediate_size="moe_intermediate_size",
     experts=_experts,
+    options=(
+        "norm_topk_prob",
+        "shared_expert_intermediate_size",
+        "decoder_sparse_step",
+        "mlp_only_layers",
+    ),
     keys=(
         MLP_ROUTER,
         *MLP_EXPERTS,

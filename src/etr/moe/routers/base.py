@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,11 @@ class RouterTraits:
     needs_token_ids: bool = False
     padded: bool = False
 
+    @property
+    def can_balance(self) -> bool:
+        """Whether a balance loss is defined: its load is not even by construction."""
+        return self.has_probs and self.tokens_choose
+
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
@@ -77,11 +82,20 @@ class RouterConfig:
         raise NotImplementedError
 
 
-class Router(nn.Module):
+if TYPE_CHECKING:
+    _KeptFromDecay = nn.Module
+else:
+    _KeptFromDecay = nn.LayerNorm
+
+
+class Router(_KeptFromDecay):
     """Base of the routers.
 
     Subclasses implement `scores`; those that do not choose each token's k best experts implement
     `choose` too. A router neither drops nor balances nor logs.
+
+    It is a LayerNorm by type alone: by that transformers' Trainer, and what is built on it, knows
+    whose parameters weight decay must leave alone. It would pull a learned temperature to 1.
 
     Args:
         config: the router's options.
@@ -98,7 +112,7 @@ class Router(nn.Module):
     def __init__(
         self, config: RouterConfig, hidden_size: int, num_experts: int, top_k: int
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         config.check(hidden_size, num_experts, top_k)
         self.config = config
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
@@ -199,6 +213,9 @@ class Router(nn.Module):
         every = torch.arange(self.num_experts, device=scores.scores.device)
         routing = self.routing_of(scores, every.expand(scores.scores.shape), inputs)
         return replace(routing, tokens_choose=False)
+
+    def extra_repr(self) -> str:
+        return ""
 
     def report(self) -> list[str]:
         """Warnings about the router's parameters in plain words. May synchronise the device."""
