@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ from tiny_models import calibrated, make_model, quiet_eval, tokens
 import etr
 from etr.hf import load_pretrained
 from etr.moe import attach, moe_layers
+from etr.moe.capacity import Factor
 
 peft = pytest.importorskip("peft", reason="needs the extra peft")
 
@@ -88,3 +90,43 @@ def test_a_saved_adapter_loads_onto_the_model(tmp_path):
     assert all(layer.calibration.is_calibrated for layer in moe_layers(again))
     assert torch.allclose(tuned, logits(again, x), atol=1e-10)
     assert again.generate(input_ids=x, max_new_tokens=2).shape == (2, 14)
+
+
+def trained_further(kind, x):
+    """A model whose base stays, adapted and trained so that its thresholds move, and its base."""
+    base = make_model(router="etr", capacity=Factor(capacity_factor=0.5))
+    saved = copy.deepcopy(base)
+    adapter = peft.get_peft_model(base, kind)
+    optimizer = torch.optim.AdamW([p for p in adapter.parameters() if p.requires_grad], lr=1e-2)
+    handle = attach(adapter.train(), optimizer, 4)
+    for _ in range(4):
+        adapter(input_ids=x, labels=x).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    handle.detach()
+    assert all(layer.calibration.threshold.isfinite().any() for layer in moe_layers(adapter))
+    return adapter, saved
+
+
+KINDS = [
+    peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"]),
+    peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True),
+    peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+    peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["lora", "dora", "ia3", "prompt"])
+def test_an_adapter_brings_the_thresholds_that_it_was_trained_with(kind, tmp_path):
+    x = tokens()
+    adapter, base = trained_further(copy.deepcopy(kind), x)
+    tuned = logits(adapter, x)
+    adapter.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base, tmp_path)
+    for mine, theirs in zip(moe_layers(again), moe_layers(adapter), strict=True):
+        for (name, value), (_, other) in zip(
+            mine.named_buffers(), theirs.named_buffers(), strict=True
+        ):
+            assert torch.equal(value, other), name
+            assert value.dtype == other.dtype, name
+    assert torch.equal(logits(again, x), tuned)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,13 +26,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import can_return_tuple
 
+from etr.hf.adapter_state import routing_state, save_with_adapters
 from etr.hf.backbone import base_model_class, valid_mask
 from etr.hf.carried import carry
 from etr.hf.config import EtrConfig
 from etr.hf.shards import INDEX, WEIGHTS, weight_map
 from etr.hf.versions import CACHE, CACHE_NAMES
 from etr.moe import Collector, RoutingContext, moe_layers
-from etr.moe.state import GlobalState
 from etr.pretrained import check_links
 
 ATTENTION_FLAGS = ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn")
@@ -100,6 +101,8 @@ class EtrForCausalLM(PreTrainedModel, GenerationMixin):
             self.model = base_model_class(family_class)(config)
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.prepare_context = self.model.prepare_context
+        if "peft" in sys.modules:  # prompt tuning sets no `peft_config`
+            save_with_adapters()
         self.post_init()
         head = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.base_config)]
         for plan in ("_tp_plan", "_fsdp_plan"):  # how the family divides the last projection
@@ -141,12 +144,24 @@ class EtrForCausalLM(PreTrainedModel, GenerationMixin):
 
     def state_keys(self) -> set[str]:
         """Names of the routing state (thresholds, counters, ...) in the state dict."""
-        return {
-            f"{prefix}.{name}"
-            for prefix, module in self.named_modules()
-            if isinstance(module, GlobalState)
-            for name, _ in module.named_buffers(recurse=False)
-        }
+        return set(routing_state(self))
+
+    @property
+    def peft_config(self) -> Any:
+        """Configs of PEFT's adapters by name, which PEFT sets on the model that it wraps."""
+        try:
+            return self.__dict__["_peft_config"]
+        except KeyError:
+            raise AttributeError("there is no adapter") from None
+
+    @peft_config.setter
+    def peft_config(self, value: Any) -> None:
+        save_with_adapters()
+        self.__dict__["_peft_config"] = value
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        del self.__dict__["_peft_config"]
 
     @can_return_tuple
     def forward(
