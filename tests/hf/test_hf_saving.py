@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -12,8 +15,8 @@ from tiny_models import calibrated, etr_config, make_model, quiet_eval, router_a
 from transformers import AutoModelForCausalLM
 
 import etr
-from etr.hf import EtrConfig, EtrForCausalLM, load_pretrained
-from etr.moe import moe_layers
+from etr.hf import FAMILIES, EtrConfig, EtrForCausalLM, load_pretrained
+from etr.moe import attach, moe_layers
 from etr.moe.state import GlobalState
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
@@ -185,6 +188,37 @@ def test_router_options_of_a_missing_learned_weight(tmp_path):
     router = moe_layers(EtrForCausalLM.from_pretrained(tmp_path))[0].router
     assert torch.equal(router.weight, torch.full_like(router.weight, 0.5))
     assert router.log_temperature.item() == pytest.approx(0.5 * torch.tensor(32.0).log().item())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_can_be_copied_and_pickled(family):
+    """Though its base model and decoder layers are of classes that are made as needed."""
+    model = calibrated(make_model("etr", family), steps=2)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert same(copied.state_dict(), model.state_dict())
+        assert [type(module) for module in copied.modules()] == [
+            type(module) for module in model.modules()
+        ]
+        assert copied.prepare_context is copied.model.prepare_context is not model.prepare_context
+        with torch.no_grad():
+            assert torch.equal(copied(tokens()).logits, model(tokens()).logits)
+
+
+@pytest.mark.slow
+def test_another_process_reads_a_pickled_model(tmp_path):
+    """Which has imported nothing yet, as a spawned one; a model that is attached, too."""
+    model = make_model().train()
+    attach(model, torch.optim.AdamW(model.parameters()), 4)
+    torch.save(model, tmp_path / "model.pt")
+    code = (
+        "import sys, torch; model = torch.load(sys.argv[1] + '/model.pt', weights_only=False); "
+        "model.eval(); ids = torch.arange(8)[None]; "
+        "torch.save(model(ids).logits.detach(), sys.argv[1] + '/logits.pt')"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path)], check=True)
+    with torch.no_grad():
+        want = quiet_eval(model)(torch.arange(8)[None]).logits
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

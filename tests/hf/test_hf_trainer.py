@@ -206,3 +206,34 @@ def test_a_model_without_our_layers_is_refused(tmp_path: Path) -> None:
     trainer = Trainer(model, arguments(tmp_path), train_dataset=rows(4), callbacks=[EtrCallback()])
     with pytest.raises(ValueError, match="no MoE layer"):
         trainer.train()
+
+
+class Averaging(TrainerCallback):
+    """An average of weights, as callbacks keep it: a copy of the model in training."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if state.global_step == 1:
+            self.average = torch.optim.swa_utils.AveragedModel(model)
+        self.average.update_parameters(model)
+
+
+def test_a_copy_of_a_model_in_training_takes_nothing_of_the_trainer_along(tmp_path: Path) -> None:
+    model, keeper, callback = make_model(), Averaging(), EtrCallback()
+    options = arguments(tmp_path, max_steps=3)
+    Trainer(model, options, train_dataset=rows(8), callbacks=[callback, keeper]).train()
+    average = keeper.average.module
+    (prepare,) = average.prepare_context
+    assert prepare.__self__ is not callback
+    assert prepare.__self__._attachment is None
+    assert prepare.__self__._models == []
+    for copied, layer in zip(moe_layers(average), moe_layers(model), strict=True):
+        assert copied.attachment is None
+        assert int(copied.state.step) == int(layer.state.step) == 3
+        assert torch.equal(copied.calibration.threshold, layer.calibration.threshold)
+
+
+def test_training_without_the_callback_is_said_once(tmp_path: Path) -> None:
+    trainer = Trainer(make_model(), arguments(tmp_path, max_steps=6), train_dataset=rows(8))
+    with pytest.warns(UserWarning, match="learn neither thresholds.*EtrCallback") as caught:
+        trainer.train()
+    assert sum("learn neither thresholds" in str(w.message) for w in caught) == 1

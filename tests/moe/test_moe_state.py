@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from etr.moe import (
     CAPACITIES,
     ROUTERS,
     Collector,
     EtrRouter,
+    ExpertParallel,
     MoE,
     MoEConfig,
     RoutingContext,
+    Topology,
     after_step,
     attach,
     reset_states,
@@ -288,8 +295,23 @@ def test_single_numbers_without_dimension_are_read(assign: bool) -> None:
         assert torch.equal(got, want), name
 
 
+def through_a_file(module: nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIERS: dict[str, Any] = {
+    "deepcopy": copy.deepcopy,
+    "save": through_a_file,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "average": lambda module: torch.optim.swa_utils.AveragedModel(module).module,
+}
+
+
 @pytest.mark.parametrize("attached", [False, True])
-@pytest.mark.parametrize("copier", ["deepcopy", "save"])
+@pytest.mark.parametrize("copier", COPIERS)
 def test_a_layer_can_be_copied_between_a_forward_and_its_backward(
     copier: str, attached: bool
 ) -> None:
@@ -299,18 +321,65 @@ def test_a_layer_can_be_copied_between_a_forward_and_its_backward(
     x = torch.randn(8, H)
     with Collector(layer) as collector:
         y = layer(x).hidden_states
-    if copier == "deepcopy":
-        other = copy.deepcopy(layer)
-    elif attached:
-        pytest.skip("optimizer hooks are not saved")
-    else:
-        file = io.BytesIO()
-        torch.save(layer, file)
-        file.seek(0)
-        other = torch.load(file, weights_only=False)
+    other = COPIERS[copier](layer)
     assert other.collector is None
     (y.sum() + collector.loss()).backward()
     torch.testing.assert_close(other(x).hidden_states, y)
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[Any]:
+    """A process group of this process alone; it can be neither copied nor saved."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("copier", COPIERS)
+def test_a_copy_of_an_attached_model_is_attached_to_nothing(copier: str, one_rank: Any) -> None:
+    model = nn.Sequential(nn.Linear(H, H), make(capacity="schedule"))
+    model[1].register_forward_hook(hidden_states)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    attachment = attach(model, optimizer, total_steps=4, group=one_rank)
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for _ in range(2):
+            model(torch.randn(20, H)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    train(model, optimizer)
+    other = COPIERS[copier](model)
+    assert_states_equal(other, model)
+    before = copy.deepcopy(other.state_dict())
+    train(model, optimizer)  # steps of the original are none of the copy's
+    other(torch.randn(20, H)).sum().backward()
+    assert int(model[1].state.step) == 4
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert other[1].pending == {}
+    assert other[1].attachment is None
+    assert model[1].attachment is attachment
+
+    its = torch.optim.AdamW(other.parameters(), lr=0.01)
+    attach(other, its, total_steps=4)
+    train(other, its)
+    assert int(other[1].state.step) == 4
+    assert other[1].capacity.stage == model[1].capacity.stage == 15
+
+
+def hidden_states(module: nn.Module, args: Any, output: Any) -> Tensor:
+    return output.hidden_states
+
+
+def test_a_copy_of_a_distributed_layer_works_with_the_same_ranks(one_rank: Any) -> None:
+    layer = make()
+    mesh = init_device_mesh("cpu", (1,))
+    layer.distribute(ExpertParallel.create(mesh, Topology(node_of_rank=(0,)), E))
+    other = copy.deepcopy(layer)
+    assert other.parallel is layer.parallel
+    x = torch.randn(20, H)
+    assert torch.equal(other(x).hidden_states, layer(x).hidden_states)
 
 
 def test_every_policy_and_router_is_covered() -> None:

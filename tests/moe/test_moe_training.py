@@ -5,20 +5,22 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from etr.moe import Collector, MoE, MoEConfig, after_step, attach, set_progress
-from etr.moe.capacity import Schedule
+from etr.moe.capacity import CapacityConfig, NoLimit, Schedule
 
 H = 16
 
 
 class Model(nn.Module):
-    def __init__(self, capacity: Schedule | None = None, router: str = "etr") -> None:
+    def __init__(self, capacity: CapacityConfig | None = None, router: str = "etr") -> None:
         super().__init__()
         self.proj = nn.Linear(H, H)
         config = MoEConfig(
@@ -99,7 +101,8 @@ def test_detach() -> None:
     model, optimizer, attachment = attached(10)
     train(model, optimizer)
     attachment.detach()
-    train(model, optimizer, 3)
+    with pytest.warns(UserWarning, match="learn neither thresholds"):
+        train(model, optimizer, 3)
     assert int(model.moe.state.step) == 1
     assert model.moe.pending == {}
     assert model.moe.collector is None
@@ -220,3 +223,92 @@ def test_after_step_stores_the_load() -> None:
     assert after_step(model) == [{}]
     assert model.moe.state.previous_load.sum() == 50
     assert int(model.moe.state.step) == 1
+
+
+def told(run: Callable[[], None], about: str = "learn neither thresholds") -> int:
+    """How many warnings say so while it runs."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    return sum(about in str(w.message) and "etr.attach(" in str(w.message) for w in caught)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_training_without_attach_is_said_once(fused: bool) -> None:
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+    assert told(lambda: train(model, optimizer, 2)) == 0  # a step may still be told
+    assert told(lambda: train(model, optimizer, 10)) == 1
+    assert told(lambda: train(model, optimizer, 120)) == 0
+
+
+def test_layers_that_are_collected_from_say_it_together() -> None:
+    model = nn.Sequential(Model(), Model())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def run() -> None:
+        for _ in range(5):
+            with Collector(model) as collector:
+                y = model(torch.randn(8, H))
+            (y.sum() + collector.loss()).backward()
+            optimizer.step()
+
+    assert told(run) == 1
+
+
+def test_frozen_layers_say_it_after_many_forwards() -> None:
+    """Their weights do not tell of steps, as those of a layer with an adapter."""
+    model = Model()
+    model.moe.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.proj.parameters(), lr=0.1)
+    assert told(lambda: train(model, optimizer, 99)) == 0
+    assert told(lambda: train(model, optimizer, 99)) == 1
+
+
+class Recomputed(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("kind", [Model, Recomputed])
+@pytest.mark.parametrize("how", ["attach", "after_step"])
+def test_nothing_is_said_where_steps_are_told(how: str, kind: type[Model]) -> None:
+    """However many micro-batches a step has."""
+    model = kind()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def run() -> None:
+        if how == "attach":
+            attach(model, optimizer, 10)
+        for count in (105, 1, 1) if how == "attach" else (20, 20, 20):
+            for _ in range(count):
+                with Collector(model):
+                    y = model(torch.randn(8, H))
+                y.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if how == "after_step":
+                after_step(model)
+                set_progress(model, 0.5)
+
+    assert told(run) == 0
+
+
+def test_nothing_is_said_where_no_step_is_due() -> None:
+    model = Model()
+    with torch.no_grad():
+        assert told(lambda: [model(torch.randn(8, H)) for _ in range(200)]) == 0
+    model.eval()
+    assert told(lambda: [model(torch.randn(8, H)) for _ in range(200)]) == 0
+    plain = Model(router="token_choice", capacity=NoLimit())  # learns nothing beside its weights
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    assert told(lambda: train(plain, optimizer, 120)) == 0
+
+
+def test_an_optimizer_of_another_model_is_said() -> None:
+    model, other = Model(), Model()
+    with pytest.warns(UserWarning, match="optimizer holds no parameter of Model"):
+        attach(model, torch.optim.SGD(other.parameters(), lr=0.1), 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach(model, torch.optim.SGD([model.proj.bias], lr=0.1), 10)

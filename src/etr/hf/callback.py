@@ -39,6 +39,11 @@ class EtrCallback(TrainerCallback):
         self._group: Any = None
         self._top_k = 1
 
+    def __reduce__(self) -> tuple[type[EtrCallback], tuple[()]]:
+        # Models in training hold it; a copy of one, a saved one too, must not drag along the
+        # process group, the optimizer and the model.
+        return type(self), ()
+
     @classmethod
     def add_to(cls, trainer: Any) -> EtrCallback:
         """Add one to a Trainer before its other callbacks, so that trackers get its numbers too.

@@ -104,6 +104,9 @@ class ExpertParallel:
             cross_peers=cross_peers,
         )
 
+    def __deepcopy__(self, memo: dict[int, object]) -> ExpertParallel:
+        return self  # groups are of the process: copies of a layer work with the same ranks
+
     @cached_property
     def expert_peers(self) -> Peers:
         """The ranks that together hold every expert."""

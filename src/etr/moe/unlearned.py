@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
+from torch import Tensor, nn
+
 from etr.moe.state import GlobalState
 
 if TYPE_CHECKING:
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
 
 STEPS, FORWARDS = 2, 100
 """Steps that weights took, or forwards where nothing tells of steps, until it is said."""
+LOOK_AT = 4096
+"""Elements of a weight that are looked at."""
 
 
 class Unlearned:
@@ -23,13 +27,13 @@ class Unlearned:
     """
 
     def __init__(self) -> None:
-        self._version: int | None = None
+        self._seen: float | None = None
         self._forwards = self._steps = 0
         self._said = False
 
     def learned(self) -> None:
         """The layer learned from a step."""
-        self._version, self._forwards, self._steps = None, 0, 0
+        self._seen, self._forwards, self._steps = None, 0, 0
 
     def forward(self, layer: MoE, collector: Collector | None) -> None:
         """A forward with gradients begins: warn, once a model, if `layer` should have learned.
@@ -40,21 +44,27 @@ class Unlearned:
         if self._said or not learns_from_steps(layer):
             return
         weight = next((p for p in layer.parameters() if p.requires_grad), None)
-        version = 0 if weight is None else weight._version
+        now = 0.0 if weight is None else _look(weight)
         self._forwards += 1
-        self._steps += self._version is not None and version != self._version
-        self._version = version
+        self._steps += self._seen is not None and now != self._seen
+        self._seen = now
         if self._steps < STEPS and self._forwards < FORWARDS:
             return
         for one in (layer, *(collector.layers if collector else ())):
             one.unlearned._said = True
         warnings.warn(
-            "MoE layers train, and nobody tells them of optimizer steps: thresholds, capacity "
-            "schedules and counts of the load stay where they are. Call etr.attach(model, "
-            "optimizer, total_steps), or after_step(model) after each step; transformers' Trainer "
-            "needs etr.hf.callback.EtrCallback",
+            "MoE layers train, but learn neither thresholds nor their schedule: call "
+            "etr.attach(model, optimizer, total_steps), or after_step(model) after each step; "
+            "under transformers' Trainer, add EtrCallback",
             stacklevel=2,
         )
+
+
+def _look(weight: Tensor) -> float:
+    """A number that changes when an optimizer steps, without waiting for a device."""
+    if weight.device.type != "cpu" or type(weight) is not nn.Parameter:
+        return weight._version  # which fused optimizers leave as it is: forwards are counted too
+    return float(weight.detach().flatten()[:LOOK_AT].sum())
 
 
 def learns_from_steps(layer: MoE) -> bool:
