@@ -1,7 +1,8 @@
 """Expert-Token Resonance: Mixture-of-Experts routing for PyTorch.
 
 The layer (`etr.moe`, re-exported here) needs torch alone. `etr.hf`, `etr.data`, `etr.train`,
-`etr.report` and the command line come with the extra ``etr-moe[train]``.
+`etr.report` and the command line come with the extra ``etr-moe[train]``. ``import etr.hf`` tells
+transformers' Auto classes of this library's models; this module alone does not.
 """
 
 from etr.moe import *  # noqa: F403

@@ -111,14 +111,14 @@ def change_config(folder: Path, **values: object) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: shutil.rmtree(f), "is no folder"),
+        (lambda f: shutil.rmtree(f), "is not a folder"),
         (lambda f: (f / "config.json").unlink(), "holds no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "config.json"),
         (lambda f: change_config(f, model_type="llama"), "model_type='llama'"),
-        (lambda f: (f / "model.safetensors").unlink(), "no *.safetensors"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 64), "are damaged"),
-        (lambda f: change_config(f, num_hidden_layers=3), "missing or of another shape"),
-        (lambda f: change_config(f, num_local_experts=8), "missing or of another shape"),
+        (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 64), "is damaged"),
+        (lambda f: change_config(f, num_hidden_layers=3), "missing (such as"),
+        (lambda f: change_config(f, num_local_experts=8), "of another shape (such as"),
         (lambda f: (f / "tokenizer.json").unlink(), "tokenizer"),
     ],
 )
