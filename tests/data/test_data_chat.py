@@ -99,7 +99,7 @@ def test_memory_that_grows_is_stopped(running: ChatTemplate) -> None:
         "{% set n = namespace(x='aaaaaaaa') %}"
         "{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x | length }}"
     )
-    with pytest.raises(ValueError, match=r"MemoryError|lack of memory|does not end"):
+    with pytest.raises(ValueError, match=r"MemoryError|by memory|does not end"):
         write(running, grow)
 
 
@@ -122,7 +122,7 @@ def test_the_next_call_after_an_end_runs(running: ChatTemplate) -> None:
     write(running, PLAIN)
     assert running._process is not None
     running._process.kill()
-    with pytest.raises(ValueError, match="ends the process that runs it"):
+    with pytest.raises(ValueError, match="ended the process that ran it"):
         write(running, PLAIN)
     assert write(running, "{{ messages[2].content }}") == "x"
 

@@ -141,6 +141,20 @@ def test_llama_tokenizers_begin_texts(tmp_path: Path) -> None:
     assert encode_prompt(tokenizer, "hi") == tokenizer("hi")["input_ids"] == [1, 3, 4, 5]
 
 
+@pytest.mark.parametrize(("single", "start"), [("<s> $A", [0]), ("<s> $A </s>", [0]), ("$A", [])])
+def test_a_tokenizer_that_knows_no_letter_begins_texts_too(single: str, start: list[int]) -> None:
+    from tokenizers import Tokenizer, models, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1, "7": 2}, merges=[]))
+    specials = [("<s>", 0), ("</s>", 1)]
+    words.post_processor = processors.TemplateProcessing(single=single, special_tokens=specials)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>")
+    assert tokenizer("a", add_special_tokens=False)["input_ids"] == []
+    assert text_start(tokenizer) == start
+    assert encode_prompt(tokenizer, "7") == [*start, 2]
+
+
 def test_a_prompt_that_says_bos_itself_has_it_once() -> None:
     tokenizer = bos_tokenizer()
     tokenizer.split_special_tokens = False

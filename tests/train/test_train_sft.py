@@ -223,6 +223,11 @@ def test_tool_calls_are_written_by_the_template_and_learned() -> None:
     [
         (None, "it has tools, and the tokenizer no chat template"),
         (TEMPLATE, "its chat template leaves out the tool 'add'"),
+        (
+            "{% for m in messages if m.role != 'tool' %}{{ m.content }}"
+            "{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}{% endfor %}",
+            "its chat template leaves out the turns of tools",
+        ),
         ("{{ raise_exception('no\ntools') }}", "its chat template fails: TemplateError: no tools"),
         ("{% for m in %}", "its chat template fails: TemplateSyntaxError in line 1"),
     ],

@@ -73,16 +73,16 @@ class ChatTemplate:
         """
         try:
             template = self._tokenizer.get_chat_template(tools=tools)
-        except ValueError as error:
+            variables = {**self._tokenizer.special_tokens_map, "tools": tools}
+            request = {
+                "chats": [{"messages": list(turns), "options": more} for turns, more in chats],
+                "common": {**variables, "chat_template": template},
+                **self._limits,
+            }
+            line = json.dumps(request, default=str)
+        except (ValueError, RecursionError) as error:
             raise ValueError(_one_line(str(error))) from error
-        request = {
-            "chats": [{"messages": list(turns), "options": options} for turns, options in chats],
-            "common": {
-                **self._tokenizer.special_tokens_map, "chat_template": template, "tools": tools,
-            },
-            **self._limits,
-        }  # fmt: skip
-        answer = self._ask(json.dumps(request, default=str))
+        answer = self._ask(line)
         if "error" in answer:
             raise ValueError(f"its chat template fails: {_one_line(answer['error'])}")
         return [str(text) for text in answer["texts"]]
@@ -94,11 +94,11 @@ class ChatTemplate:
         answer = _exchange(self._process, request)
         if answer is None:
             self.close()
-            late = time.monotonic() - began >= self._limits["seconds"]
-            why = f"does not end within {self._limits['seconds']:g} s" if late else (
-                "ends the process that runs it, perhaps for lack of memory"
-            )  # fmt: skip
-            raise ValueError(f"its chat template {why}")
+            if time.monotonic() - began >= self._limits["seconds"]:
+                raise ValueError(
+                    f"its chat template does not end within {self._limits['seconds']:g} s"
+                )
+            raise ValueError("its chat template ended the process that ran it, perhaps by memory")
         return answer
 
 

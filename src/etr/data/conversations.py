@@ -251,7 +251,7 @@ def _calls(values: Any) -> list[dict[str, Any]]:
 
 def _tools(value: Any) -> list[dict[str, Any]] | None:
     """Definitions of tools."""
-    return _functions(_unpacked(value, "tools"), "tools") if value else None
+    return (_functions(_unpacked(value, "tools"), "tools") if value else None) or None
 
 
 def _functions(values: Any, key: str) -> list[dict[str, Any]]:

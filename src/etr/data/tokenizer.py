@@ -137,6 +137,8 @@ def text_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """
     bare = _ids(tokenizer, "a", add_special_tokens=False)
     whole = _ids(tokenizer, "a", add_special_tokens=True)
+    if not bare:  # it knows no such letter
+        return whole[:-1] if whole[-1:] == [tokenizer.eos_token_id] else whole
     places = range(len(whole) - len(bare) + 1)
     return whole[: next((i for i in places if whole[i : i + len(bare)] == bare), 0)]
 

@@ -90,7 +90,7 @@ def _by_template(
 
 def _texts(turns: Sequence[Message], template: ChatTemplate) -> tuple[str, list[tuple[str, str]]]:
     """The whole conversation, and for each answer the text up to its beginning and its end."""
-    written = [{"role": turn.role, "content": turn.content, **turn.fields} for turn in turns]
+    written = [{**turn.fields, "role": turn.role, "content": turn.content} for turn in turns]
     tools = getattr(turns, "tools", None)
     places = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
     chats = [(written, {"add_generation_prompt": False})]
@@ -98,7 +98,11 @@ def _texts(turns: Sequence[Message], template: ChatTemplate) -> tuple[str, list[
         if place:
             chats.append((written[:place], {"add_generation_prompt": True}))
         chats.append((written[: place + 1], {"add_generation_prompt": False}))
-    whole, *rest = template.write(chats, tools)
+    # Many templates pass over what they do not know: here results of tools would be seen to change.
+    other = [{**turn, "content": "?"} if turn["role"] == "tool" else turn for turn in written]
+    changed, whole, *rest = template.write([(other, {}), *chats], tools)
+    if other != written and changed == whole:
+        raise ValueError("its chat template leaves out the turns of tools")
     for name in _tool_names(turns, tools):
         if name not in whole:
             raise ValueError(f"its chat template leaves out the tool {name!r}")
