@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import PAD, calibrated, make_model, pending, router_and_family, tokens
 from torch import Tensor
+from transformers import GenerationMixin
 
 import etr
 from etr.hf import EtrForCausalLM
@@ -126,6 +127,16 @@ def test_an_adapted_model() -> None:
     adapted.train()
     settings = {**GREEDY, "input_ids": x}
     assert torch.equal(adapted.generate(**settings), adapted.eval().generate(**settings))
+
+
+def test_continuous_batching_selects_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its place is taken by one forward: transformers' own needs an accelerator."""
+    monkeypatch.setattr(GenerationMixin, "generate_batch", lambda model, x: model(x).logits)
+    model, x = dropping(), tokens(3, 8)
+    with torch.no_grad():
+        found = model.generate_batch(x)
+        assert torch.equal(found, model.eval().generate_batch(x))
+        assert not torch.equal(found, model.train()(x).logits)
 
 
 def test_uncalibrated_layers_say_that_they_drop_nothing() -> None:

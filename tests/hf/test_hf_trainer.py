@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from tiny_models import make_model, tokens
 
 import etr
 from etr.data import IGNORED, Batch, DataConfig, open_data
+from etr.hf import FAMILIES
 from etr.moe import moe_layers
 from etr.train import ModelConfig, OptimizerConfig, RoutingOptions, TrainConfig
 from etr.train.loop import Trainer as OwnTrainer
@@ -24,6 +25,7 @@ from etr.hf.callback import EtrCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
 STEPS = 30
+FRAMES: tuple[Literal["fixed", "learned", "orthonormal"], ...] = ("fixed", "learned", "orthonormal")
 
 
 def arguments(folder: Path, **options: Any) -> TrainingArguments:
@@ -196,6 +198,92 @@ def test_a_resumed_training_goes_on(tmp_path: Path) -> None:
     ends = [run.state.log_history[-2] for run in (whole, resumed)]
     assert ends[0]["capacity_factor"] == ends[1]["capacity_factor"]
     assert ends[0]["loss"] == pytest.approx(ends[1]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("router", "family"),
+    [
+        *((etr.EtrRouter(frame=frame, gate="sigmoid"), "mixtral") for frame in FRAMES),
+        *(("keep", family) for family in FAMILIES),
+    ],
+)
+def test_weight_decay_leaves_routers_alone(router: Any, family: str, tmp_path: Path) -> None:
+    """Neither a temperature nor directions; the Trainer asks no callback about it."""
+    model = make_model(router, family).float()
+    trainer = Trainer(model, arguments(tmp_path, weight_decay=0.1))
+    trainer.create_optimizer()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed = {
+        names[id(parameter)]
+        for group in trainer.optimizer.param_groups
+        if group["weight_decay"]
+        for parameter in group["params"]
+    }
+    assert not any("router" in name for name in decayed)
+    layer = "model.layers.0." + ("mlp" if family != "granitemoe" else "block_sparse_moe")
+    assert {f"{layer}.experts.down_proj", "model.layers.0.self_attn.o_proj.weight"} <= decayed
+
+
+def test_a_temperature_stays_under_weight_decay(tmp_path: Path) -> None:
+    model = make_model(etr.EtrRouter(temperature=4.0)).float()
+    options = {"weight_decay": 0.5, "learning_rate": 1.0, "max_grad_norm": 1e-12}
+    options |= {"optim": "sgd", "lr_scheduler_type": "constant", "max_steps": 3}
+    Trainer(model, arguments(tmp_path, **options), train_dataset=rows(12)).train()
+    for layer in moe_layers(model):
+        assert float(layer.router.log_temperature.exp()) == pytest.approx(4.0, rel=1e-6)
+    assert float(moe_layers(model)[0].experts.down_proj.abs().max()) < 0.2
+
+
+def test_the_callback_tells_the_scale_of_float16_training(tmp_path: Path) -> None:
+    """As accelerate prepares an optimizer for it, which it does not for CPUs."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    model = make_model().float()
+    trainer = Trainer(model, arguments(tmp_path, max_steps=1), train_dataset=rows(4))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer = AcceleratedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), scaler=scaler)
+    callback = EtrCallback.add_to(trainer)
+    callback.on_train_begin(
+        trainer.args, trainer.state, trainer.control, model=model, optimizer=optimizer
+    )
+    scale = moe_layers(model)[0].loss_scale
+    assert scale is not None
+    assert float(scale(torch.ones(()))) == 8.0
+    trainer.current_gradient_accumulation_steps = 4
+    callback.on_step_begin(trainer.args, trainer.state, trainer.control)
+    assert float(scale(torch.ones(()))) == 2.0
+    callback.on_train_end()
+    assert moe_layers(model)[0].loss_scale is None
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_accelerates_own_loop(labels: bool) -> None:
+    """`accumulate` and `backward` divide the loss by the number of micro-batches."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = make_model(capacity="none", losses=etr.LossConfig(aux_alpha=1.0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    handle = etr.attach(model, optimizer, 4)
+    expected = 0
+    for seed in (1, 2):
+        x = tokens(seed=seed)
+        with accelerator.accumulate(model):
+            output = model(x, labels=x)
+            loss = output.loss
+            if not labels:
+                logits = output.logits[:, :-1].flatten(0, 1)
+                loss = torch.nn.functional.cross_entropy(logits, x[:, 1:].flatten())
+            accelerator.backward(loss)
+            optimizer.step()
+        one = make_model(capacity="none", losses=etr.LossConfig(aux_alpha=1.0))
+        one(x, labels=x).loss.backward()
+        expected = expected + moe_layers(one)[0].router.weight.grad / 2
+    grad = moe_layers(model)[0].router.weight.grad
+    torch.testing.assert_close(grad, expected, rtol=0, atol=1e-6)
+    assert int(handle.last_stats[0]["num_forwards"]) == 2
+    assert int(moe_layers(model)[0].state.step) == 1
 
 
 def test_a_model_without_our_layers_is_refused(tmp_path: Path) -> None:

@@ -124,6 +124,9 @@ class _BaseModel:
             valid_mask=valid_mask(attention_mask, input_ids, inputs_embeds),
             token_ids=input_ids,
         )
+        by_config = getattr(self.config, "output_router_logits", False)
+        if by_config:  # not to be looked for among the family's routers, which are gone
+            kwargs["output_router_logits"] = False
         run = functools.partial(
             super().forward,  # type: ignore[misc]
             input_ids=input_ids,
@@ -131,9 +134,7 @@ class _BaseModel:
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        if output_router_logits is None:
-            output_router_logits = getattr(self.config, "output_router_logits", False)
-        if output_router_logits:
+        if by_config if output_router_logits is None else output_router_logits:
             run = functools.partial(_with_router_logits, self, run)
         if context.collector is not None:
             return run(etr_context=context)
@@ -282,7 +283,7 @@ def _with_router_logits(model: Any, run: Callable[..., Any], **kwargs: Any) -> A
         found.append(view.routing.logits)
 
     with watch(model, see):
-        outputs = run(output_router_logits=False, **kwargs)  # the family's routers are gone
+        outputs = run(**kwargs)
     outputs["router_logits"] = tuple(found)
     return outputs
 
