@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +96,16 @@ def read_config(reader: ShardReader) -> EtrConfig:
     """
     path = reader.folder / "config.json"
     try:
-        return EtrConfig.from_json_file(path)
+        with _values_of(path):
+            return EtrConfig.from_json_file(path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def _read_listed(classes: Any, reader: ShardReader, dtype: torch.dtype | None) -> tuple[Any, Info]:
     """Build the model that a table of transformers has for a folder's config."""
-    config = from_local(AutoConfig, reader.folder)
+    with _values_of(reader.folder / "config.json"):
+        config = from_local(AutoConfig, reader.folder)
     if type(config) not in classes:
         raise ValueError(
             f"{reader.folder / 'config.json'} has model_type={config.model_type!r}, for which "
@@ -126,12 +130,13 @@ def _read_model(
             )
     options: dict[str, Any] = {}
     if (reader.folder / "generation_config.json").is_file():
-        options["generation_config"] = GenerationConfig.from_pretrained(
-            reader.folder, local_files_only=True
-        )
+        with _values_of(reader.folder / "generation_config.json"):
+            options["generation_config"] = GenerationConfig.from_pretrained(
+                reader.folder, local_files_only=True
+            )
     config.name_or_path = str(reader.folder)
     try:
-        with reader.slices() as tensors:
+        with reader.slices() as tensors, _values_of(reader.folder / "config.json"):
             # Without a path: transformers would look for weights of other names and formats too,
             # for adapters, and for code.
             model, info = model_class.from_pretrained(
@@ -157,3 +162,19 @@ def _refuse(reader: ShardReader, problems: dict[str, set[str]]) -> None:
             f"weights in {str(reader.folder)!r} do not belong to its config.json: "
             f"{', '.join(found)}"
         )
+
+
+@contextmanager
+def _values_of(path: Path) -> Iterator[None]:
+    """Name the file whose values end in errors of every kind, since transformers checks few.
+
+    Raises:
+        ValueError: in the place of a TypeError, KeyError, ZeroDivisionError and so on.
+    """
+    try:
+        yield
+    except (ValueError, OSError, MemoryError, RecursionError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} makes no model: {type(error).__name__}: {reason}") from error
