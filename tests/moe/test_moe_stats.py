@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from etr.moe import ExpertPlacement, MoE, MoEConfig, RoutingContext
-from etr.moe.capacity import Factor
-from etr.moe.stats import add_stats, max_violation
+from etr.moe import ExpertPlacement, MoE, MoEConfig, RoutingContext, set_eval_selection
+from etr.moe.capacity import Factor, Threshold
+from etr.moe.stats import add_stats, max_violation, routing_shares
 
 
 def test_counters_by_hand() -> None:
@@ -119,3 +121,43 @@ def test_placement_on_unknown_ranks() -> None:
         ExpertPlacement(rank_of_expert=(0, 2), node_of_rank=(0, 0))
     with pytest.raises(ValueError, match="at least one"):
         ExpertPlacement(rank_of_expert=(), node_of_rank=(0,))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize(
+    ("capacity", "per_choice"),
+    [
+        ("factor:capacity_factor=0.5", 0.5),
+        ("factor:capacity_factor=2.0", 2.0),
+        (Threshold(target=Factor(capacity_factor=1.5)), 1.5),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
+def test_experts_that_choose_count_against_their_room(
+    capacity: Any, per_choice: float, top_k: int
+) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 4, "num_experts": 4, "top_k": top_k}
+    layer = MoE(MoEConfig(**sizes, router="expert_choice", capacity=capacity))
+    x = torch.randn(64, 8)
+
+    def shares() -> dict[str, float]:
+        return routing_shares([layer(x).stats], top_k)
+
+    trained = shares()
+    assert trained["kept_fraction"] == 1.0
+    assert trained["kept_per_choice"] == per_choice
+    layer.eval()
+    uncalibrated = shares()  # as dropless: each token's k best
+    assert (uncalibrated["kept_fraction"], uncalibrated["kept_per_choice"]) == (1.0, 1.0)
+    set_eval_selection(layer, "dropless")
+    assert shares()["kept_fraction"] == 1.0
+    set_eval_selection(layer, "threshold")
+    layer.calibration.num_updates.fill_(1)
+    scores = layer.route(x, RoutingContext())[0].scores
+    assert scores is not None
+    room = int(per_choice * 64 * top_k / 4)
+    for kept in (room // 2, room, 64):  # too few, as many as there is room for, and all
+        layer.calibration.threshold.copy_(scores.sort(0, descending=True).values[kept - 1])
+        found = shares()
+        assert found["kept_per_choice"] == kept * 4 / (64 * top_k)
+        assert found["kept_fraction"] == min(1.0, kept / room)

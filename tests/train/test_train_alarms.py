@@ -197,3 +197,12 @@ def test_alarms_are_printed_and_extras_are_not(capsys):
         "0:",
         "something",
     ]
+
+
+def test_thresholds_that_let_through_too_much_are_named_where_experts_choose():
+    """Their shares are 1 on both sides; pairs per choice tell them apart."""
+    alarms = fresh()
+    for _ in range(20):
+        alarms.update(train_row(factor=1.0) | {"kept_fraction": 1.0, "kept_per_choice": 2.0})
+    close, far = ({**eval_row(1.0), "kept_per_choice": kept} for kept in (2.01, 2.4))
+    assert names(alarms, [close, far]) == [[], ["thresholds_out_of_date"]]

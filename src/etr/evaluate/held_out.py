@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from etr.data import IGNORED, Batch
 from etr.moe import moe_layers, set_eval_selection
 from etr.moe.config import EvalSelection
+from etr.moe.stats import kept_share
 from etr.parallel import Ranks
 
 log = logging.getLogger(__name__)
@@ -28,10 +29,12 @@ class EvalResult:
         loss: mean cross-entropy over the domains' tokens, nats per token.
         loss_by_domain: the same for each domain.
         tokens_by_domain: tokens that were predicted.
-        kept_fraction: kept pairs over valid tokens * top_k, all layers together; 1 without layers.
+        kept_fraction: kept pairs over those that could have been kept (`routing_shares`), all
+            layers together; 1 without layers.
         selection: how experts selected: threshold, dropless or batch.
         error: standard error of `loss` over rows of text; None for one row.
         error_by_domain: the same for each domain.
+        kept_per_choice: kept pairs over valid tokens * top_k, all layers together.
     """
 
     loss: float
@@ -41,6 +44,7 @@ class EvalResult:
     selection: EvalSelection
     error: float | None = None
     error_by_domain: dict[str, float | None] = field(default_factory=dict)
+    kept_per_choice: float = 1.0
 
     def bits_per_byte(self, bytes_per_token: dict[str, float]) -> dict[str, float]:
         """Held-out bits per byte of each domain."""
@@ -111,7 +115,7 @@ def evaluate(
     nats_of_rows: list[Tensor] = []
     tokens_of_rows: list[Tensor] = []
     domain_of_rows: list[Tensor] = []
-    kept, slots = 0, 0
+    kept, slots, choices = 0, 0, 0
     with evaluating(model, selection):
         for number, batch in enumerate(batches, 1):
             log.info("held-out batch %d", number)
@@ -128,14 +132,15 @@ def evaluate(
             domain_of_rows.append(batch.domain.cpu())
             for layer, stats in zip(layers, output.routing_stats if layers else [], strict=True):
                 kept += int(stats["num_tokens_per_expert"].sum())
-                slots += int(stats["num_valid_tokens"]) * layer.config.top_k
+                slots += int(stats["num_slots"])
+                choices += int(stats["num_valid_tokens"]) * layer.config.top_k
     if not any(int(tokens.sum()) for part in ranks.gather(tokens_of_rows) for tokens in part):
         raise ValueError("no held-out tokens: the data has no held-out documents")
     nats, tokens, domain = (
         torch.cat(ranks.gather(torch.cat(rows)))
         for rows in (nats_of_rows, tokens_of_rows, domain_of_rows)
     )
-    kept, slots = map(int, ranks.sum_numbers([kept, slots]))
+    kept, slots, choices = map(int, ranks.sum_numbers([kept, slots, choices]))
     seen = {
         name: mask
         for number, name in enumerate(domains)
@@ -145,7 +150,8 @@ def evaluate(
         loss=float(nats.sum() / tokens.sum()),
         loss_by_domain={n: float(nats[m].sum() / tokens[m].sum()) for n, m in seen.items()},
         tokens_by_domain={n: int(tokens[m].sum()) for n, m in seen.items()},
-        kept_fraction=kept / slots if slots else 1.0,
+        kept_fraction=kept_share(kept, slots) if slots else 1.0,
+        kept_per_choice=kept / choices if choices else 1.0,
         selection=effective_selection(model, selection),
         error=ratio_error(nats, tokens),
         error_by_domain={n: ratio_error(nats[m], tokens[m]) for n, m in seen.items()},

@@ -281,12 +281,21 @@ class MoE(nn.Module):
     ) -> dict[str, Tensor]:
         """Counters of one forward; where it learns (None: in training), also for `after_step`."""
         found = routing_stats(routing, selection, limit)
+        if not routing.tokens_choose and limit.capacity is None:
+            found["num_slots"] = self._room(routing, found["num_tokens_per_expert"].sum())
         if self.training if learns is None else learns:
             if routing.scores is not None:
                 found["score_histogram"] = score_histogram(routing, self.calibration.scale)
             seen = choosers_of(self, routing, limit, traffic)
             found.update(self.capacity.observe(seen))
         return found
+
+    def _room(self, routing: Routing, kept: Tensor) -> Tensor:
+        """Tokens that experts which choose by thresholds would have had room for, int64 []."""
+        state = self.calibration
+        policy = self.capacity.imitated_limit(routing, state.threshold, state.affinity_p99)
+        assert policy.capacity is not None  # a policy without a limit goes with no such router
+        return torch.where(state.num_updates == 0, kept, policy.capacity.sum())
 
     def note_training(self, collector: Collector | None) -> None:
         """Notice a forward that a backward pass may follow; see `etr.moe.unlearned`."""

@@ -23,6 +23,8 @@ def routing_stats(routing: Routing, selection: Selection, limit: Limit) -> dict[
             always 0 where the router reads no token (`hash` and `random`).
         num_choices_per_expert: before dropping, int64 [E].
         num_tokens_per_expert: kept, int64 [E].
+        num_slots: pairs that could have been kept, int64 []: valid tokens times top_k, or where
+            experts choose their summed capacity.
         num_tokens_without_expert: valid tokens with no kept pair, int64 [].
         capacity_sum: summed capacity of all experts in tokens, int64 []; valid tokens times E
             where there is no limit.
@@ -44,6 +46,7 @@ def routing_stats(routing: Routing, selection: Selection, limit: Limit) -> dict[
             routing.num_choices_per_expert() if routing.tokens_choose else kept
         ),
         "num_tokens_per_expert": kept,
+        "num_slots": tokens * routing.top_k if routing.tokens_choose else capacity,
         "num_tokens_without_expert": ((served == 0) & routing.valid_mask).sum(),
         "capacity_sum": capacity,
         "gate_sum": chosen_gates if routing.tokens_choose else kept_gates,
@@ -83,7 +86,10 @@ def routing_shares(stats: Iterable[dict[str, Tensor]], top_k: int) -> dict[str, 
         stats: what `after_step` returned, one dictionary per layer.
         top_k: experts a token may choose.
     Returns:
-        kept_fraction: kept pairs over valid tokens * top_k.
+        kept_fraction: kept pairs over those that could have been kept: valid tokens * top_k, or
+            where experts choose what they have room for; at most 1, also where thresholds let
+            through more than that.
+        kept_per_choice: kept pairs over valid tokens * top_k, whoever chooses.
         drop_rate: share of choices that were dropped.
         tokens_without_expert: share of valid tokens.
         capacity_mean: mean limit of an expert in one forward, tokens.
@@ -102,7 +108,8 @@ def routing_shares(stats: Iterable[dict[str, Tensor]], top_k: int) -> dict[str, 
     alone = sum(int(layer["num_tokens_without_expert"]) for layer in layers)
     slots = max(tokens * top_k, 1)
     return {
-        "kept_fraction": kept / slots,
+        "kept_fraction": kept_share(kept, sum(int(layer["num_slots"]) for layer in layers)),
+        "kept_per_choice": kept / slots,
         "drop_rate": 1 - kept / max(int(choices.sum()), 1),
         "tokens_without_expert": alone / max(tokens, 1),
         "capacity_mean": capacity / (forwards * choices.shape[1]),
@@ -114,6 +121,11 @@ def routing_shares(stats: Iterable[dict[str, Tensor]], top_k: int) -> dict[str, 
             if name.startswith("loss_")
         },
     }
+
+
+def kept_share(kept: int, slots: int) -> float:
+    """Kept pairs over those that could have been kept, at most 1; 0 without any."""
+    return min(1.0, kept / max(slots, 1))
 
 
 def add_stats(total: dict[str, Tensor], more: dict[str, Tensor]) -> dict[str, Tensor]:

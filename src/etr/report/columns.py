@@ -196,7 +196,8 @@ def footnotes(summary: Summary, columns: Sequence[Column] = COLUMNS) -> tuple[st
         (
             "kept train",
             "kept: choices that an expert kept, in the last 100 training steps and when served; the"
-            " gap between them is in percentage points.",
+            " gap between them is in percentage points. Experts that choose tokens themselves are"
+            " counted against what they have room for.",
         ),
         (
             "MaxVio",

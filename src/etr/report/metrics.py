@@ -33,6 +33,7 @@ TRAIN_FIELDS = (
     "loss",
     "step_time_seconds",
     "kept_fraction",
+    "kept_per_choice",
     "drop_rate",
     "tokens_without_expert",
     "capacity_factor",
@@ -52,7 +53,10 @@ _KNOWN = {
         *("tokens_per_second", "losses", "grad_norm", "learning_rate", "capacity_mean", "layers"),
         "bytes_between_nodes_padded",
     },
-    "eval": {*_COMMON, "selection", "val_loss", "val_loss_by_domain", "kept_fraction_eval"},
+    "eval": {
+        *_COMMON,
+        *("selection", "val_loss", "val_loss_by_domain", "kept_fraction_eval", "kept_per_choice"),
+    },
     "diagnostics": {*_COMMON, "domains", "layers", "token_correlation", "token_expert"},
     "profile": {
         *_COMMON,

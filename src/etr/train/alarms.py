@@ -66,7 +66,7 @@ class Alarms:
     def update(self, row: Row) -> list[Alarm]:
         """Read the next row of metrics; returns the alarms that it raises."""
         if row.get("kind") == "train" and row.get("layers"):
-            self._kept.append(row["kept_fraction"])
+            self._kept.append(_kept(row, "kept_fraction"))
             return [
                 *self._collapsed(row),
                 *self._dead(row),
@@ -141,14 +141,15 @@ class Alarms:
 
     def _outdated(self, row: Row) -> list[Alarm]:
         training = sum(self._kept) / len(self._kept)
-        gap = abs(row["kept_fraction_eval"] - training)
+        served = _kept(row, "kept_fraction_eval")
+        gap = abs(served - training)
         if not self._rises(
             ("thresholds",), gap > MAX_KEPT_GAP, gap < REARM * MAX_KEPT_GAP, patience=1
         ):
             return []
         message = (
-            f"evaluation keeps {row['kept_fraction_eval']:.1%} of choices where training keeps "
-            f"{training:.1%}: thresholds lag behind the weights, or the held-out text differs; "
+            f"evaluation keeps {served:.3f} pairs per choice where training keeps {training:.3f}: "
+            "thresholds lag behind the weights, or the held-out text differs; "
             "`etr calibrate` sets them anew"
         )
         return [Alarm(name="thresholds_out_of_date", layer=None, message=message)]
@@ -164,6 +165,11 @@ class Alarms:
         if switch is None:
             switch = self._switches[key] = _Switch(patience or self._patience)
         return switch.update(bad, not bad if clear is None else clear)
+
+
+def _kept(row: Row, share: str) -> float:
+    """Kept pairs per choice, which the share hides where experts choose; older rows lack it."""
+    return float(row["kept_per_choice"] if "kept_per_choice" in row else row[share])
 
 
 class _Switch:

@@ -255,6 +255,7 @@ class Trainer:
                     val_loss=result.loss,
                     val_loss_by_domain=result.loss_by_domain,
                     kept_fraction_eval=result.kept_fraction,
+                    kept_per_choice=result.kept_per_choice,
                 )
         return rows
 

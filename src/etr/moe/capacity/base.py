@@ -120,6 +120,10 @@ class CapacityPolicy(GlobalState):
             capacity = capacity.clamp_max(buffer)
         return Limit(capacity=capacity, min_score=limit.min_score, buffer_size=buffer)
 
+    def imitated_limit(self, routing: Routing, threshold: Tensor, affinity_p99: Tensor) -> Limit:
+        """The capacities that thresholds stand for: `limit`, or that of the policy it imitates."""
+        return self.limit(routing, threshold, affinity_p99)
+
     def _limit(self, routing: Routing, threshold: Tensor) -> Limit:
         raise NotImplementedError
 

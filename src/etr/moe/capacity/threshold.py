@@ -67,6 +67,9 @@ class _ThresholdPolicy(CapacityPolicy):
         kept = select(routing, self._target_limit(routing), rank_by="score").num_tokens_per_expert
         return {"num_target_tokens_per_expert": kept, **self.target.observe(routing)}
 
+    def imitated_limit(self, routing: Routing, threshold: Tensor, affinity_p99: Tensor) -> Limit:
+        return self._target_limit(routing)
+
     def after_step(self, stats: dict[str, Tensor], affinity_p99: Tensor) -> None:
         self.target.after_step(stats, affinity_p99)
         self.num_updates += 1

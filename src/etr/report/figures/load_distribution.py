@@ -89,8 +89,9 @@ def _filled(row: Row) -> Curve | None:
     even = np.divide(
         metrics.kept.mean(axis=2), busiest, out=np.zeros(busiest.shape), where=busiest > 0
     ).mean(axis=1)
-    kept, factor = metrics.train["kept_fraction"], metrics.train["capacity_factor"]
+    per_choice, factor = metrics.train["kept_per_choice"], metrics.train["capacity_factor"]
     # Both are over the same choices, so that their ratio is tokens over capacity.
+    kept = np.where(np.isnan(per_choice), metrics.train["kept_fraction"], per_choice)
     full = np.divide(kept, factor, out=np.full(len(kept), np.nan), where=factor > 0)
     capacity = metrics.layers.get("capacity", np.full(busiest.shape, np.nan))
     limited = np.isfinite(capacity).all(axis=1) & np.isfinite(full)
