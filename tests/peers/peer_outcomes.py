@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 TABLE = Path(__file__).with_name("inapplicable.toml")
+LONGEST = 200
+"""Characters of a message that a page shows."""
 KEYS = {"tests", "bases", "whole", "reason"}
 
 
@@ -122,16 +124,17 @@ def _result(reports: list[Any]) -> dict[str, str]:
     """Of the reports on a test's phases and subtests, what counts."""
     failed = [report for report in reports if report.failed]
     if failed:
-        return {"result": "failed", "message": _last_line(failed[0])}
+        crash = getattr(failed[0].longrepr, "reprcrash", None)
+        return {"result": "failed", "message": _first_line(getattr(crash, "message", ""))}
     skipped = [report for report in reports if report.skipped]
     # A test all of whose subtests skip has shown nothing, though it ends well.
     parts = [report for report in reports if hasattr(report, "context")]
     if skipped and not any(part.passed for part in parts):
-        return {"result": "skipped", "message": str(skipped[0].longrepr[2])}
+        reason = str(skipped[0].longrepr[2]).removeprefix("Skipped: ")
+        return {"result": "skipped", "message": _first_line(reason)}
     return {"result": "passed"}
 
 
-def _last_line(report: Any) -> str:
-    crash = getattr(report.longrepr, "reprcrash", None)
-    text = crash.message if crash is not None else str(report.longrepr)
-    return next(iter(text.strip().splitlines()), "")
+def _first_line(text: str) -> str:
+    line = next(iter(text.strip().splitlines()), "")
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."

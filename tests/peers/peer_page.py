@@ -95,7 +95,7 @@ def _details(verdicts: Mapping[str, Verdict]) -> list[str]:
             inapplicable[outcome.test, row.reason].append(base)
         for text in verdict.stale:
             stale[text,].append(base)
-        skipped.update(outcome.message.removeprefix("Skipped: ") for outcome in verdict.skipped)
+        skipped.update(outcome.message for outcome in verdict.skipped)
     sections = {
         "Failed": _by_test("test | bases | error", failed),
         "Inapplicable": _by_test("test | bases | why it does not apply", inapplicable),

@@ -74,7 +74,7 @@ def test_page_and_summary_say_what_became_of_each_test():
         outcome("test_a", "failed", "ValueError: 1 | 2"),
         outcome("test_b", "failed"),
         outcome("test_c", "passed"),
-        *(outcome(f"test_{i}", "skipped", "Skipped: test requires accelerator") for i in range(3)),
+        *(outcome(f"test_{i}", "skipped", "test requires accelerator") for i in range(3)),
     ]
     old = Entry(tests="test_z", reason="It was there once.")
     verdicts = {
@@ -135,29 +135,31 @@ def report(outcome, part=False, message=""):
         failed=outcome == "failed",
         skipped=outcome == "skipped",
         passed=outcome == "passed",
-        longrepr=("file", 1, message) if outcome == "skipped" else message,
+        longrepr=("file", 1, f"Skipped: {message}"),
     )
+    if outcome == "failed":
+        found.longrepr = SimpleNamespace(reprcrash=SimpleNamespace(message=message))
     if part:
         found.context = "a subtest"
     return found
 
 
 @pytest.mark.parametrize(
-    ("reports", "result"),
+    ("reports", "result", "message"),
     [
-        ([report("passed")] * 3, "passed"),
-        ([report("passed"), report("failed", message="E\nF"), report("passed")], "failed"),
-        ([report("passed"), report("skipped", message="no GPU"), report("passed")], "skipped"),
+        ([report("passed")] * 3, "passed", ""),
+        ([report("passed"), report("failed", message="E\nF"), report("passed")], "failed", "E"),
+        ([report("failed", message="E" * 300)], "failed", "E" * 200 + " ..."),
+        ([report("passed"), report("skipped", message="no GPU")], "skipped", "no GPU"),
         # A subtest that fails does not fail the report on its test, nor does one that skips.
-        ([report("passed"), report("failed", part=True), report("passed")], "failed"),
-        ([report("passed"), report("skipped", part=True), report("passed")], "skipped"),
-        ([report("skipped", part=True), report("passed", part=True), report("passed")], "passed"),
+        ([report("failed", part=True, message="E"), report("passed")], "failed", "E"),
+        ([report("skipped", part=True, message="no GPU"), report("passed")], "skipped", "no GPU"),
+        ([report("skipped", part=True), report("passed", part=True)], "passed", ""),
     ],
 )
-def test_reports_on_phases_and_subtests_make_one_outcome(reports, result):
+def test_reports_on_phases_and_subtests_make_one_outcome(reports, result, message):
     recorder = Recorder()
     for one in reports:
         recorder.pytest_runtest_logreport(one)
-    (found,) = recorder.outcomes()
-    assert (found.base, found.test, found.result) == ("mixtral", "test_a", result)
-    assert found.message in ("", "E", "no GPU")
+    expected = Outcome(base="mixtral", test="test_a", result=result, message=message)
+    assert recorder.outcomes() == [expected]
