@@ -111,7 +111,7 @@ def test_the_guide_lists_every_family() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("nowhere x", "'nowhere' is not a folder"),
+        ("nowhere x", "nowhere is not a folder"),
         ("mixtral my-text", "exists already"),
         ("mixtral my-text --router etr", "exists already"),
         ("mixtral x --router etr --to hf", "no family of transformers has that router"),
