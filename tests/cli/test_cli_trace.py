@@ -13,7 +13,6 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from etr.cli import main
 from etr.data import byte_tokenizer
-from etr.hf import EtrConfig, EtrForCausalLM
 from etr.trace import read_trace
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
@@ -60,15 +59,16 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder with a checkpoint, as training leaves it."""
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "config.json").write_text('{"steps": 3}')
-    checkpoint = folder / "checkpoints" / "step-00000003"
-    torch.manual_seed(0)
-    EtrForCausalLM(EtrConfig.from_base(BASE, "etr", top_k=1)).save_pretrained(checkpoint)
-    byte_tokenizer().save_pretrained(checkpoint)
-    (checkpoint / "train_state.json").write_text("{}")
+    folder = tmp_path_factory.mktemp("run") / "run"
+    size = [
+        *("--hidden-size", "32", "--num-layers", "2", "--num-heads", "2"),
+        *("--num-key-value-heads", "2", "--num-experts", "4", "--expert-size", "16"),
+        *("--steps", "3", "--eval-tokens-per-domain", "64", "--warmup-steps", "1"),
+        *("--device", "cpu", "--profile-every", "None", "--no-diagnostics"),
+    ]
+    assert main(["train", "--out", str(folder), *options, *size]) == 0
     return folder
 
 
