@@ -98,6 +98,7 @@ def train(
     """
     run = Path(config.out)
     refuse_unless_run(run)
+    require_trackers(config.trackers)  # before anything is written
     with contextlib.ExitStack() as opened:
         opened.enter_context(writing(run, Ranks.current()))
         trainer = opened.enter_context(Trainer(config, data or open_data(config.data)))
