@@ -43,8 +43,9 @@ def steps(
     state = {k: v for k, v in layer.state_dict().items() if k.split(".")[0] in STATE}
     layer.eval()
     data = batch(2)
-    evaluated = layer(data.x, data.context()).hidden_states.detach()
-    found["y"] = torch.cat((found["y"], evaluated), dim=1)
+    evaluated = layer(data.x, data.context())
+    found["y"] = torch.cat((found["y"], evaluated.hidden_states.detach()), dim=1)
+    found |= {f"stats.eval.{k}": v for k, v in evaluated.stats.items()}
     found |= {f"state.{k}": v for k, v in state.items()}
     return found | {f"learned.{k}": v for k, v in learned.items() if "bytes" not in k}
 

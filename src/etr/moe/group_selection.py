@@ -48,6 +48,15 @@ def owners(num_experts: int, peers: Peers, device: torch.device) -> Tensor:
     return torch.arange(num_experts, device=device) * peers.size // num_experts
 
 
+def owned(capacity: Tensor, traffic: Traffic | None) -> Tensor:
+    """Capacities of the experts that this rank owns, 0 for others, so that ranks add up; [E]."""
+    peers = None if traffic is None else traffic.parallel.selection_peers
+    if peers is None:
+        return capacity
+    own = owners(len(capacity), peers, capacity.device) == peers.rank
+    return torch.where(own, capacity, 0)
+
+
 @torch.no_grad()
 def limit_over_group(layer: MoE, routing: Routing, limit: Limit, traffic: Traffic | None) -> Limit:
     """What the owners let this rank's pairs keep, where experts have a capacity.
@@ -71,12 +80,10 @@ def limit_over_group(layer: MoE, routing: Routing, limit: Limit, traffic: Traffi
     if pool == "all":  # the best of all tokens, and of those the choosers
         expert = routing.expert.clamp_max(routing.num_experts - 1)
         kept = kept.view(-1, routing.num_experts)[routing.token, expert] & routing.valid
-    capacity, size = limit.capacity, routing.num_tokens
-    if capacity is not None:
-        own = owners(routing.num_experts, peers, capacity.device) == peers.rank
-        capacity = torch.where(own, capacity, 0)
+    size = routing.num_tokens
     if limit.buffer_size is not None:
         size = min(size, limit.buffer_size)
+    capacity = limit.capacity if limit.capacity is None else owned(limit.capacity, traffic)
     return Limit(kept=kept, capacity=capacity, buffer_size=size, choosers=choosers)
 
 
@@ -146,9 +153,9 @@ def _all_pairs(routing: Routing) -> Routing:
 
 
 def choosers_of(layer: MoE, routing: Routing, limit: Limit, traffic: Traffic | None) -> Routing:
-    """What the policy observes: the group's choosers if it must see them, else this rank's."""
+    """The group's choosers of the experts that this rank owns; without a group, `routing`."""
     peers = None if traffic is None else traffic.parallel.selection_peers
-    if traffic is None or peers is None or not layer.capacity.observes_choosers:
+    if traffic is None or peers is None:
         return routing
     return limit.choosers or gather_choosers(layer, routing, peers, traffic)[0]
 

@@ -35,7 +35,7 @@ from etr.moe.experts import (
     ExpertWeights,
     auto_backend,
 )
-from etr.moe.group_selection import choosers_of, limit_over_group, token_offset
+from etr.moe.group_selection import choosers_of, limit_over_group, owned, token_offset
 from etr.moe.loss_scale import LossScale
 from etr.moe.routers import Router
 from etr.moe.routing import Limit, MoEOutput, RouterInput, Routing, RoutingContext, Selection
@@ -281,21 +281,27 @@ class MoE(nn.Module):
     ) -> dict[str, Tensor]:
         """Counters of one forward; where it learns (None: in training), also for `after_step`."""
         found = routing_stats(routing, selection, limit)
-        if not routing.tokens_choose and limit.capacity is None:
-            found["num_slots"] = self._room(routing, found["num_tokens_per_expert"].sum())
-        if self.training if learns is None else learns:
+        learns = self.training if learns is None else learns
+        by_threshold = not routing.tokens_choose and limit.capacity is None
+        seen = routing
+        if by_threshold or (learns and self.capacity.observes_choosers):
+            seen = choosers_of(self, routing, limit, traffic)
+        if by_threshold:
+            room = owned(self._room(seen), traffic).sum()
+            unknown = self.calibration.num_updates == 0
+            found["num_slots"] = torch.where(unknown, found["num_tokens_per_expert"].sum(), room)
+        if learns:
             if routing.scores is not None:
                 found["score_histogram"] = score_histogram(routing, self.calibration.scale)
-            seen = choosers_of(self, routing, limit, traffic)
             found.update(self.capacity.observe(seen))
         return found
 
-    def _room(self, routing: Routing, kept: Tensor) -> Tensor:
-        """Tokens that experts which choose by thresholds would have had room for, int64 []."""
+    def _room(self, routing: Routing) -> Tensor:
+        """Tokens that experts which choose by thresholds would have had room for, int64 [E]."""
         state = self.calibration
         policy = self.capacity.imitated_limit(routing, state.threshold, state.affinity_p99)
         assert policy.capacity is not None  # a policy without a limit goes with no such router
-        return torch.where(state.num_updates == 0, kept, policy.capacity.sum())
+        return policy.capacity
 
     def note_training(self, collector: Collector | None) -> None:
         """Notice a forward that a backward pass may follow; see `etr.moe.unlearned`."""
