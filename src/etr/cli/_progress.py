@@ -27,6 +27,8 @@ from rich.progress import (
 )
 from rich.progress import track as track_on_terminal
 
+from etr.prose import prose_text
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -107,9 +109,8 @@ class TrainingProgress:
             return
         text = describe(row)
         if row["kind"] != "train":
-            self._console.print(
-                f"{name:>12}  step {row['step']:>5}  {text}", highlight=False, soft_wrap=True
-            )
+            line = prose_text(f"{name:>12}  step {row['step']:>5}  {text}")
+            self._console.print(line, highlight=False, soft_wrap=True)
             return
         log.info("%s step %d/%d, %s", name, row["step"], self._total, text)
         if not self._console.is_terminal:

@@ -11,6 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from etr.prose import prose_text
 from etr.report.live import LiveRow, LiveRun, value
 from etr.report.wording import ABSENT, counted, fixed, percent, short
 
@@ -198,7 +199,7 @@ def _alarms(run: LiveRun) -> RenderableType:
             Text(f"step {row.get('step')}", style="dim"),
             Text("" if layer is None else f"layer {layer}", style="dim"),
             Text(str(row.get("name")), style="yellow"),
-            Text(str(row.get("message", ""))),
+            prose_text(str(row.get("message", ""))),
         )
     earlier = run.num_alarms - len(shown)
     head = counted(run.num_alarms, "alarm") + (f", the latest {len(shown)}" if earlier else "")

@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from etr.files import write_bytes
+from etr.prose import prose_html
 from etr.report.alarms import gather_alarms
 from etr.report.figure import Drawing, Skipped, inline_svg, save_files
 from etr.report.figures import draw_figures
@@ -148,13 +149,13 @@ def _figures(figures: Sequence[Drawing | Skipped], data: str) -> str:
 def _figure(figure: Drawing | Skipped, data: str) -> str:
     head = f'<h4 id="{figure.key}-title">{escape(figure.title)}</h4>'
     if isinstance(figure, Skipped):
-        reason = f"<p>Not drawn: {escape(figure.reason)}.</p>"
+        reason = f"<p>Not drawn: {prose_html(figure.reason)}.</p>"
         return f'<div class="card skipped" id="{figure.key}">{head}{reason}</div>'
     wide = ' class="card wide"' if figure.html else ' class="card"'
     link = f'<a href="{quote(data)}/{figure.key}.csv" download>Numbers (CSV)</a>'
     return (
         f'<figure{wide} id="{figure.key}">{head}\n{figure.html or inline_svg(figure)}\n'
-        f"<figcaption>{escape(figure.caption)} {link}</figcaption></figure>"
+        f"<figcaption>{prose_html(figure.caption)} {link}</figcaption></figure>"
     )
 
 

@@ -12,6 +12,9 @@ from matplotlib.figure import Figure
 from etr.report.results import Results
 
 Section = Literal["Quality", "Time and memory", "Dropping", "Load", "Specialisation", "Text"]
+# What makes a spreadsheet compute a cell; full-width signs count as well.
+FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+BREAKS = ("\t", "\n")
 SECTIONS: tuple[Section, ...] = (
     "Quality",
     "Time and memory",
@@ -29,13 +32,14 @@ class Numbers:
     columns: tuple[str, ...]
     """Headings, with units."""
     rows: Sequence[tuple[Any, ...]]
-    """One tuple per line; None and values that are not finite are written as nothing."""
+    """One tuple per line; None and values that are not finite are written as nothing, and a text
+    that a spreadsheet would take for a formula with an apostrophe before it."""
 
     def csv(self) -> str:
         """The table as comma-separated values, headings first."""
         target = io.StringIO()
         writer = csv.writer(target, lineterminator="\n")
-        writer.writerow(self.columns)
+        writer.writerow(map(_written, self.columns))
         writer.writerows([_written(value) for value in row] for row in self.rows)
         return target.getvalue()
 
@@ -81,4 +85,7 @@ class Spec:
 def _written(value: Any) -> Any:
     if isinstance(value, float):
         return f"{value:.7g}" if math.isfinite(value) else ""
+    if isinstance(value, str):
+        value = value.replace("\r\n", "\n").replace("\r", "\n")  # the writer quotes "\n" alone
+        return f"'{value}" if value.strip().startswith(FORMULA) or value[:1] in BREAKS else value
     return "" if value is None else value

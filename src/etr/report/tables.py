@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
+from etr.prose import prose_html
 from etr.report.alarms import Warned
 from etr.report.columns import COLUMNS, RUN_COLUMNS, Column, footnotes
 from etr.report.reading import NOTHING, Finding, Reading, read
@@ -42,7 +43,7 @@ def _table(results: Results, heading: str, place: int, all_runs: Results) -> str
         _table_row(all_runs.names.index(variant.name), columns, variant)
         for variant in summary.variants
     )
-    notes = "".join(f"<li>{escape(note)}</li>" for note in footnotes(summary, columns))
+    notes = "".join(f"<li>{prose_html(note)}</li>" for note in footnotes(summary, columns))
     name = f"results-{place}"
     return (
         f'<section aria-labelledby="{name}">\n<h2 id="{name}">{escape(heading)}</h2>\n'
@@ -103,14 +104,14 @@ def _caveats(reading: Reading) -> str:
 def _caveat_card(reading: Reading) -> str:
     if not reading.caveats:
         return ""
-    caveats = "".join(f"<li>{escape(caveat)}</li>" for caveat in reading.caveats)
+    caveats = "".join(f"<li>{prose_html(caveat)}</li>" for caveat in reading.caveats)
     return f'<section class="card caveats"><h3>Read with care</h3><ul>{caveats}</ul></section>\n'
 
 
 def _findings(kind: str, heading: str, findings: Sequence[Finding], nothing: str) -> str:
     entries = "".join(
         f"<dt>{escape(finding.name)}</dt>"
-        + "".join(f"<dd>{escape(part)}</dd>" for part in finding.parts)
+        + "".join(f"<dd>{prose_html(part)}</dd>" for part in finding.parts)
         for finding in findings
     )
     body = f"<dl>{entries}</dl>" if entries else f'<p class="none">{nothing}</p>'
@@ -121,7 +122,7 @@ def alarms_html(alarms: Sequence[Warned]) -> str:
     """What training warned of."""
     entries = "".join(
         f"<li><strong>{escape(alarm.run)}: {escape(alarm.name)}</strong> {escape(alarm.when)}."
-        f" {escape(sentence(alarm.message))}</li>"
+        f" {prose_html(sentence(alarm.message))}</li>"
         for alarm in alarms
     )
     body = (
