@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import base_config, family_model
+from tiny_models import base_config, calibrated, family_model, make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from etr.hf import FAMILIES, EtrConfig, EtrForCausalLM, convert, load_pretrained
-from etr.hf.convert import logits_difference, write_model
-from etr.hf.layouts import LAYOUTS
+from etr.hf.convert import Difference, logits_difference, write_model
+from etr.hf.layouts import LAYOUTS, Layout
 from etr.hf.shards import MARKER, WEIGHTS, ShardReader
 from etr.moe import moe_layers
+from etr.moe.capacity import Factor
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
 
@@ -115,12 +116,77 @@ def test_a_fresh_process_needs_the_import_alone(tmp_path: Path) -> None:
     assert found.median <= found.largest < 1e-5 < found.logit
 
 
-def test_layers_for_further_tokens_are_left_out_by_name(tmp_path: Path) -> None:
-    folder = save(tmp_path / "a", "deepseek_v3")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_behind_the_last_are_left_out_by_name(family: str, tmp_path: Path) -> None:
+    """Several that predict further tokens, as DeepSeek-V3's; transformers loads none of them."""
+    folder = save(tmp_path / "a", family)
     weights = load_file(folder / WEIGHTS)
-    extra = {"model.layers.2.enorm.weight": torch.ones(32)}
-    save_file({**weights, **extra}, folder / WEIGHTS)
-    assert convert(folder, tmp_path / "b").ignored == tuple(extra)
+    extra = {
+        f"model.layers.{number}.{name}": torch.ones(32)
+        for number in (2, 3, 11)
+        for name in ("enorm.weight", "mlp.experts.0.gate_proj.weight", "shared_head.norm.weight")
+    }
+    save_file({**weights, **extra}, folder / WEIGHTS, metadata={"format": "pt"})
+    report = convert(folder, tmp_path / "b", compare=True)
+    assert set(report.ignored) == set(extra)
+    assert report.difference is not None
+    assert report.difference.largest < 1e-5
+    save_file({**weights, "model.layers.1.extra": torch.ones(2)}, folder / WEIGHTS)
+    with pytest.raises(ValueError, match=r"1 unknown tensors: model\.layers\.1\.extra"):
+        convert(folder, tmp_path / "c")
+
+
+def test_a_conversion_that_computes_something_else_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is left of it; without the comparison it is kept."""
+    source = save(tmp_path / "a")
+    whole = convert(source, tmp_path / "b", compare=True).difference
+    assert whole is not None
+    assert whole.same_function
+    right = LAYOUTS["experts"]
+    wrong = Layout(join=lambda *given: right.join(*given) * 1.1, split=right.split)
+    monkeypatch.setitem(LAYOUTS, "experts", wrong)
+    with pytest.raises(ValueError, match=r"does not compute the same: logits differ by at most"):
+        convert(source, tmp_path / "c", compare=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    convert(source, tmp_path / "c")
+    assert not logits_difference(source, tmp_path / "c").same_function
+
+
+@pytest.mark.parametrize(
+    ("median", "logit", "same"),
+    [(0.0, 0.0, True), (9e-4, 1.0, True), (2e-3, 1.0, False), (float("nan"), 1.0, False)],
+)
+def test_what_counts_as_rounding(median: float, logit: float, same: bool) -> None:
+    difference = Difference(largest=1.0, median=median, logit=logit)
+    assert difference.same_function is same
+
+
+def test_thresholds_do_not_count_as_a_difference(tmp_path: Path) -> None:
+    """They stay behind when a model goes back to its family; both are compared dropless."""
+    model = calibrated(make_model("token_choice", capacity=Factor(capacity_factor=0.5)))
+    assert any(bool((m.calibration.threshold > -torch.inf).any()) for m in moe_layers(model))
+    model.float().save_pretrained(tmp_path / "a")
+    report = convert(tmp_path / "a", tmp_path / "b", to="hf", compare=True)
+    assert report.difference is not None
+    assert report.difference.largest < 1e-5
+
+
+def test_an_interrupted_comparison_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save(tmp_path / "a")
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["etr.hf.convert"], "load_causal", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "b", compare=True)
+    assert not (tmp_path / "b").exists()
+    assert (tmp_path / "b.partial" / MARKER).is_file()
+    convert(source, tmp_path / "b", compare=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def rewrite(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import quiet_eval, tokens
 from transformers import (
     AutoModelForCausalLM,
@@ -18,7 +19,8 @@ from transformers import (
 )
 
 from etr.hf import load_pretrained
-from etr.hf.upcycle import DENSE, UpcycleConfig, upcycle
+from etr.hf.shards import WEIGHTS
+from etr.hf.upcycle import DENSE, UpcycleConfig, _expert_stack, upcycle
 from etr.moe import moe_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
@@ -152,6 +154,32 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     for name, time in done.items():
         assert (tmp_path / "moe" / name).stat().st_mtime_ns == time
     load_pretrained(tmp_path / "moe")
+
+
+def test_layers_behind_the_last_are_left_out(tmp_path: Path) -> None:
+    dense(tmp_path / "dense")
+    weights = load_file(tmp_path / "dense" / WEIGHTS)
+    extra = {f"model.layers.{n}.mlp.gate_proj.weight": torch.ones(2, 2) for n in (2, 3)}
+    save_file({**weights, **extra}, tmp_path / "dense" / WEIGHTS, metadata={"format": "pt"})
+    upcycle(tmp_path / "dense", tmp_path / "moe", options())
+    assert len(load_pretrained(tmp_path / "moe").model.layers) == 2
+
+
+def test_what_should_compute_the_same_is_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense(tmp_path / "dense")
+    found = upcycle(tmp_path / "dense", tmp_path / "a", SAME["slices"], compare=True).difference
+    assert found is not None
+    assert found.largest < 1e-4
+    found = upcycle(tmp_path / "dense", tmp_path / "b", OTHER["noise"], compare=True).difference
+    assert found is not None
+    assert not found.same_function
+    stack = _expert_stack
+    monkeypatch.setattr("etr.hf.upcycle._expert_stack", lambda *given: stack(*given) * 1.1)
+    with pytest.raises(ValueError, match="does not compute the same"):
+        upcycle(tmp_path / "dense", tmp_path / "c", SAME["copies"], compare=True)
+    assert not (tmp_path / "c").exists()
 
 
 def test_what_cannot_be_upcycled_is_refused(tmp_path: Path) -> None:

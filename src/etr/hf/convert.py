@@ -239,11 +239,12 @@ def _config(reader: ShardReader) -> EtrConfig:
 
 
 def _check_same_function(config: EtrConfig) -> None:
-    own = EtrConfig.from_base(config.base_config, "keep").moe
+    family = EtrConfig.from_base(config.base_config, "keep")
+    ours, own = ({**c.moe, "normalize": c.moe_config.resolved_normalize} for c in (config, family))
     wrong = [
-        f"{name} is {_short(config.moe[name])} and the family's is {_short(own[name])}"
+        f"{name} is {_short(ours[name])} and the family's is {_short(own[name])}"
         for name in ROUTING
-        if config.moe[name] != own[name]
+        if ours[name] != own[name]
     ]
     if wrong:
         raise ValueError(
