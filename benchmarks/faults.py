@@ -1,6 +1,7 @@
-"""``python -m benchmarks.faults``: kill ranks and nodes of a training run, and see what it costs.
+"""``python -m benchmarks.faults``: kill, damage and crowd training runs, and see what it costs.
 
-Two agents of torchrun on one machine stand for two nodes.
+Two agents of torchrun on one machine stand for two nodes. `benchmarks.faults_files` has what goes
+wrong with files, `benchmarks.fuzz` damaged files of every kind.
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
+import tyro
+
+from benchmarks.faults_saves import write_corpus
 from benchmarks.settings import ROOT
 from etr.files import write_text
 from etr.train.metrics import read_metrics
 
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+END = "<!-- jobs: end -->"
 PAGE = ROOT / "docs/reliability.md"
 STEPS, EVERY, KILL_AFTER = 40, 5, 12
 PATIENCE_SECONDS = 600.0
-WORDS = "the cat sat on a mat and saw red dogs run home"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +79,7 @@ class Job:
 
     def start(self) -> None:
         """Write the corpus, start every agent."""
-        for domain in ("one", "two"):
-            (self.folder / "corpus" / domain).mkdir(parents=True)
-            for number in range(40):
-                text = f"{number} {WORDS} {domain} " * 12
-                (self.folder / f"corpus/{domain}/{number}.txt").write_text(text)
+        write_corpus(self.folder / "corpus")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -260,23 +260,40 @@ def table(whole: Outcome, others: list[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Run every fault, write the table into docs/reliability.md."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        whole = undisturbed(folder / "whole")
-        others = [
-            killed(folder / "rank", nodes=1),
-            killed(folder / "node", nodes=2),
-            spoiled(folder / "raise", "raise"),
-            spoiled(folder / "hang", "hang"),
-        ]
-    text = table(whole, others)
-    print(text)
-    page = PAGE.read_text(encoding="utf-8")
-    head, tail = page.partition(BEGIN)[0], page.partition(END)[2]
-    write_text(PAGE, f"{head}{BEGIN}\n{text}\n{END}{tail}")
+def jobs(folder: Path) -> str:
+    """The table of what becomes of jobs whose ranks and nodes are at fault."""
+    whole = undisturbed(folder / "whole")
+    others = [
+        killed(folder / "rank", nodes=1),
+        killed(folder / "node", nodes=2),
+        spoiled(folder / "raise", "raise"),
+        spoiled(folder / "hang", "hang"),
+    ]
+    return table(whole, others)
+
+
+def main(only: tuple[Literal["jobs", "files", "fuzz"], ...] = ("jobs", "files", "fuzz")) -> None:
+    """Run the faults, write their tables into docs/reliability.md.
+
+    Args:
+        only: which tables.
+    """
+    from benchmarks import faults_files, fuzz
+
+    tables = {
+        "jobs": jobs,
+        "files": lambda folder: faults_files.table(faults_files.all_tried(folder)),
+        "fuzz": lambda folder: fuzz.table(fuzz.fuzz_all()),
+    }
+    for name in only:
+        with tempfile.TemporaryDirectory() as folder:
+            text = tables[name](Path(folder))
+        print(text)
+        page = PAGE.read_text(encoding="utf-8")
+        begin, end = (f"<!-- {name}: {place} -->" for place in ("begin", "end"))
+        head, tail = page.partition(begin)[0], page.partition(end)[2]
+        write_text(PAGE, f"{head}{begin}\n{text}\n{end}{tail}")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from etr.data import OpenedData, open_data
+from etr.data import DataConfig, OpenedData, open_data
 from etr.parallel import Ranks
 from etr.train import ModelConfig, RoutingOptions, TrainConfig, train
 from etr.train.checkpoint import list_checkpoints, rewrite_model
@@ -29,6 +29,7 @@ from etr.train.metrics import read_metrics
 STEPS, SAVED, NOW = 6, 2, 4
 """Steps of the run, of its whole checkpoint, and of the one whose writer is killed."""
 OPERATIONS = frozenset({"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"})
+WORDS = "the cat sat on a mat and saw red dogs run home"
 WAYS = ("a new checkpoint, one kept", "over a damaged one", "a calibrated one in its place")
 
 
@@ -51,10 +52,18 @@ class Kills:
     left: int
 
 
+def write_corpus(folder: Path) -> Path:
+    """Two domains of a few words."""
+    for domain in ("one", "two"):
+        (folder / domain).mkdir(parents=True)
+        for number in range(40):
+            text = f"{number} {WORDS} {domain} " * 12
+            (folder / domain / f"{number}.txt").write_text(text)
+    return folder
+
+
 def tiny_run(folder: Path, corpus: Path) -> TrainConfig:
     """A run in `folder`, which is the current one whenever it trains."""
-    from etr.data import DataConfig
-
     routing = RoutingOptions(num_experts=4, expert_size=16)
     return TrainConfig(
         out="run",
@@ -89,17 +98,17 @@ def kill_at_every_operation(
     folder.mkdir(parents=True)
     config = tiny_run(folder, corpus)
     data = open_data(config.data)
-    with _inside(folder / "whole"):
+    with inside(folder / "whole"):
         train(config, data=data)
-        whole = _losses()
+        whole = losses()
     outcomes: list[tuple[bool, bool, int]] = []
-    with _inside(folder / "base"):
+    with inside(folder / "base"):
         trainer, write = _before(way, config, data)
     with trainer:
         for number in range(1, 1000):
             place = folder / str(number)
             shutil.copytree(folder / "base", place)
-            with _inside(place):
+            with inside(place):
                 if not _killed(write, number, operations):
                     break
                 outcomes.append(_go_on(config, data, whole))
@@ -180,16 +189,17 @@ def _go_on(config: TrainConfig, data: OpenedData, whole: list[float]) -> tuple[b
             return False, False, 0
     names = [path.name for path in (Path("run") / "checkpoints").iterdir()]
     intact = find_damage(list_checkpoints(Path("run"))[-1], Ranks(None)) is None
-    return intact, _losses() == whole, len(names) - 1
+    return intact, losses() == whole, len(names) - 1
 
 
-def _losses() -> list[float]:
+def losses() -> list[float]:
+    """Losses of the run in the current folder."""
     rows = read_metrics(Path("run") / "metrics.jsonl")
     return [row["loss"] for row in rows if row["kind"] == "train"]
 
 
 @contextlib.contextmanager
-def _inside(folder: Path) -> Iterator[None]:
+def inside(folder: Path) -> Iterator[None]:
     """With a folder as the current one; it is made."""
     folder.mkdir(parents=True, exist_ok=True)
     before = Path.cwd()

@@ -103,7 +103,7 @@ def test_a_damaged_row_is_named(quick: Any, tmp_path: Path) -> None:
     config = CompareConfig(variants=("baseline",), run=quick(tmp_path / "c", steps=2))
     found = compare(config)
     row = tmp_path / "c" / "baseline-seed0" / "row.json"
-    for content, words in (("{", "is not complete JSON"), ("[]", "holds no row; remove it")):
+    for content, words in (("{", "is not complete JSON"), ("[]", "holds no row of it; remove it")):
         row.write_text(content)
         with pytest.raises(ValueError, match=f"row.json {words}"):
             compare(config)

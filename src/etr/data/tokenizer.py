@@ -86,6 +86,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
 
     try:
         tokenizer = from_local(AutoTokenizer, name_or_path)
+        tokenizer("a")  # values that it cannot use show here
     except Exception as error:  # damaged files make transformers raise errors of every kind
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise FileNotFoundError(

@@ -173,7 +173,9 @@ def _values_of(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError, MemoryError, RecursionError, torch.OutOfMemoryError):
+    except (ValueError, OSError, SafetensorError, MemoryError, RecursionError):
+        raise
+    except torch.OutOfMemoryError:  # of a device
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300]

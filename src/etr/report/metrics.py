@@ -223,7 +223,7 @@ def _counts(rows: Sequence[Sequence[Any]], field: str) -> Array | None:
 
 def _unknown(lines: Sequence[Mapping[str, Any]], name: str) -> list[str]:
     """A sentence that names the keys and kinds of line that nothing here reads."""
-    kinds = {str(line.get("kind")): None for line in lines if line.get("kind") not in _KNOWN}
+    kinds = {kind: None for line in lines if (kind := str(line.get("kind"))) not in _KNOWN}
     keys = {
         str(key): None
         for line in lines

@@ -22,7 +22,7 @@ from etr.evaluate import score_densities
 from etr.files import read_json, write_json
 from etr.moe import moe_layers
 from etr.train.config import TrainConfig, stored_config
-from etr.train.folders import RESULTS, ROW, refuse_unless_comparison, writing
+from etr.train.folders import METRICS, RESULTS, ROW, refuse_unless_comparison, writing
 from etr.train.interrupt import stop_on_interrupt
 from etr.train.loop import Row, Trainer, TrainResult, held_out
 from etr.train.metrics import count_parameters, read_metrics
@@ -135,7 +135,7 @@ def _round(
         for variant in config.parsed()
     }
     if all(_is_finished(run) for run in runs.values()):
-        return [_stored_row(run) for run in runs.values()]
+        return [_stored_row(name, run) for name, run in runs.items()]
     with contextlib.ExitStack() as stack:
         for run in runs.values():
             stack.enter_context(writing(Path(run.out)))
@@ -168,17 +168,19 @@ def _is_finished(run: TrainConfig) -> bool:
     return (Path(run.out) / ROW).exists()
 
 
-def _stored_row(run: TrainConfig) -> Row:
+def _stored_row(name: str, run: TrainConfig) -> Row:
     path = Path(run.out) / ROW
     stored = read_json(path)
-    if not isinstance(stored, dict) or not isinstance(stored.get("row"), dict):
-        raise ValueError(f"{path} holds no row; remove it, and it is made again from the run")
+    found = stored.get("row") if isinstance(stored, dict) else None
+    whose = {"name": name, "seed": run.seed, "metrics": f"{Path(run.out).name}/{METRICS}"}
+    if not isinstance(found, dict) or any(found.get(key) != value for key, value in whose.items()):
+        raise ValueError(f"{path} holds no row of it; remove it: it is made again from the run")
     if stored.get("config") != _plain(run):
         raise ValueError(
             f"{run.out} holds a finished run of another config; choose another out folder, or "
             "remove it"
         )
-    row: Row = stored["row"]
+    row: Row = found
     return row
 
 
@@ -226,7 +228,7 @@ def _add_step_time_ratios(out: Path, rows: list[Row]) -> None:
     }
     for row in rows:
         own, base = times[row["name"], row["seed"]], times[first, row["seed"]]
-        ratios = [own[step] / base[step] for step in own if step in base]
+        ratios = [own[step] / base[step] for step in own if base.get(step)]
         row["step_time_ratio_median"] = statistics.median(ratios) if ratios else None
 
 
