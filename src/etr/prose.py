@@ -22,6 +22,13 @@ def prose_text(text: str, style: str = "bold") -> Text:
     return Text.assemble(*((part, style if code else "") for part, code in _parts(text)))
 
 
+def prose_line(text: str, *, terminal: bool) -> str:
+    """A sentence to print without rich: on a terminal, what stands in backticks is bold."""
+    if not terminal:
+        return text
+    return "".join(f"\033[1m{part}\033[0m" if code else part for part, code in _parts(text))
+
+
 def _parts(text: str) -> list[tuple[str, bool]]:
     parts = re.split(r"`([^`\s](?:[^`]*[^`\s])?)`", text)
     return [(part, place % 2 == 1) for place, part in enumerate(parts)]

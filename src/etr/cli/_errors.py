@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from etr.moe.notice import EtrWarning
+from etr.prose import prose_line
 
 CLOSED, FAILED, INTERRUPTED = 1, 2, 130
 
@@ -28,7 +34,8 @@ def in_one_line(verb: str, work: Callable[[], int | None]) -> int:
         The exit code: 2 after an error, 130 after an interrupt, 1 where nobody reads the output.
     """
     try:
-        code = int(work() or 0)
+        with _warnings_in_one_line(verb):
+            code = int(work() or 0)
         sys.stdout.flush()  # a closed pipe shows here, not when the interpreter ends
         return code
     except KeyboardInterrupt:
@@ -43,8 +50,33 @@ def in_one_line(verb: str, work: Callable[[], int | None]) -> int:
         message, code = f"needs the package {error.name}: pip install 'etr-moe[train]'", FAILED
     except _expected() as error:
         message, code = describe(error), FAILED
-    print(f"etr {verb}: {message}", file=sys.stderr)
+    _say(f"etr {verb}: {message}")
     return code
+
+
+@contextmanager
+def _warnings_in_one_line(verb: str) -> Iterator[None]:
+    """Show this library's warnings without the place in the code, and others as they are."""
+    usual = warnings.formatwarning
+
+    def one_line(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
+        if not issubclass(category, EtrWarning):
+            return usual(message, category, *place, **more)
+        return _line(f"etr {verb}: warning: {' '.join(str(message).split())}")
+
+    warnings.formatwarning = one_line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(_line(text))
+
+
+def _line(text: str) -> str:
+    return f"{prose_line(text, terminal=sys.stderr.isatty())}\n"
 
 
 def describe(error: BaseException) -> str:

@@ -18,6 +18,7 @@ from etr.data.corpus import Corpus, Domain
 from etr.data.reading import read_text
 from etr.data.synthetic import synthesise
 from etr.files import sha256, write_bytes
+from etr.moe.notice import warn
 
 log = logging.getLogger(__name__)
 
@@ -263,7 +264,7 @@ def _read_cache(path: Path) -> Corpus | None:
         return None
     header, _, payload = path.read_bytes().partition(b"\n")
     if header != json.dumps({"format": _FORMAT, "sha256": sha256(payload)}).encode():
-        warnings.warn(f"corpus cache {path.name} is damaged; building it again", stacklevel=3)
+        warn(f"corpus cache {path.name} is damaged; building it again")
         return None
     content = json.loads(payload)
     domains = tuple(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from etr.data.shards import FORMAT, TokenDataset, write_shards
 from etr.data.tokenizer import fingerprint, load_tokenizer, train_bpe
 from etr.files import sha256, temporary_sibling
 from etr.moe.checked import check_types
+from etr.moe.notice import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,7 +103,7 @@ def _cached(directory: Path) -> TokenDataset | None:
     try:
         return TokenDataset.open(directory, verify=True)
     except (FileNotFoundError, ValueError) as error:
-        warnings.warn(f"token cache is damaged, building it again: {error}", stacklevel=3)
+        warn(f"token cache is damaged, building it again: {error}")
         return None
 
 

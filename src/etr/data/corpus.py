@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ from etr.data.conversations import format_of
 from etr.data.reading import READERS, read_rows, read_text, suffix_of
 from etr.data.split import HELD_OUT_FRACTION, split
 from etr.files import sha256
+from etr.moe.notice import warn
 
 TEXT_SUFFIXES = frozenset({".txt", ".text", ".md", ".rst", ".py", ".json", *READERS})
 """Suffixes read from a folder, also before .gz; a file named itself is read whatever its suffix."""
@@ -127,7 +127,7 @@ def load_corpus(paths: Sequence[str | Path]) -> Corpus:
         found = "".join(f"; {note}" for note in notes)
         raise ValueError(f"no text in {[str(path) for path in paths]}: the corpus is empty{found}")
     for note in notes:
-        warnings.warn(note, stacklevel=2)
+        warn(note)
     return Corpus.from_documents(dict(sorted(documents.items())), notes=notes)
 
 

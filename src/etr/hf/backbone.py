@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,6 +19,7 @@ from etr.hf.config import EtrConfig
 from etr.hf.families import Family
 from etr.hf.initialize import initialize
 from etr.moe import Collector, MoE, MoEConfig, RoutingContext
+from etr.moe.notice import warn
 from etr.moe.state import GlobalState
 from etr.moe.watch import LayerView, watch
 
@@ -305,11 +305,10 @@ def _check_unchanged(built_for: dict[str, Any], config: PreTrainedConfig) -> Non
 
 
 def _warn_of_zero(config: EtrConfig) -> None:
-    warnings.warn(
+    warn(
         f"{config.family.aux_coefficient}=0 with output_router_logits=False says that a trainer "
         "adds no balance loss of its own: the layers keep theirs, which "
-        "losses=LossConfig(aux_alpha=0) or output_router_logits=True would turn off",
-        stacklevel=3,
+        "losses=LossConfig(aux_alpha=0) or output_router_logits=True would turn off"
     )
 
 

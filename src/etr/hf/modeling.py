@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from etr.hf.config import EtrConfig
 from etr.hf.shards import INDEX, WEIGHTS, weight_map
 from etr.hf.versions import CACHE, CACHE_NAMES
 from etr.moe import Collector, RoutingContext, moe_layers
+from etr.moe.notice import warn
 from etr.pretrained import check_links
 
 ATTENTION_FLAGS = ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn")
@@ -134,11 +134,10 @@ class EtrForCausalLM(PreTrainedModel, GenerationMixin):
         missing = model.state_keys() & set(info["missing_keys"])
         if missing:
             name = path or getattr(kwargs.get("config"), "name_or_path", None)
-            warnings.warn(
+            warn(
                 f"checkpoint {str(name)!r} lacks {len(missing)} routing state tensors (such as "
                 f"{min(missing)}): starting from the initial values; calibrate before evaluating "
-                "with thresholds",
-                stacklevel=2,
+                "with thresholds"
             )
         return (model, info) if output_loading_info else model
 

@@ -9,6 +9,7 @@ from etr.moe.expert_parallel import ExpertParallel
 from etr.moe.experts import EXPERT_BACKENDS
 from etr.moe.layer import MoE, set_eval_selection
 from etr.moe.losses import LossConfig
+from etr.moe.notice import EtrWarning
 from etr.moe.routers import (
     ROUTERS,
     Baseline,
@@ -34,6 +35,7 @@ __all__ = [
     "Collector",
     "EtrPaper",
     "EtrRouter",
+    "EtrWarning",
     "ExpertChoice",
     "ExpertParallel",
     "ExpertPlacement",

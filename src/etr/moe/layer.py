@@ -12,7 +12,6 @@ beside it: losses and statistics, pure functions of Routing and Selection
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -37,6 +36,7 @@ from etr.moe.experts import (
 )
 from etr.moe.group_selection import choosers_of, limit_over_group, owned, token_offset
 from etr.moe.loss_scale import LossScale
+from etr.moe.notice import warn
 from etr.moe.routers import Router
 from etr.moe.routing import Limit, MoEOutput, RouterInput, Routing, RoutingContext, Selection
 from etr.moe.select import ExpertPool, select
@@ -386,7 +386,7 @@ class MoE(nn.Module):
         """Say in warnings what makes selection in eval mode another one than it looks."""
         for module in self.router.modules():
             for text in module.report() if isinstance(module, Router) else ():
-                warnings.warn(text, stacklevel=3)
+                warn(text)
         dropless = self.config.capacity_config.name == "none"
         if self.eval_selection != "threshold" or dropless or self.has_thresholds():
             return
@@ -394,7 +394,7 @@ class MoE(nn.Module):
             reason = "its thresholds are not calibrated (train it, or run `etr calibrate`)"
         else:
             reason = "it drops by position in training, for which no causal threshold exists"
-        warnings.warn(f"MoE layer evaluates dropless: {reason}", stacklevel=3)
+        warn(f"MoE layer evaluates dropless: {reason}")
 
     def _check(self, hidden_states: Tensor, context: RoutingContext) -> None:
         if not isinstance(hidden_states, Tensor):

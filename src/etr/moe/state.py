@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from etr.moe.notice import warn
 
 
 class GlobalState(nn.Module):
@@ -125,10 +126,9 @@ class GlobalState(nn.Module):
     ) -> None:
         missing = [name for name in self._initial if prefix + name not in state_dict]
         if missing:
-            warnings.warn(
+            warn(
                 f"checkpoint has no routing state {', '.join(missing)}: starting from the initial "
-                "values; calibrate before evaluating with thresholds",
-                stacklevel=2,
+                "values; calibrate before evaluating with thresholds"
             )
             self.reset_state()
             state_dict = {**state_dict, **{prefix + n: self.get_buffer(n) for n in missing}}

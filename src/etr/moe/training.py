@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from etr.moe.collector import Collector, moe_layers
 from etr.moe.layer import MoE
 from etr.moe.loss_scale import LossScale
+from etr.moe.notice import warn
 from etr.moe.stats import target_kept
 
 if TYPE_CHECKING:
@@ -192,11 +192,10 @@ def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
     """Warn of an optimizer that trains another model, or this one's parameters of earlier."""
     own = set(map(id, model.parameters()))
     if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-        warnings.warn(
+        warn(
             f"attach: the optimizer holds no parameter of {type(model).__name__}: its steps would "
             "move schedules and thresholds of a model that it does not train. Give the model's own "
-            "optimizer, made after FSDP has wrapped the model",
-            stacklevel=4,
+            "optimizer, made after FSDP has wrapped the model"
         )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from etr.moe.notice import warn
 from etr.moe.state import GlobalState
 
 if TYPE_CHECKING:
@@ -52,11 +52,10 @@ class Unlearned:
             return
         for one in (layer, *(collector.layers if collector else ())):
             one.unlearned._said = True
-        warnings.warn(
+        warn(
             "MoE layers train, but learn neither thresholds nor their schedule: call "
             "etr.attach(model, optimizer, total_steps), or after_step(model) after each step; "
-            "under transformers' Trainer, add EtrCallback",
-            stacklevel=2,
+            "under transformers' Trainer, add EtrCallback"
         )
 
 

@@ -15,7 +15,6 @@ does not list are not read.
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from etr.files import (
     write_json,
 )
 from etr.hf import EtrConfig, EtrForCausalLM
+from etr.moe.notice import warn
 from etr.parallel import Ranks, manifest
 from etr.parallel.storage import (
     Tensors,
@@ -179,10 +179,9 @@ def load_checkpoint(
             "another out folder to start afresh"
         )
     if ranks.is_first and (more := manifest.unlisted(path)):
-        warnings.warn(
+        warn(
             f"{path} holds files that its {manifest.NAME} does not list; they are not read: "
-            f"{', '.join(more)}",
-            stacklevel=3,
+            f"{', '.join(more)}"
         )
     weights = model_tensors(model)
     moments = {**optimizer_tensors(model, optimizer), RNG: torch.get_rng_state()}

@@ -11,7 +11,6 @@ import os
 import socket
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from etr.files import read_json, write_json
+from etr.moe.notice import warn
 from etr.parallel import Ranks
 
 GRACE_SECONDS = 3.0
@@ -71,7 +71,7 @@ def _held(path: Path) -> Iterator[None]:
     except OSError as error:
         if not os.access(path.parent, os.W_OK):
             raise
-        warnings.warn(f"{path} cannot be locked ({error}); its note alone guards it", stacklevel=4)
+        warn(f"{path} cannot be locked ({error}); its note alone guards it")
     try:
         found = _read(note)
         host = None if found is None else found.get("host")

@@ -6,7 +6,6 @@ import contextlib
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
@@ -21,6 +20,7 @@ from etr.files import write_json
 from etr.hf import EtrForCausalLM
 from etr.moe import attach, moe_layers
 from etr.moe.config import EvalSelection
+from etr.moe.notice import warn
 from etr.parallel import Ranks, gradient_norms, scale_gradients, sum_gradients
 from etr.train.alarms import Alarms
 from etr.train.checkpoint import Snapshot, snapshot
@@ -335,10 +335,9 @@ class Trainer:
                 if not (path := self.run / f"metrics.{number}.jsonl").exists()
             )
             os.replace(self.run / METRICS, kept)
-            warnings.warn(
+            warn(
                 f"{self.run} has metrics and no checkpoint: starting at step 1 again, what there "
-                f"was is in {kept.name}",
-                stacklevel=2,
+                f"was is in {kept.name}"
             )
 
     def _restore(self) -> None:

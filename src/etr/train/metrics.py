@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from etr.files import JsonLine, json_lines, write_bytes
 from etr.hf import EtrForCausalLM
 from etr.moe import MoE, moe_layers
 from etr.moe.lower_bound import erfc_bound
+from etr.moe.notice import warn
 from etr.moe.stats import routing_shares
 from etr.parallel import Ranks, gradient_norms, local_part
 
@@ -71,10 +71,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     damaged = [f"line {number} {problem}" for number, problem in problems.items() if problem]
     if damaged:
         more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
-        warnings.warn(
+        warn(
             f"{path} has lines that are no rows of metrics; they stay there and are not read: "
-            f"{', '.join(damaged[:5])}{more}",
-            stacklevel=2,
+            f"{', '.join(damaged[:5])}{more}"
         )
     return [line.row for line in lines if line.row is not None and not problems[line.number]]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from etr.hf import EtrForCausalLM
+from etr.moe.notice import warn
 from etr.parallel import Ranks
 from etr.parallel.storage import staged
 from etr.train.checkpoint import SaveError, Snapshot, load_checkpoint, write_checkpoint
@@ -95,9 +95,7 @@ class Saver:
                 self.saved, self._step = path, state.step
                 return state
             if self._ranks.is_first:
-                warnings.warn(
-                    f"checkpoint {path} is damaged ({damage}): trying the one before", stacklevel=2
-                )
+                warn(f"checkpoint {path} is damaged ({damage}): trying the one before")
         raise ValueError(
             f"resume: every checkpoint of {self._run} is damaged; start afresh in another folder"
         )
@@ -112,10 +110,9 @@ class Saver:
             self._step = what.state.step
         except SaveError as error:
             if self._ranks.is_first:
-                warnings.warn(
+                warn(
                     f"no checkpoint of step {what.state.step} ({error}); training goes on, the "
-                    f"newest checkpoint is {self.saved or 'none'}",
-                    stacklevel=2,
+                    f"newest checkpoint is {self.saved or 'none'}"
                 )
 
     def _write_aside(self, what: Snapshot) -> None:

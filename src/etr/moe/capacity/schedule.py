@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from etr.moe.capacity.base import CapacityConfig, CapacityPolicy, check_factor
+from etr.moe.notice import warn
 from etr.moe.routing import Limit, Routing
 
 WARN_AFTER_STEPS = 100
@@ -103,11 +103,10 @@ class _SchedulePolicy(CapacityPolicy):
             return
         self._steps_without_progress += 1
         if self._steps_without_progress == WARN_AFTER_STEPS:
-            warnings.warn(
+            warn(
                 f"{WARN_AFTER_STEPS} optimizer steps passed without set_progress: the capacity "
                 "schedule stands still; call etr.attach(model, optimizer, total_steps) or give "
-                "Schedule(steps=...)",
-                stacklevel=2,
+                "Schedule(steps=...)"
             )
 
     def _limit(self, routing: Routing, threshold: Tensor) -> Limit:
