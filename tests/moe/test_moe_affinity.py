@@ -276,3 +276,15 @@ def test_a_bad_condition_number_is_reported(condition: float, warned: bool) -> N
         warnings.simplefilter("always")
         layer.eval()
     assert any("condition number" in str(w.message) for w in caught) == warned
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e200])
+def test_weights_that_diverged_give_nan_and_no_error(bad: float) -> None:
+    weight = torch.randn(2, 3, 8, dtype=torch.float64)
+    weight[1, 0, 0] = bad
+    q = polar_factor(weight)
+    torch.testing.assert_close(q[0], polar_factor(weight[0]))
+    assert q[1].isnan().all()
+    assert condition_number(weight[0]) < math.inf
+    if not math.isfinite(bad):
+        assert condition_number(weight[1]) == math.inf

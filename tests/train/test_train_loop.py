@@ -17,7 +17,7 @@ import torch
 import etr
 from etr.evaluate import evaluate
 from etr.hf import EtrForCausalLM
-from etr.moe import MoE, MoEConfig
+from etr.moe import MoE, MoEConfig, moe_layers
 from etr.parallel import Ranks, manifest
 from etr.train import TrainingDiverged, train
 from etr.train.checkpoint import list_checkpoints
@@ -150,6 +150,16 @@ def test_divergence_names_step_layers_and_checkpoint(make_config, data):
     assert "layer 1: weight norm" in text
     batch = config.data.batch_size * config.data.sequence_length
     assert f"NaN or infinite router scores: layer 0: {batch}, layer 1: {batch}; layer 0: " in text
+
+
+def test_a_router_that_diverged_is_named(make_config, data):
+    config = make_config("etr:frame=orthonormal")
+    with Trainer(config, data) as trainer:
+        trainer.advance()
+        with torch.no_grad():
+            moe_layers(trainer.model)[1].router.get_parameter("weight").fill_(float("inf"))
+        with pytest.raises(TrainingDiverged, match=r"nan at step 2; .*; layer 1: weight norm inf"):
+            trainer.advance()
 
 
 def test_ranks_whose_tokens_are_not_finite_are_named() -> None:

@@ -8,6 +8,7 @@ sums of singular values alone.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -54,7 +55,12 @@ def newton_schulz(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def condition_number(weight: Tensor) -> float:
-    """Largest over smallest singular value of `weight` [E, H]. Synchronises the device."""
+    """Largest over smallest singular value of `weight` [E, H]. Synchronises the device.
+
+    Infinite where a value is NaN or infinite, as after a step that diverged.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        return math.inf
     singular = torch.linalg.svdvals(weight if weight.dtype == torch.float64 else weight.float())
     return float(singular[0] / singular[-1].clamp_min(NORM_FLOOR))
 
@@ -84,9 +90,15 @@ class _PolarFactor(torch.autograd.Function):
     @staticmethod
     def forward(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         w = weight.double()
-        values, basis = torch.linalg.eigh(w @ w.mT)
+        gram = w @ w.mT
+        # Weights that diverged give NaN, as Newton-Schulz does: LAPACK would raise an error of its
+        # own before anything could say that the loss is NaN.
+        finite = torch.isfinite(gram).all(-1, keepdim=True).all(-2, keepdim=True)
+        same = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        values, basis = torch.linalg.eigh(torch.where(finite, gram, same))
         singular = values.clamp_min(NORM_FLOOR**2).sqrt()
         factor = (basis / singular.unsqueeze(-2)) @ basis.mT @ w
+        factor = torch.where(finite, factor, math.nan)
         return factor.to(weight.dtype), singular, basis
 
     @staticmethod
