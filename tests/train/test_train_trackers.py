@@ -121,6 +121,7 @@ def test_wandb_runs_offline_side_by_side(make_config, data, tmp_path, monkeypatc
         while not two.finished:
             one.advance()
             two.advance()
+    importlib.import_module("wandb").teardown()  # its service may still be writing
     for config in configs:
         (stored,) = (Path(config.out) / "wandb").glob("offline-run-*/run-*.wandb")
         assert stored.stat().st_size > 0
