@@ -19,21 +19,17 @@ def spawn(world: int, work: Callable[..., Any], folder: Path, *args: Any) -> lis
         folder: new; what the ranks return passes through it.
     """
     folder.mkdir(parents=True)
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=_rank, args=(rank, world, work, str(folder), args))
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=900)
-    stuck = [process for process in processes if process.is_alive()]
-    for process in stuck:
-        process.kill()
-    assert not stuck, "a rank hangs"
-    assert [process.exitcode for process in processes] == [0] * world
+    start(_rank, (world, work, str(folder), args), world)
     return [torch.load(folder / f"{r}.pt", weights_only=True) for r in range(world)]
+
+
+def start(work: Callable[..., None], args: tuple[Any, ...], world: int) -> None:
+    """Run ``work(rank, *args)`` in `world` processes, to their end.
+
+    They are copies of a process that has imported the library, which is most of a start.
+    """
+    torch.multiprocessing.set_forkserver_preload(["etr.train"])
+    torch.multiprocessing.start_processes(work, args, world, start_method="forkserver")
 
 
 def _rank(rank: int, world: int, work: Callable[..., Any], folder: str, args: Any) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gloo_ranks import start
 
 from etr.cli.cluster import run
 from etr.cluster.measure import Curve, MeasureConfig, join_group
@@ -34,7 +35,7 @@ def worker(rank: int, folder: str) -> None:
 def test_measure_writes_curve_and_figure(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         (tmp_path / "port").write_text(str(server.getsockname()[1]))
-    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=WORLD)
+    start(worker, (str(tmp_path),), WORLD)
     found = json.loads((tmp_path / "curve" / "curve.json").read_text())
     assert set(found) == set(Curve.__dataclass_fields__)
     assert found["node_of_rank"] == [0, 0, 1]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from gloo_ranks import start
 from tiny_models import make_model, tokens
 
 import etr
@@ -96,7 +96,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(work, (port, str(folder)), nprocs=2)
+    start(work, (port, str(folder)), 2)
     return folder
 
 

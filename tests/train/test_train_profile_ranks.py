@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from gloo_ranks import start
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -82,7 +83,7 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def profiles(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("profiles")
-    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=WORLD)
+    start(worker, (str(folder),), WORLD)
     return [torch.load(folder / f"found-{rank}.pt") for rank in range(WORLD)]
 
 
