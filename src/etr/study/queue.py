@@ -57,7 +57,9 @@ def run_all(
     missing = [run for run in runs if load(run, folder) is None]
     if not missing:
         return
-    context = multiprocessing.get_context("spawn")
+    # Workers are copies of a process that has imported all, which takes longer than a short run.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     with context.Manager() as manager:
         steps = manager.dict()
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread)

@@ -46,8 +46,9 @@ def train_missing(bench: BenchConfig, say: Callable[[str], None]) -> None:
     open_data(bench.training(missing[0], "").data)  # built once, then read from its cache
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as meetings:
+        torch.multiprocessing.set_forkserver_preload([__name__])
         context = torch.multiprocessing.start_processes(
-            _rank, (bench, missing, meetings), nprocs=RANKS, start_method="spawn", join=False
+            _rank, (bench, missing, meetings), nprocs=RANKS, start_method="forkserver", join=False
         )
         try:
             while not context.join(timeout=1.0):
