@@ -17,11 +17,12 @@ from etr.files import whole_file, write_json
 from etr.moe import attach
 from etr.moe.config import EvalSelection
 from etr.study.probe import evaluate
-from etr.study.tasks import TASKS, Task, open_task
+from etr.study.tasks import TASKS, Task, backward, open_task
 from etr.train import TrainConfig, parse_variant
 from etr.train.compare import environment
 from etr.train.metrics import expert_flops, routing_metrics
 from etr.train.optimizer import build_optimizer, learning_rate
+from etr.train.step import take_step
 
 FORMAT = 1
 EVALUATIONS = 5
@@ -94,19 +95,18 @@ def execute(
     optimizer = build_optimizer(model, config.optimizer)
     attachment = attach(model, optimizer, config.steps)
     batches = task.training_batches(config)
+    max_norm = config.optimizer.max_grad_norm
+
+    def gradient() -> torch.Tensor:
+        return backward(task, model, next(batches), max_norm)
+
     seconds, flops, curve, rows = [], 0.0, [], []
     evaluations = EVALUATIONS if config.steps >= 100 else 1
     due = {round(config.steps * (i + 1) / evaluations) for i in range(evaluations)}
     for step in range(config.steps):
         began = time.process_time()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.optimizer, step, config.steps)
-        optimizer.zero_grad(set_to_none=True)
-        found = task.forward(model, next(batches))
-        loss = found.token_losses.mean()
-        torch.stack([loss, *found.router_losses.values()]).sum().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
-        optimizer.step()
+        rate = learning_rate(config.optimizer, step, config.steps)
+        loss = take_step(optimizer, gradient, rate)
         seconds.append(time.process_time() - began)
         stats = attachment.last_stats
         flops += expert_flops(model, stats)
@@ -114,9 +114,7 @@ def execute(
         on_step(step + 1)
         if step + 1 in due:
             point = {"step": step + 1, "expert_flops": flops, "cpu_seconds": sum(seconds)}
-            curve.append(
-                {**point, "train_loss": float(loss.detach()), **_evaluate(task, config, model)}
-            )
+            curve.append({**point, "train_loss": float(loss), **_evaluate(task, config, model)})
     attachment.detach()
     last = rows[-max(1, round(LAST_SHARE * config.steps)) :]
     result = {

@@ -17,9 +17,10 @@ import torch
 
 from etr.moe import attach, moe_layers
 from etr.study.run import Run, load_model
-from etr.study.tasks import TASKS, open_task
+from etr.study.tasks import TASKS, backward, open_task
 from etr.train.compare import environment
 from etr.train.optimizer import build_optimizer
+from etr.train.step import take_step
 
 
 def step_times(
@@ -72,20 +73,13 @@ def _stepper(run: Run, weights: Path, rounds: int) -> Callable[[int], None]:
     task = open_task(run.task, TASKS[run.task].config(1))
     model = load_model(run, weights).train()
     optimizer = build_optimizer(model, config.optimizer)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
     attach(model, optimizer, None)
-    batches = task.training_batches(config)
+    batches, max_norm = task.training_batches(config), config.optimizer.max_grad_norm
 
     def step(number: int) -> None:
         for layer in moe_layers(model):
             layer.capacity.set_progress(number / max(rounds - 1, 1))
-        optimizer.zero_grad(set_to_none=True)
-        found = task.forward(model, next(batches))
-        loss = torch.stack([found.token_losses.mean(), *found.router_losses.values()]).sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
-        optimizer.step()
+        take_step(optimizer, lambda: backward(task, model, next(batches), max_norm), rate=0.0)
 
     return step
 

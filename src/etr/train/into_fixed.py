@@ -13,6 +13,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -32,6 +33,7 @@ from etr.train.loop import TrainingDiverged
 from etr.train.model import widen_weights
 from etr.train.objective import Objective
 from etr.train.optimizer import build_optimizer, learning_rate
+from etr.train.step import take_step
 
 T = TypeVar("T")
 
@@ -168,6 +170,14 @@ def train_on(
     objective = Objective(model, Ranks(None), "fp32")
     device = next(model.parameters()).device
     losses: list[float] = []
+
+    def backward(batch: Batch) -> float:
+        loss = objective.backward([batch.to(device)])[0]
+        if not math.isfinite(loss):
+            raise TrainingDiverged(f"loss is {loss} at step {len(losses) + 1}")
+        nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        return loss
+
     model.train()
     attachment = attach(model, optimizer, len(batches))
     try:
@@ -175,16 +185,11 @@ def train_on(
             for step, batch in enumerate(batches):
                 for turn in turns if to_blocks else ():
                     turn.set(arrived(step + 1, len(batches)))
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(config, step, len(batches))
-                losses.append(objective.backward([batch.to(device)])[0])
-                if not math.isfinite(losses[-1]):
-                    raise TrainingDiverged(f"loss is {losses[-1]} at step {step + 1}")
-                nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
+                rate = learning_rate(config, step, len(batches))
+                losses.append(take_step(optimizer, partial(backward, batch), rate))
                 on_step(step + 1, losses[-1])
     finally:
+        optimizer.zero_grad()
         attachment.detach()
         model.eval()
     return losses

@@ -45,6 +45,7 @@ from etr.train.profile import profile_pass
 from etr.train.recorder import Recorder, Row
 from etr.train.saver import Saver
 from etr.train.spread import spread
+from etr.train.step import take_step
 from etr.train.trackers import require_trackers
 
 
@@ -205,26 +206,13 @@ class Trainer:
         """One optimizer step; writes and returns its row of metrics, and alarms."""
         began = time.perf_counter()
         rate = learning_rate(self.config.optimizer, self.step, self.config.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        micro_batches = self.config.accumulation_steps
-        batches = [batch.to(self.device) for batch in islice(self.loader, micro_batches)]
-        loss, losses = self.objective.backward(batches)
-        self._last_batch = batches[-1]
-        if not math.isfinite(loss):
-            self._diverged(loss)
-        if self.mesh is not None:
-            sum_gradients(self.model, self.mesh)
-        router_norms = router_grad_norms(self.model, self.ranks)
-        norm = self._clip()
-        self.optimizer.step()
+        loss, losses, router_norms, norm = take_step(self.optimizer, self._backward, rate)
         stats = self.attachment.last_stats
         self.step += 1
         self.expert_flops += expert_flops(self.model, stats)
         seconds = time.perf_counter() - began
         self.elapsed += seconds
-        per_step = micro_batches * self.loader.tokens_per_batch
+        per_step = self.config.accumulation_steps * self.loader.tokens_per_batch
         self.tokens += per_step
         values = routing_metrics(stats, self.config.model.routing.top_k)
         layers = zip(moe_layers(self.model), stats, router_norms, strict=True)
@@ -241,6 +229,19 @@ class Trainer:
             memory_bytes=memory_bytes(self.device),
             **values,
         )
+
+    def _backward(self) -> tuple[float, dict[str, float], list[float | None], float]:
+        """The clipped gradient of a step; losses, and norms of the gradient before clipping."""
+        micro_batches = islice(self.loader, self.config.accumulation_steps)
+        batches = [batch.to(self.device) for batch in micro_batches]
+        loss, losses = self.objective.backward(batches)
+        self._last_batch = batches[-1]
+        if not math.isfinite(loss):
+            self._diverged(loss)
+        if self.mesh is not None:
+            sum_gradients(self.model, self.mesh)
+        router_norms = router_grad_norms(self.model, self.ranks)
+        return loss, losses, router_norms, self._clip()
 
     def evaluate(self) -> list[Row]:
         """Held-out loss in the configured selection, and dropless."""

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -31,6 +32,7 @@ from etr.moe.watch import LayerView, watch
 from etr.train.config import OptimizerConfig
 from etr.train.into_fixed import check_blocks, into_fixed, number_experts
 from etr.train.model import widen_weights
+from etr.train.step import take_step
 
 CAPACITIES = ("none", "1.1", "0.6")
 """Capacity factors at which losses are measured; none drops nothing."""
@@ -201,23 +203,25 @@ def distill(
     optimizer = torch.optim.AdamW(routers, lr=learning_rate, weight_decay=0.0)
     device = next(model.parameters()).device
     losses: list[Tensor] = []
-    found = []
+    found: list[float] = []
 
     @torch.enable_grad()
     def see(place: int, view: LayerView) -> None:
         losses.append(choice_loss(view, old[place]))
 
+    def backward(batch: Batch) -> float:
+        losses.clear()
+        with torch.no_grad():
+            model(**_arguments(batch.to(device)))
+        loss = torch.stack(losses).mean()
+        loss.backward()
+        return float(loss.detach())
+
     with _dropless(model), watch(model, see):
         for step, batch in enumerate(batches):
-            losses.clear()
-            with torch.no_grad():
-                model(**_arguments(batch.to(device)))
-            loss = torch.stack(losses).mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            found.append(float(loss.detach()))
+            found.append(take_step(optimizer, partial(backward, batch)))
             on_step(step + 1, found[-1])
+    optimizer.zero_grad()
     return found
 
 

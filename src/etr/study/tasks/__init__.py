@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from etr.study.tasks.base import Forward, Task
+from etr.study.tasks.base import Forward, Task, backward
 from etr.study.tasks.language import LanguageTask, language_model
 from etr.study.tasks.teacher import TeacherTask, teacher
 from etr.study.tasks.text_x import TextXTask, text_x
@@ -64,4 +64,4 @@ def open_task(name: str, config: TrainConfig) -> Task:
     return TASKS[name].open(config)
 
 
-__all__ = ["TASKS", "Forward", "Task", "TaskEntry", "open_task"]
+__all__ = ["TASKS", "Forward", "Task", "TaskEntry", "backward", "open_task"]

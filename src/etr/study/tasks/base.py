@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from etr.train import TrainConfig
@@ -57,3 +58,21 @@ class Task(Protocol):
     def forward(self, model: nn.Module, batch: Any) -> Forward:
         """Run a batch and take each token's loss."""
         ...
+
+
+def backward(task: Task, model: nn.Module, batch: Any, max_norm: float) -> Tensor:
+    """Add the gradient of a batch and clip it.
+
+    Args:
+        task: of the model.
+        model: in training mode.
+        batch: one of the task's.
+        max_norm: largest norm of the gradient.
+    Returns:
+        scalar, the mean loss of the tokens, detached.
+    """
+    found = task.forward(model, batch)
+    loss = found.token_losses.mean()
+    torch.stack([loss, *found.router_losses.values()]).sum().backward()
+    nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return loss.detach()
