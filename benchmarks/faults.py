@@ -23,6 +23,7 @@ import tyro
 
 from benchmarks.faults_saves import write_corpus
 from benchmarks.settings import ROOT
+from etr import sheet
 from etr.files import write_text
 from etr.train.metrics import read_metrics
 
@@ -246,18 +247,16 @@ def _outcome(job: Job, name: str, seconds: float, lost: int) -> Outcome:
 
 def table(whole: Outcome, others: list[Outcome]) -> str:
     """The page's table, in Markdown."""
-    lines = [
-        "| fault | what happens | seconds | steps done again | loss curve |",
-        "|---|---|---:|---:|---|",
-    ]
+    rows = []
     for outcome in others:
         ended = outcome.exit_code != 0
         done = f"the job ends with {outcome.error}" if ended else "restarts and finishes"
         same = "equal, bit for bit" if outcome.losses == whole.losses else "differs"
         curve = f"{len(outcome.losses)} steps, then nothing" if ended else same
         again = "-" if ended else str(outcome.lost_steps)
-        lines.append(f"| {outcome.name} | {done} | {outcome.seconds:.1f} | {again} | {curve} |")
-    return "\n".join(lines)
+        rows.append((outcome.name, done, f"{outcome.seconds:.1f}", again, curve))
+    head = ("fault", "what happens", "seconds", "steps done again", "loss curve")
+    return sheet.table(head, rows, "llrrl")
 
 
 def jobs(folder: Path) -> str:
@@ -292,7 +291,7 @@ def main(only: tuple[Literal["jobs", "files", "fuzz"], ...] = ("jobs", "files", 
         page = PAGE.read_text(encoding="utf-8")
         begin, end = (f"<!-- {name}: {place} -->" for place in ("begin", "end"))
         head, tail = page.partition(begin)[0], page.partition(end)[2]
-        write_text(PAGE, f"{head}{begin}\n{text}\n{end}{tail}")
+        write_text(PAGE, f"{head}{begin}\n{text}{end}{tail}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from benchmarks.faults_saves import (
     tiny_run,
     write_corpus,
 )
+from etr import sheet
 from etr.cli import main
 from etr.data import OpenedData, open_data
 from etr.train import TrainConfig, train
@@ -130,13 +131,8 @@ def all_tried(folder: Path) -> list[Tried]:
 
 def table(found: list[Tried]) -> str:
     """The page's table, in Markdown."""
-    return "\n".join(
-        [
-            "| what is done | times | as it should be | what should be |",
-            "|---|---:|---:|---|",
-            *(f"| {t.what} | {t.number} | {t.right} | {t.outcome} |" for t in found),
-        ]
-    )
+    head = ("what is done", "times", "as it should be", "what should be")
+    return sheet.table(head, [(t.what, t.number, t.right, t.outcome) for t in found], "lrrl")
 
 
 def _two_writers(folder: Path, config: TrainConfig, whole: list[float]) -> Tried:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import tyro
 
+from etr import sheet
 from etr.cli._errors import in_one_line
 
 SECONDS = 20
@@ -218,12 +219,7 @@ def table(found: list[Found]) -> str:
         for kind in found
     ]
     totals = [sum(int(row[place]) for row in rows) for place in range(1, len(heads) + 2)]
-    lines = [
-        f"| file | tried | {' | '.join(heads.values())} |",
-        f"|---|{'---:|' * (len(heads) + 1)}",
-        *(f"| {' | '.join(map(str, row))} |" for row in [*rows, ["all", *totals]]),
-    ]
-    return "\n".join(lines)
+    return sheet.table(["file", "tried", *heads.values()], [*rows, ["all", *totals]], "lr")
 
 
 def fuzz_all(names: tuple[str, ...] = (), cases: int = CASES) -> list[Found]:

@@ -13,6 +13,7 @@ from benchmarks.tables import (
     slopes_table,
     targets_table,
 )
+from etr import sheet
 
 HEADINGS = {
     "layer": "The layer",
@@ -99,15 +100,10 @@ def titled(table: TextTable) -> str:
 
 def markdown(table: TextTable) -> str:
     """A table in Markdown: names to the left, the rest to the right."""
-    lines = [
-        "| " + " | ".join(table.columns) + " |",
-        "| :--- |" + " ---: |" * (len(table.columns) - 1),
-        *("| " + " | ".join(escape(cell) for cell in row) + " |" for row in table.rows),
-    ]
-    lines += (
-        ["", *(f"No time for {escape(note)}.  " for note in table.notes)] if table.notes else []
-    )
-    return "\n".join(lines) + "\n"
+    text = sheet.table(table.columns, (map(escape, row) for row in table.rows), "lr")
+    if not table.notes:
+        return text
+    return "\n".join([text, *(f"No time for {escape(note)}.  " for note in table.notes), ""])
 
 
 def escape(text: str) -> str:

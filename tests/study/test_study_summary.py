@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from etr.study.collection import Collection
-from etr.study.markdown import page, table
+from etr.study.markdown import page
 from etr.study.summary import Row, difference, resolution, rows_of
 
 
@@ -75,7 +75,3 @@ def test_a_page_without_most_results_stands() -> None:
     assert "lower" in text
     assert text.rstrip().endswith("per run.")
     assert "notes at the end" in text
-
-
-def test_a_table_has_one_line_a_row() -> None:
-    assert table(("a", "b"), [["1", "2"]]) == "| a | b |\n|---|---|\n| 1 | 2 |\n"

@@ -10,6 +10,7 @@ from typing import Any
 
 from etr.evaluate.held_out import EvalResult
 from etr.evaluate.tasks import ALL, HELD_OUT, Score, Scores, TaskResult
+from etr.sheet import table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +105,7 @@ def columns(models: Sequence[ModelResult]) -> list[str]:
 def comparison_markdown(models: Sequence[ModelResult]) -> str:
     """One table for all models, with standard errors, and how each model's experts selected."""
     lines = [
-        "| " + " | ".join(columns(models)) + " |",
-        "| :--- | :--- | :--- |" + " ---: |" * (1 + len(models)),
-        *("| " + " | ".join(row.cells()) + " |" for row in score_rows(models)),
-        "",
+        table(columns(models), (row.cells() for row in score_rows(models)), "lllr"),
         *(f"- {model.model}: {model.selection}" for model in models),
     ]
     labels = {task.task: task.label for model in models for task in model.tasks}

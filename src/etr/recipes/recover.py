@@ -18,6 +18,7 @@ import tyro
 from etr.data import DataConfig, open_data
 from etr.files import write_json, write_text
 from etr.hf import convert, load_pretrained
+from etr.sheet import table
 from etr.train import ModelConfig, OptimizerConfig, RoutingOptions, TrainConfig, train
 from etr.train.checkpoint_folder import find_model, list_checkpoints
 from etr.train.into_fixed import MOVING_SHARE
@@ -117,10 +118,13 @@ def run(recipe: RecoverRecipe) -> dict[str, Any]:
 def page(result: dict[str, Any]) -> str:
     """The results as Markdown."""
     recipe = result["recipe"]
+    head = ("stage", "router", *CAPACITIES, "choose other experts")
     rows = [
-        f"| {stage['name']} | {STAGES[stage['name']]} | "
-        + " | ".join(_cell(stage["losses"][name]) for name in CAPACITIES)
-        + f" | {stage['changed_tokens']:.1%} |"
+        (
+            *(stage["name"], STAGES[stage["name"]]),
+            *(_cell(stage["losses"][name]) for name in CAPACITIES),
+            f"{stage['changed_tokens']:.1%}",
+        )
         for stage in result["stages"]
     ]
     first, last = result["distillation"][0], result["distillation"][-1]
@@ -138,10 +142,7 @@ def page(result: dict[str, Any]) -> str:
             "experts frozen. Held-out nats per token, nothing dropped (capacity none) or by "
             "thresholds calibrated to a capacity factor:",
             "",
-            "| stage | router | none | 1.1 | 0.6 | choose other experts |",
-            "|---|---|---|---|---|---|",
-            *rows,
-            "",
+            table(head, rows),
             "The last column is the share of (token, layer) pairs whose set of experts is not the "
             "one that the old router chooses from the same hidden state. The divergence of the new "
             f"gates from the old ones went from {first:.4f} to {last:.4f} nats. An orthonormal "

@@ -16,8 +16,9 @@ from etr.report.columns import (
 from etr.report.reading import NOTHING, Finding, read
 from etr.report.results import ResultsLike, load_results
 from etr.report.summary import Summary, summarize
-from etr.report.table import escape_markdown, markdown_rows
+from etr.report.table import markdown_rows
 from etr.report.wording import TIMES, counted, fixed, listed, significant
+from etr.sheet import escape_markdown
 
 GENERATED = "<!-- Generated from results.json by etr.report; do not edit, make it again. -->"
 

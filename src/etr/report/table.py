@@ -9,6 +9,7 @@ from rich.text import Text
 from etr.report.columns import COLUMNS, RUN_COLUMNS, Cell, Column, Tone
 from etr.report.results import ResultsLike, load_results
 from etr.report.summary import VariantSummary, summarize
+from etr.sheet import escape_markdown, table
 
 _STYLES: dict[Tone, str] = {
     "plain": "",
@@ -35,20 +36,20 @@ def terminal_table(results: ResultsLike, width: int = WIDE) -> Table:
     """
     results = load_results(results)
     summary = summarize(results)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    found = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     every = COLUMNS if results.is_comparison else RUN_COLUMNS
     columns = [c for c in every if width >= WIDE or c.header not in ("router", "capacity")]
     for column in columns:
         # Numbers never break; the three names take the room that is left.
-        table.add_column(
+        found.add_column(
             Text(column.brief or column.header),
             justify="right" if column.numeric else "left",
             no_wrap=column.numeric,
             overflow="fold",
         )
     for variant in summary.variants:
-        table.add_row(*(_styled(column.cell(variant), column.numeric) for column in columns))
-    return table
+        found.add_row(*(_styled(column.cell(variant), column.numeric) for column in columns))
+    return found
 
 
 def _styled(cell: Cell, numeric: bool) -> Text:
@@ -73,18 +74,10 @@ def markdown_table(results: ResultsLike) -> str:
 def markdown_rows(columns: Sequence[Column], variants: Sequence[VariantSummary]) -> str:
     """A Markdown table of some columns."""
     headers = [f"{c.header} ({c.unit})" if c.unit else c.header for c in columns]
-    rules = ["---:" if column.numeric else ":---" for column in columns]
     rows = [[_markdown_cell(column.cell(variant)) for column in columns] for variant in variants]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (headers, rules, *rows))
+    return table(headers, rows, "".join("r" if column.numeric else "l" for column in columns))
 
 
 def _markdown_cell(cell: Cell) -> str:
     text = escape_markdown(cell.text)
     return f"{text} ({escape_markdown(cell.detail)})" if cell.detail else text
-
-
-def escape_markdown(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    for mark in "\\`*_[]<>|#":
-        text = text.replace(mark, f"\\{mark}")
-    return " ".join(text.split(None)) if "\n" in text or "\r" in text else text

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 
+from etr.sheet import table
 from etr.study.collection import Collection
 from etr.study.grid import MATCHES
 from etr.study.summary import Row, difference, resolution
@@ -40,13 +41,6 @@ def page(study: Collection, reference: str, figures: dict[str, str], notes: str)
         _environment(study),
     ]
     return "\n".join(part for part in parts if part)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(cells) + " |" for cells in rows]
-    return "\n".join(lines) + "\n"
 
 
 def _headline(study: Collection, reference: str) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
 from etr.cluster.bench.book import Book, Cell, loss_differences, ratios
 from etr.report.statistics import mean, t_interval
 
@@ -32,10 +30,3 @@ def with_interval(values: list[float], form: str) -> str:
 def average(values: dict[int, float]) -> str:
     """Mean over seeds."""
     return f"{mean(list(values.values())):.2f}" if values else ""
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(cells) + " |" for cells in rows]
-    return "\n".join(lines) + "\n"

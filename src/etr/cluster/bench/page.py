@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from etr.cluster.bench.book import Book, Cell
-from etr.cluster.bench.cells import average, loss_cell, markdown, ratio
+from etr.cluster.bench.cells import average, loss_cell, ratio
 from etr.cluster.bench.plan import (
     EMULATED,
     MAIN_ROWS,
@@ -21,6 +21,7 @@ from etr.cluster.bench.plan import (
 from etr.cluster.bench.prediction import predict
 from etr.cluster.bench.targets import LEAST_LOCAL, MOST_VIOLATION, mixed_target, targets_of
 from etr.report.statistics import mean
+from etr.sheet import table
 
 
 def page(config: BenchConfig, results: dict[str, Any]) -> str:
@@ -70,14 +71,14 @@ def _method(config: BenchConfig) -> str:
 def _shape(book: Book, shape: str) -> str:
     nodes = max(nodes_of(shape)) + 1
     title = f"## {shape}: {nodes} nodes of {RANKS // nodes}, own text\n\n"
-    table = _table(book, [(shape, "own", name) for name in VARIANTS])
-    return title + table + targets_of(book, shape) if table else ""
+    cells = _table(book, [(shape, "own", name) for name in VARIANTS])
+    return title + cells + targets_of(book, shape) if cells else ""
 
 
 def _mixed(book: Book) -> str:
     shape = book.config.shapes[0]
-    table = _table(book, [(shape, "mixed", name) for name in VARIANTS])
-    if not table:
+    cells = _table(book, [(shape, "mixed", name) for name in VARIANTS])
+    if not cells:
         return ""
     return (
         f"## {shape}: mixed text\n\nWhere every rank reads the same mixture, a token says nothing "
@@ -85,7 +86,7 @@ def _mixed(book: Book) -> str:
         "between nodes comes from capacity and from sending no padding. `local_bonus` adds to the "
         "score of experts on the token's node in training, which evaluation does not have; "
         "sharding gives a sequence to the node whose experts it uses, by a trace taken at half of "
-        f"the training.\n\n{table}\n{mixed_target(book, shape)}"
+        f"the training.\n\n{cells}\n{mixed_target(book, shape)}"
     )
 
 
@@ -122,7 +123,7 @@ def _table(book: Book, cells: Iterable[Cell]) -> str:
         "kept",
         "held-out loss less baseline (nats)",
     )
-    return markdown(head, rows)
+    return table(head, rows)
 
 
 def _locality(book: Book) -> str:
@@ -162,7 +163,7 @@ def _locality(book: Book) -> str:
     return (
         f"## The locality loss alone\n\nThe baseline's router with the locality loss at weight "
         f"{weight:g}, nothing else changed. The target was a share of {LEAST_LOCAL:.2f} at least, "
-        f"with MaxVio {MOST_VIOLATION:.2f} at most.\n\n{markdown(head, rows)}"
+        f"with MaxVio {MOST_VIOLATION:.2f} at most.\n\n{table(head, rows)}"
     )
 
 
@@ -184,7 +185,7 @@ def _ratios(book: Book) -> str:
     return (
         f"## Other ratios of compute to network, {shape}, own text\n\nThe same models and rows; an "
         "expert's time for a row is the only difference.\n\n"
-        + markdown(("compute / network", "variant", "step (s)", "step / baseline"), rows)
+        + table(("compute / network", "variant", "step (s)", "step / baseline"), rows)
     )
 
 
@@ -203,7 +204,7 @@ def _real(book: Book) -> str:
     return (
         "## Real compute\n\nThe same steps with the experts of the trained model on this machine's "
         "cores, which all ranks share, and which also move the bytes; nothing is emulated but the "
-        "network.\n\n" + markdown(("shape", "variant", "step (s)", "step / baseline"), rows)
+        "network.\n\n" + table(("shape", "variant", "step (s)", "step / baseline"), rows)
     )
 
 
@@ -236,7 +237,7 @@ def _prediction(book: Book) -> str:
         "## What a model of a few lines predicts\n\nLatency and rates of the curve below, the "
         "bytes of each pair of ranks, the busiest link, and chunks that overlap "
         f"(`etr.cluster.cost`). Mean error {mean(errors):.0%}, worst {max(errors):.0%}.\n\n"
-        + markdown(("shape", "text", "variant", "predicted (s)", "measured (s)", "error"), rows)
+        + table(("shape", "text", "variant", "predicted (s)", "measured (s)", "error"), rows)
     )
 
 
@@ -264,4 +265,4 @@ def _network(book: Book) -> str:
         "## The network as measured\n\nFitted to messages of 64 KiB to 8 MiB. What fits into "
         "buffers of sockets and into a bucket's burst passes at full speed, so that short messages "
         "look faster than the rate that is kept.\n\n"
-    ) + markdown(("shape", "what", "latency (ms)", "rate (Mbit/s)"), rows)
+    ) + table(("shape", "what", "latency (ms)", "rate (Mbit/s)"), rows)

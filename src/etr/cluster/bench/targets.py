@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from etr.cluster.bench.book import Book, Cell, loss_differences, ratios
-from etr.cluster.bench.cells import markdown, with_interval
+from etr.cluster.bench.cells import with_interval
 from etr.report.statistics import mean, t_interval
+from etr.sheet import table
 
 MOST_BYTES = {"own": 0.35, "mixed": 0.60}
 """Targets of bytes between nodes over the baseline's, by text."""
@@ -39,7 +40,7 @@ def targets_of(book: Book, shape: str) -> str:
             lines.append((f"`{name}`", what, f"{limit:.2f}", f"{value:.2f}", verdict))
         lines.append((f"`{name}`", "held-out loss", "no worse", *_verdict(book, own, base)))
     head = ("variant", "target", "at most", "measured", "verdict")
-    return "\n" + markdown(head, lines) if lines else ""
+    return "\n" + table(head, lines) if lines else ""
 
 
 def mixed_target(book: Book, shape: str) -> str:
