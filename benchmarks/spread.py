@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,21 +37,8 @@ def spread(values: Sequence[float]) -> Spread:
     """
     if not values:
         raise ValueError("values is empty; a spread needs at least one")
-    ordered = sorted(values)
-    return Spread(
-        median=quantile(ordered, 0.5),
-        low=quantile(ordered, 0.25),
-        high=quantile(ordered, 0.75),
-        count=len(ordered),
-    )
-
-
-def quantile(ordered: Sequence[float], share: float) -> float:
-    """Linear interpolation between the neighbours of position ``share * (n - 1)``."""
-    place = share * (len(ordered) - 1)
-    below = math.floor(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+    return Spread(median=median, low=low, high=high, count=len(values))
 
 
 def paired_ratio(
@@ -76,7 +64,4 @@ def log_slope(sizes: Sequence[float], values: Sequence[float]) -> float:
     """
     if len(set(sizes)) < 2:
         raise ValueError(f"sizes={list(sizes)} must hold at least two different values")
-    x, y = [math.log(size) for size in sizes], [math.log(value) for value in values]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    top = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    return top / sum((a - mean_x) ** 2 for a in x)
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])

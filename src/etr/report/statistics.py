@@ -7,9 +7,6 @@ from collections.abc import Sequence
 def t_quantile(freedom: int, confidence: float = 0.95) -> float:
     """The t for which a Student variable lies in [-t, t] with probability `confidence`.
 
-    Exact for a whole number of degrees of freedom: the distribution is then a finite sum in
-    cos(theta), theta = atan(t / sqrt(freedom)) (Abramowitz & Stegun 26.7.3-4); theta is bisected.
-
     Raises:
         ValueError: freedom < 1, or confidence outside (0, 1).
     """
@@ -17,25 +14,9 @@ def t_quantile(freedom: int, confidence: float = 0.95) -> float:
         raise ValueError(f"freedom must be at least 1 (two values), got {freedom}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
-    low, high = 0.0, math.pi / 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        if _central_probability(middle, freedom) < confidence:
-            low = middle
-        else:
-            high = middle
-    return math.sqrt(freedom) * math.tan((low + high) / 2)
+    from scipy.special import stdtrit  # late: commands without intervals start faster
 
-
-def _central_probability(theta: float, freedom: int) -> float:
-    odd = freedom % 2
-    term = total = math.cos(theta) if odd else 1.0
-    for index in range(2 + odd, freedom - 1, 2):
-        term *= math.cos(theta) ** 2 * (index - 1) / index
-        total += term
-    if not odd:
-        return math.sin(theta) * total
-    return 2 / math.pi * (theta + (math.sin(theta) * total if freedom > 1 else 0.0))
+    return float(stdtrit(freedom, (1 + confidence) / 2))
 
 
 def mean(values: Sequence[float]) -> float:
