@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from etr.recipes.candidates import CANDIDATES
 from etr.study.grid import Block
 from etr.study.study import Study
 
@@ -172,7 +171,6 @@ FULL = Study(
             match="expert_flops",
         ),
         Block(name="long", task="text-x", variants=(linear(1.1), ETR), steps=4000, seeds=(0,)),
-        *CANDIDATES,
     ),
 )
 """What docs/results/quality.md reports: about four hours on two cores."""

@@ -44,7 +44,7 @@ class Collection:
             by_seed.update({result["run"]["seed"]: result for result in row.results})
         if not merged:
             return None
-        # Those with most seeds: a long run, or one to look for candidates, is another comparison.
+        # Those with most seeds: a long run is another comparison.
         results = max(merged.values(), key=len)
         return Row(name=name, results=tuple(results[seed] for seed in sorted(results)))
 

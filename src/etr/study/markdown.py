@@ -20,7 +20,7 @@ def page(study: Collection, reference: str, figures: dict[str, str], notes: str)
         study: all results.
         reference: row that others are compared with.
         figures: path, relative to the page, of each figure by its title.
-        notes: what no number says: candidates tried, deviations from the plan.
+        notes: what no number says: forms tried before, deviations from the plan.
     """
     parts = [
         "# Quality: what capacity costs, what each part gives, which ETR wins\n",
