@@ -227,7 +227,7 @@ def test_a_run_of_many_becomes_one_model(folder: Path, four: Any) -> None:
     """Consolidated, it evaluates to what its ranks measured."""
     from etr.evaluate import evaluate
     from etr.hf import load_pretrained
-    from etr.train.loop import held_out
+    from etr.train.tasks import LanguageTask
 
     config = tiny_config(folder, "of_4")
     data = open_data(config.data)
@@ -235,7 +235,12 @@ def test_a_run_of_many_becomes_one_model(folder: Path, four: Any) -> None:
     consolidate(checkpoint, folder / "whole")
     model = load_pretrained(folder / "whole")
     for row in rows(folder, "of_4", "eval", 4):
-        result = evaluate(model, held_out(config, data), data.dataset.domains, row["selection"])
+        result = evaluate(
+            model,
+            LanguageTask(data).held_out_batches(config),
+            data.dataset.domains,
+            row["selection"],
+        )
         assert result.loss == pytest.approx(row["val_loss"], rel=1e-6)
         assert result.kept_fraction == pytest.approx(row["kept_fraction_eval"])
     with pytest.raises(ValueError, match="exists already"):

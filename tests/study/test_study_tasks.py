@@ -11,9 +11,9 @@ import torch
 from etr.moe import moe_layers
 from etr.study.probe import evaluate
 from etr.study.tasks import TASKS, open_task
-from etr.study.tasks.teacher import NUM_DOMAINS, Teacher, TeacherTask
-from etr.study.tasks.text_x import WINDOW
 from etr.train import TrainConfig, parse_variant
+from etr.train.tasks.teacher import NUM_DOMAINS, Teacher, TeacherTask
+from etr.train.tasks.text_x import WINDOW
 
 
 def tiny(name: str, variant: str = "token_choice/rank_by=score", seed: int = 3) -> TrainConfig:

@@ -17,7 +17,7 @@ from etr.moe.lower_bound import erfc_bound
 from etr.parallel import Ranks
 from etr.train import train
 from etr.train.diagnose import diagnose, mixed_batches
-from etr.train.loop import Trainer, held_out
+from etr.train.loop import Trainer
 from etr.train.metrics import layer_metrics, read_metrics, router_grad_norms
 from etr.train.model import build_model
 from etr.train.profile import split_time, union, without
@@ -263,8 +263,10 @@ def test_evaluation_after_diagnostics_selects_as_before(make_config, data):
     with Trainer(config, data) as trainer:
         for _ in range(2):
             trainer.train_step()
-        before = evaluate(trainer.model, held_out(config, data), data.dataset.domains)
+        before = evaluate(
+            trainer.model, trainer.task.held_out_batches(config), data.dataset.domains
+        )
         trainer.diagnose()
-        after = evaluate(trainer.model, held_out(config, data), data.dataset.domains)
+        after = evaluate(trainer.model, trainer.task.held_out_batches(config), data.dataset.domains)
     assert before == after
     assert before.selection == "threshold"

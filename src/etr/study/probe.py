@@ -13,7 +13,7 @@ from etr.evaluate.held_out import effective_selection
 from etr.moe import moe_layers, set_eval_selection
 from etr.moe.config import EvalSelection
 from etr.moe.watch import LayerView, watch
-from etr.study.tasks import Task
+from etr.train.tasks import Task
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,12 +17,13 @@ from etr.files import whole_file, write_json
 from etr.moe import attach
 from etr.moe.config import EvalSelection
 from etr.study.probe import evaluate
-from etr.study.tasks import TASKS, Task, backward, open_task
+from etr.study.tasks import TASKS, open_task
 from etr.train import TrainConfig, parse_variant
 from etr.train.compare import environment
 from etr.train.metrics import expert_flops, routing_metrics
 from etr.train.optimizer import build_optimizer, learning_rate
 from etr.train.step import take_step
+from etr.train.tasks import Task, backward
 
 FORMAT = 1
 EVALUATIONS = 5

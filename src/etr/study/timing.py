@@ -17,10 +17,11 @@ import torch
 
 from etr.moe import attach, moe_layers
 from etr.study.run import Run, load_model
-from etr.study.tasks import TASKS, backward, open_task
+from etr.study.tasks import TASKS, open_task
 from etr.train.compare import environment
 from etr.train.optimizer import build_optimizer
 from etr.train.step import take_step
+from etr.train.tasks import backward
 
 
 def step_times(

@@ -24,8 +24,9 @@ from etr.moe import moe_layers
 from etr.train.config import TrainConfig, stored_config
 from etr.train.folders import METRICS, RESULTS, ROW, refuse_unless_comparison, writing
 from etr.train.interrupt import stop_on_interrupt
-from etr.train.loop import Row, Trainer, TrainResult, held_out
+from etr.train.loop import Row, Trainer, TrainResult
 from etr.train.metrics import count_parameters, read_metrics
+from etr.train.tasks import LanguageTask
 from etr.train.variants import Variant, parse_variant
 
 FORMAT = 1
@@ -249,7 +250,7 @@ def _summary(name: str, run: TrainConfig, result: TrainResult) -> Row:
     last = steps[-LAST_STEPS:]
     parameters, active = count_parameters(result.model)
     layer = moe_layers(result.model)[0]
-    few = islice(held_out(run, result.data), 0, None, 4)
+    few = islice(LanguageTask(result.data).held_out_batches(run), 0, None, 4)
 
     def mean(key: str) -> float:
         return statistics.fmean(row[key] for row in last)

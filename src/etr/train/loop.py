@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from etr.data import Batch, OpenedData, TokenLoader, held_out_batches, open_data
+from etr.data import OpenedData, open_data
 from etr.evaluate import EvalResult, evaluate
 from etr.files import write_json
 from etr.hf import EtrForCausalLM
@@ -38,7 +38,7 @@ from etr.train.metrics import (
     router_grad_norms,
     routing_metrics,
 )
-from etr.train.model import build_model, find_device
+from etr.train.model import find_device
 from etr.train.objective import Objective
 from etr.train.optimizer import build_optimizer, learning_rate
 from etr.train.profile import profile_pass
@@ -46,6 +46,7 @@ from etr.train.recorder import Recorder, Row
 from etr.train.saver import Saver
 from etr.train.spread import spread
 from etr.train.step import take_step
+from etr.train.tasks import LanguageTask
 from etr.train.trackers import require_trackers
 
 
@@ -126,8 +127,8 @@ class Trainer:
         self.config, self.data = config, data
         self.run = Path(config.out)
         self.device = find_device(config.device)
-        length = config.data.sequence_length
-        self.model = build_model(config.model, data.tokenizer, length, config.seed)
+        self.task = LanguageTask(data)
+        self.model = self.task.build(config)
         torch.nn.Module.to(self.model, self.device).train()
         if config.gradient_checkpointing:
             # Renamed in later versions of transformers, which deprecate the old name.
@@ -139,14 +140,7 @@ class Trainer:
         self.mesh = spread(self.model, config.parallel, self.ranks)
         self.objective = Objective(self.model, self.ranks, config.precision)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.loader = TokenLoader(
-            data.dataset,
-            sequence_length=length,
-            batch_size=_rows_per_rank(config, self.ranks),
-            seed=config.seed,
-            rank=self.ranks.rank,
-            world_size=self.ranks.size,
-        )
+        self.loader = self.task.training_batches(config, self.ranks.rank, self.ranks.size)
         self.step, self.tokens, self.expert_flops, self.elapsed = 0, 0, 0.0, 0.0
         self.saver = Saver(
             self.run, config.keep_checkpoints, config.background_checkpoints, self.ranks
@@ -279,8 +273,8 @@ class Trainer:
 
     def evaluate_as(self, selection: EvalSelection) -> EvalResult:
         """Held-out loss with a given selection."""
-        batches = held_out(self.config, self.data)
-        return evaluate(self.model, batches, self.data.dataset.domains, selection, ranks=self.ranks)
+        batches = self.task.held_out_batches(self.config)
+        return evaluate(self.model, batches, self.task.domains, selection, ranks=self.ranks)
 
     def save(self) -> None:
         """Write a checkpoint, unless this step has one."""
@@ -369,25 +363,6 @@ class Trainer:
         )
 
 
-def held_out(config: TrainConfig, data: OpenedData) -> Iterator[Batch]:
-    """The held-out batches that a run is evaluated on."""
-    return held_out_batches(
-        data.dataset,
-        config.data.sequence_length,
-        config.data.batch_size,
-        config.eval_tokens_per_domain,
-    )
-
-
 def _has_rows(run: Path) -> bool:
     path = run / METRICS
     return path.is_file() and path.stat().st_size > 0
-
-
-def _rows_per_rank(config: TrainConfig, ranks: Ranks) -> int:
-    if config.data.batch_size % ranks.size:
-        raise ValueError(
-            f"batch_size={config.data.batch_size} sequences cannot be divided among {ranks.size} "
-            "ranks: give a multiple"
-        )
-    return config.data.batch_size // ranks.size

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from etr.data import DataConfig
 from etr.moe import Collector, MoE, MoEConfig, RoutingContext
-from etr.study.tasks.language import LanguageTask, held_out_tokens
-from etr.train import ModelConfig, OptimizerConfig, RoutingOptions, TrainConfig
+from etr.train.config import TrainConfig
+from etr.train.tasks.language import TextTask
 
 WINDOW = 8
 """Bytes that are embedded by their place before the predicted one."""
@@ -102,7 +101,7 @@ def _rotate(x: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
-class TextXTask(LanguageTask):
+class TextXTask(TextTask):
     """Next-byte prediction with a model that is mostly one MoE layer."""
 
     def build(self, config: TrainConfig) -> nn.Module:
@@ -110,20 +109,3 @@ class TextXTask(LanguageTask):
         torch.manual_seed(config.seed)
         vocab_size = len(self.data.tokenizer)
         return TextXModel(config.model.moe_config(), vocab_size, config.model.num_heads)
-
-
-def text_x(steps: int = 1000) -> TrainConfig:
-    """H 96, eight experts 192 wide, 2048 tokens a step."""
-    return TrainConfig(
-        data=DataConfig(sequence_length=256, batch_size=8),
-        model=ModelConfig(
-            hidden_size=96,
-            num_layers=1,
-            num_heads=2,
-            num_key_value_heads=2,
-            routing=RoutingOptions(num_experts=8, expert_size=192),
-        ),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20, weight_decay=0.0),
-        steps=steps,
-        eval_tokens_per_domain=held_out_tokens(steps),
-    )

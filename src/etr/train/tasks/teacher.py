@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from etr.data import DataConfig
 from etr.moe import Collector, MoE, MoEConfig, RoutingContext
-from etr.study.tasks.base import Forward
-from etr.train import ModelConfig, OptimizerConfig, RoutingOptions, TrainConfig
+from etr.train.config import TrainConfig
+from etr.train.tasks.base import Forward
 
 NUM_DOMAINS = 16
 HELD_OUT_BATCHES = 16
@@ -141,19 +140,3 @@ class TeacherTask:
         num_tokens = config.data.sequence_length * config.data.batch_size
         while True:
             yield teacher.sample(num_tokens, generator)
-
-
-def teacher(steps: int = 1000) -> TrainConfig:
-    """H 64, eight experts 96 wide, 2048 tokens a step."""
-    return TrainConfig(
-        data=DataConfig(sequence_length=256, batch_size=8),
-        model=ModelConfig(
-            hidden_size=64,
-            num_layers=1,
-            num_heads=1,
-            num_key_value_heads=1,
-            routing=RoutingOptions(num_experts=8, expert_size=96),
-        ),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20, weight_decay=0.0),
-        steps=steps,
-    )

@@ -1,4 +1,4 @@
-"""What a study trains on: a model, batches, and a loss for every token."""
+"""What a task offers to a loop that trains on it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from etr.train import TrainConfig
+from etr.train.config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,107 @@
+"""Tasks on which routers are studied: one line each in `TASKS`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from etr.data import DataConfig, open_data
+from etr.train import ModelConfig, OptimizerConfig, RoutingOptions, TrainConfig
+from etr.train.tasks import LanguageTask, Task, TeacherTask, TextXTask
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskEntry:
+    """A task in the table.
+
+    Args:
+        summary: what it is, in a line.
+        config: the run that all rows start from, by its number of steps.
+        open: makes the task for such a config.
+    """
+
+    summary: str
+    config: Callable[[int], TrainConfig]
+    open: Callable[[TrainConfig], Task]
+
+
+def held_out_tokens(steps: int) -> int:
+    """Held-out tokens of each domain per evaluation; runs too short to conclude from take few."""
+    return 8192 if steps >= 100 else 256
+
+
+def text_x(steps: int = 1000) -> TrainConfig:
+    """H 96, eight experts 192 wide, 2048 tokens a step."""
+    return _config(steps, 96, 1, 2, 192, held_out_tokens(steps), weight_decay=0.0)
+
+
+def teacher(steps: int = 1000) -> TrainConfig:
+    """H 64, eight experts 96 wide, 2048 tokens a step."""
+    return _config(steps, 64, 1, 1, 96, weight_decay=0.0)
+
+
+def language_model(steps: int = 1000) -> TrainConfig:
+    """The demo's decoder with four MoE layers, twice as wide inside its experts."""
+    return _config(steps, 128, 4, 4, 512, held_out_tokens(steps))
+
+
+def _config(
+    steps: int,
+    width: int,
+    layers: int,
+    heads: int,
+    expert_size: int,
+    eval_tokens: int = TrainConfig.eval_tokens_per_domain,
+    **optimizer: Any,
+) -> TrainConfig:
+    return TrainConfig(
+        data=DataConfig(sequence_length=256, batch_size=8),
+        model=ModelConfig(
+            hidden_size=width,
+            num_layers=layers,
+            num_heads=heads,
+            num_key_value_heads=heads,
+            routing=RoutingOptions(num_experts=8, expert_size=expert_size),
+        ),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20, **optimizer),
+        steps=steps,
+        eval_tokens_per_domain=eval_tokens,
+    )
+
+
+TASKS: dict[str, TaskEntry] = {
+    "text-x": TaskEntry(
+        summary="real text; eight-byte window and one attention layer before one MoE layer",
+        config=text_x,
+        open=lambda config: TextXTask(open_data(config.data)),
+    ),
+    "teacher-50": TaskEntry(
+        summary="16 domain networks to imitate; half of the tokens are easy",
+        config=teacher,
+        open=lambda config: TeacherTask(easy=0.5),
+    ),
+    "teacher-70": TaskEntry(
+        summary="16 domain networks to imitate; 70 % of the tokens are easy",
+        config=teacher,
+        open=lambda config: TeacherTask(easy=0.7),
+    ),
+    "lm": TaskEntry(
+        summary="language model with four MoE layers",
+        config=language_model,
+        open=lambda config: LanguageTask(open_data(config.data)),
+    ),
+}
+
+
+@functools.lru_cache(maxsize=4)
+def open_task(name: str, config: TrainConfig) -> Task:
+    """The task of a name, opened once per process and data.
+
+    Raises:
+        ValueError: no such task.
+    """
+    if name not in TASKS:
+        raise ValueError(f"task={name!r} is unknown; choose one of {', '.join(TASKS)}")
+    return TASKS[name].open(config)
