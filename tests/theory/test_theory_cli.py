@@ -92,7 +92,7 @@ def test_rows() -> None:
         "both": False,
     }
     (row,) = capacity_rows([0.75], 128, 8, 1.5)
-    assert row.capacity == {"token": None, "expert": 11, "both": None}
+    assert row == {"token": None, "expert": 11, "both": None}
     rows = check_rows(0.6, 32, 4, [1.0], samples=100, seed=0)
     assert len(rows) == 6
 

@@ -22,10 +22,9 @@ from etr.report.figure import add_legend, direct_label, house_style, new_figure
 from etr.report.style import CARD, LineStyle, variant_style
 from etr.theory import Bounds, geometric_success
 from etr.theory.geometric import CHOICES, Choice
+from etr.theory.lower_bound import FORMS, capacity_lower_bound
 from etr.theory.tables import (
-    CapacityRow,
     CheckRow,
-    bound_rows,
     capacity_of,
     capacity_rows,
     check_rows,
@@ -126,12 +125,12 @@ class CapacityConfig(SizeConfig):
             f"Capacity in tokens (and factor), {_sizes(self)}, signal {self.signal:g}",
             ("wanted", *(choice for choice in CHOICES)),
         )
-        for row in self._rows(self.wanted):
+        for rate, needed in zip(self.wanted, self._needed(self.wanted), strict=True):
             cells = [
                 "-" if c is None else f"{c} ({c * self.num_experts / self.num_tokens:.2f})"
-                for c in row.capacity.values()
+                for c in needed.values()
             ]
-            table.add_row(f"{row.wanted:g}", *cells)
+            table.add_row(f"{rate:g}", *cells)
         console.print(table)
         print("-: out of reach; tokens that choose another expert are lost at any capacity")
         table = _table(
@@ -139,26 +138,26 @@ class CapacityConfig(SizeConfig):
             f"(mean load {self.num_tokens / self.num_experts:g})",
             ("affinity", "exact", "erfc", "exponential"),
         )
-        for bound in bound_rows(self.affinities, self.hidden_size, self.num_experts):
-            values = (bound.exact, bound.erfc, bound.exponential)
-            table.add_row(f"{bound.affinity:g}", *(f"{value:.4g}" for value in values))
+        for d in self.affinities:
+            bounds = (capacity_lower_bound(self.hidden_size, self.num_experts, d, f) for f in FORMS)
+            table.add_row(f"{d:g}", *(f"{float(bound):.4g}" for bound in bounds))
         console.print(table)
         return 0
 
     def draw(self) -> Figure:
         """Capacity by wanted rate."""
         wanted = np.linspace(0.01, 0.99, 99)
-        rows = self._rows([float(rate) for rate in wanted])
+        rows = self._needed(wanted.tolist())
         figure = new_figure()
         axes = figure.axes[0]
         for choice in CHOICES:
-            tokens = [row.capacity[choice] for row in rows]
+            tokens = [row[choice] for row in rows]
             factor = np.array([np.nan if c is None else c for c in tokens], dtype=np.float64)
             _line(axes, wanted, factor * self.num_experts / self.num_tokens, choice)
         axes.set(xlabel="wanted success rate", ylabel="capacity factor")
         return figure
 
-    def _rows(self, wanted: Sequence[float]) -> list[CapacityRow]:
+    def _needed(self, wanted: Sequence[float]) -> list[dict[Choice, int | None]]:
         return capacity_rows(wanted, self.num_tokens, self.num_experts, self.signal, self.noisy)
 
 
@@ -175,8 +174,7 @@ class CrossoverConfig(SizeConfig):
             ("factor", "C", "fixed score", "success there", "noisy score"),
         )
         for row in crossover_rows(self.capacity_factors, self.num_tokens, self.num_experts):
-            numbers = (row.fixed, row.success, row.noisy)
-            cells = ("none" if np.isnan(x) else f"{x:.3f}" for x in numbers)
+            cells = ("none" if np.isnan(x) else f"{x:.3f}" for x in row[2:])
             table.add_row(f"{row.factor:g}", str(row.capacity), *cells)
         console.print(table)
         print("signals in standard deviations; 0: expert choice is never behind")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -31,82 +31,38 @@ from etr.theory.monte_carlo import GeometricModel, simulate
 from etr.theory.success import expert_choice_success, required_capacity
 
 
-@dataclass(frozen=True, kw_only=True)
-class SuccessRow:
-    """Success of one choice at one capacity."""
+class SuccessRow(NamedTuple):
+    """Success of one choice at one capacity in tokens, and intervals of the rate, if any."""
 
     factor: float
-    """Capacity factor."""
     capacity: int
-    """Tokens."""
     choice: Choice
-    """Who chooses."""
     exact: float
-    """Success rate."""
     paper: Bounds | None
-    """The paper's interval, where it has one for this model."""
     tight: Bounds | None
-    """The tighter interval."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CapacityRow:
-    """What a wanted success rate costs."""
-
-    wanted: float
-    """Success rate."""
-    capacity: dict[Choice, int | None]
-    """Tokens by choice; None if no capacity reaches it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BoundRow:
-    """The lower bound of capacity at one affinity, in tokens."""
-
-    affinity: float
-    """Cosine."""
-    exact: float
-    """By the incomplete beta function."""
-    erfc: float
-    """By erfc."""
-    exponential: float
-    """By the exponential."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CrossoverRow:
-    """From which signal expert choice is ahead of token choice, at one capacity."""
+class CrossoverRow(NamedTuple):
+    """The signals, in standard deviations, from which expert choice is ahead, at one capacity in
+    tokens; `success` is both rates at the fixed one, NaN if there is none."""
 
     factor: float
-    """Capacity factor."""
     capacity: int
-    """Tokens."""
     fixed: float
-    """With a fixed score: signal in standard deviations."""
     success: float
-    """Success rate of both at that signal; NaN if there is none."""
     noisy: float
-    """With a noisy score."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckRow:
-    """An exact rate against samples."""
+class CheckRow(NamedTuple):
+    """An exact rate against the share of samples that succeeded, with its Wilson interval."""
 
     noisy: bool
-    """Whether the telling token's score has noise."""
     signal: float
-    """Standard deviations of the noise."""
     choice: Choice
-    """Who chooses."""
     exact: float
-    """Success rate by the exact form."""
     sampled: float
-    """Share of samples that succeeded."""
     low: float
-    """Wilson's interval around it."""
     high: float
-    """Wilson's interval around it."""
 
     @property
     def agrees(self) -> bool:
@@ -141,23 +97,15 @@ def success_rows(
             tight["expert"] = expert_choice_tight(c, num_tokens, q)
         for choice in CHOICES:
             exact = geometric_success(choice, c, num_tokens, num_experts, signal, noisy)
-            rows.append(
-                SuccessRow(
-                    factor=factor,
-                    capacity=c,
-                    choice=choice,
-                    exact=float(exact),
-                    paper=paper.get(choice),
-                    tight=tight.get(choice),
-                )
-            )
+            intervals = (paper.get(choice), tight.get(choice))
+            rows.append(SuccessRow(factor, c, choice, float(exact), *intervals))
     return rows
 
 
 def capacity_rows(
     wanted: Sequence[float], num_tokens: int, num_experts: int, signal: float, noisy: bool = False
-) -> list[CapacityRow]:
-    """The least capacity of each choice for each wanted rate."""
+) -> list[dict[Choice, int | None]]:
+    """The least capacity of each choice, tokens, for each wanted rate; None if none reaches it."""
     between("wanted", wanted, 0.0, 1.0)
 
     def needed(choice: Choice, rate: float) -> int | None:
@@ -167,23 +115,7 @@ def capacity_rows(
         reachable = float(success(np.asarray(float(num_tokens))))
         return None if rate > reachable else int(required_capacity(rate, num_tokens, success))
 
-    return [
-        CapacityRow(wanted=rate, capacity={choice: needed(choice, rate) for choice in CHOICES})
-        for rate in wanted
-    ]
-
-
-def bound_rows(affinities: Sequence[float], hidden_size: int, num_experts: int) -> list[BoundRow]:
-    """The three forms of the lower bound."""
-    return [
-        BoundRow(
-            affinity=d,
-            exact=float(capacity_lower_bound(hidden_size, num_experts, d)),
-            erfc=float(capacity_lower_bound(hidden_size, num_experts, d, "erfc")),
-            exponential=float(capacity_lower_bound(hidden_size, num_experts, d, "exponential")),
-        )
-        for d in affinities
-    ]
+    return [{choice: needed(choice, rate) for choice in CHOICES} for rate in wanted]
 
 
 def crossover_rows(
@@ -195,10 +127,8 @@ def crossover_rows(
     noisy = crossover(c, num_tokens, num_experts, noisy=True)
     rate = geometric_success("token", c, num_tokens, num_experts, np.nan_to_num(fixed))
     rate = np.where(np.isnan(fixed), np.nan, rate)
-    return [
-        CrossoverRow(factor=f, capacity=int(n), fixed=float(x), success=float(r), noisy=float(z))
-        for f, n, x, r, z in zip(factors, c, fixed, rate, noisy, strict=True)
-    ]
+    columns = (c.tolist(), fixed.tolist(), rate.tolist(), noisy.tolist())
+    return [CrossoverRow(*row) for row in zip(factors, *columns, strict=True)]
 
 
 def check_rows(
@@ -228,17 +158,8 @@ def check_rows(
         for choice in CHOICES:
             exact = geometric_success(choice, c, num_tokens, num_experts, signal, noisy)
             low, high = estimates[choice].interval(each)
-            rows.append(
-                CheckRow(
-                    noisy=noisy,
-                    signal=signal,
-                    choice=choice,
-                    exact=float(exact),
-                    sampled=estimates[choice].rate,
-                    low=low,
-                    high=high,
-                )
-            )
+            rate = estimates[choice].rate
+            rows.append(CheckRow(noisy, signal, choice, float(exact), rate, low, high))
     return rows
 
 
