@@ -43,7 +43,7 @@ VERBS = {
     "evaluate": "evaluate run",
     "calibrate": "calibrate run",
     "trace": "trace run",
-    "export": "export run new --plain",
+    "export": "export run new",
     "convert": "convert run new",
     "finetune": "finetune run --recover --out new",
     "sft": "sft run --data talks.jsonl --out new",

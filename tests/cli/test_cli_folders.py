@@ -44,7 +44,7 @@ COMMANDS = {
     "convert": f"convert theirs new {MOVE}",
     "convert back": f"convert ours new {MOVE}",
     "convert etr": f"convert theirs new --router etr {MOVE}",
-    "export": f"export ours new --plain {TEXT} --num-batches 1",
+    "export": f"export ours new {TEXT} --num-batches 1",
     "calibrate": f"calibrate routed {TEXT} --num-batches 1",
     "trace ours": f"trace ours {TEXT} --max-tokens 64 --out new.parquet",
     "trace theirs": f"trace theirs {TEXT} --max-tokens 64 --out new.parquet",

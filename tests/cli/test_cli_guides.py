@@ -136,7 +136,7 @@ CHECKS = {"upcycle": upcycled, "finetune": recovered, "export": exported, "sft":
         ("upcycle dense other --num-experts 3 --experts slice", "num_experts=3 must divide"),
         ("upcycle nowhere other --num-experts 3", "is not a folder"),
         ("finetune mixtral", "say --recover"),
-        ("export model other", "say --plain"),
+        ("export nowhere other --plain", "nowhere"),
         ("sft model --data talks.jsonl --out model", "needs the package|exists already"),
     ],
 )

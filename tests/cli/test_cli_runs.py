@@ -37,7 +37,7 @@ VERBS = {
     "calibrate": "calibrate {model} --num-batches 1",
     "calibrate to": "calibrate {model} --num-batches 1 --save-to new",
     "trace": "trace {model} --max-tokens 64",
-    "export": "export {model} new --plain --num-batches 1",
+    "export": "export {model} new --num-batches 1",
     "convert": "convert {model} new",
     "finetune": "finetune {model} --recover --out new",
     "sft": "sft {model} --data talks.jsonl --out new",
@@ -143,7 +143,7 @@ def test_a_plain_model_needs_no_manifest(run: Path) -> None:
     assert not Path("new/manifest.json").exists()
     assert etr(VERBS["generate"], model="new") == 0
     assert etr("convert new keep") == 2  # its router has no place in a Mixtral
-    assert etr("export new plain --plain --num-batches 1 --data letters --cache-dir cache") == 0
+    assert etr("export new plain --num-batches 1 --data letters --cache-dir cache") == 0
     assert not Path("plain/manifest.json").exists()
 
 

@@ -61,8 +61,8 @@ def test_bos_is_an_input_and_never_a_label(tmp_path: Path) -> None:
     expected = [IGNORED if token == BOS else token for token in stream[1:]]
     assert batch.labels[0].tolist() == expected + [IGNORED] * (100 - used)
     assert batch.valid_mask[0].tolist() == [True] * used + [False] * (100 - used)
-    numbers = [0, *(n for n, text in enumerate(TEXTS, 1) for _ in range(len(text.encode()) + 2))]
-    assert batch.sequence_ids[0, :used].tolist() == numbers[:-1]
+    places = [0, *(place for text in TEXTS for place in range(len(text.encode()) + 2))]
+    assert batch.position[0, :used].tolist() == places[:-1]
 
 
 def test_bytes_are_counted_per_predicted_token(tmp_path: Path) -> None:
@@ -86,9 +86,7 @@ def test_training_rows_have_the_same_labels(tmp_path: Path) -> None:
 def test_padding_is_what_follows_the_last_label() -> None:
     labels = torch.tensor([[3, IGNORED, 4, IGNORED], [IGNORED, IGNORED, 5, 6], [IGNORED] * 4])
     other = torch.zeros_like(labels)
-    batch = Batch(
-        input_ids=other, labels=labels, domain=other[:, 0], sequence_ids=other, position=other
-    )
+    batch = Batch(input_ids=other, labels=labels, domain=other[:, 0], position=other)
     assert batch.valid_mask.int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]]
 
 

@@ -65,7 +65,7 @@ def rows(batches: list[Batch]) -> Counter[tuple[int, ...]]:
 
 def test_shapes_and_shifted_labels(dataset: TokenDataset) -> None:
     batch = next(loader(dataset))
-    for name in ("input_ids", "labels", "sequence_ids", "position"):
+    for name in ("input_ids", "labels", "position"):
         assert getattr(batch, name).shape == (4, S)
         assert getattr(batch, name).dtype == torch.int64
     assert batch.domain.shape == (4,)
@@ -212,15 +212,12 @@ def test_arguments_are_checked(
 def test_documents_within_a_row(dataset: TokenDataset) -> None:
     seen = 0
     for batch in take(loader(dataset, batch_size=3), 33):
-        for inputs, ids, position in zip(
-            batch.input_ids.tolist(), batch.sequence_ids.tolist(), batch.position.tolist(),
-            strict=True,
-        ):  # fmt: skip
-            document, since = 0, 0
+        for inputs, position in zip(batch.input_ids.tolist(), batch.position.tolist(), strict=True):
+            since = 0
             for t, token in enumerate(inputs):
-                assert (ids[t], position[t]) == (document, since)
-                document, since = (document + 1, 0) if token == EOS else (document, since + 1)
-            seen += max(ids)
+                assert position[t] == since
+                since = 0 if token == EOS else since + 1
+            seen += EOS in inputs[:-1]
     assert seen >= 2  # the documents inside "big" begin inside rows
 
 

@@ -44,7 +44,6 @@ def make_batches(count: int = 3, rows: int = 8, length: int = 16) -> list[Batch]
                 input_ids=ids[:, :-1],
                 labels=labels,
                 domain=torch.full((rows,), number % 2),
-                sequence_ids=torch.zeros(rows, length, dtype=torch.int64),
                 position=torch.arange(length).expand(rows, length),
             )
         )

@@ -42,9 +42,7 @@ def micro_batches() -> list[Batch]:
         labels[: 2 - number] = IGNORED
         labels[-1, number:] = IGNORED
         zero = torch.zeros_like(ids)
-        batches.append(
-            Batch(input_ids=ids, labels=labels, domain=zero[:, 0], sequence_ids=zero, position=zero)
-        )
+        batches.append(Batch(input_ids=ids, labels=labels, domain=zero[:, 0], position=zero))
     return batches
 
 

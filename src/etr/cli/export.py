@@ -33,8 +33,6 @@ class ExportConfig:
     """Checkpoint, or a run's folder."""
     target: Annotated[str, tyro.conf.Positional]
     """New folder."""
-    plain: bool = False
-    """To a family of transformers with a linear router: the one kind of export there is."""
     data: DataConfig = field(default_factory=DataConfig)
     """Text by which norms, losses and the difference of logits are measured; its held-out part is
     read. That of the run by default. The tokenizer is the model's own."""
@@ -44,15 +42,15 @@ class ExportConfig:
     """Size from which a new file of weights begins."""
 
     def __post_init__(self) -> None:
-        if not self.plain:
-            raise ValueError("say --plain: an export to a family with a linear router")
         if self.num_batches < 1:
             raise ValueError(f"num_batches={self.num_batches} must be at least 1")
 
 
 def run(arguments: list[str]) -> int:
     """Export, and print what serving it costs."""
-    config = parse_with_text(ExportConfig, "export", arguments, lambda c: (c.source,))
+    # Earlier versions asked for --plain, the one kind of export that there is.
+    wanted = [argument for argument in arguments if argument != "--plain"]
+    config = parse_with_text(ExportConfig, "export", wanted, lambda c: (c.source,))
     with making(Path(config.target)):
         return _export(config)
 

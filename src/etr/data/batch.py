@@ -25,8 +25,6 @@ class Batch:
     is about to begin with a token that no model has to predict. int64 [B, S]."""
     domain: Tensor
     """Place of each row's domain in `TokenDataset.domains`, int64 [B]."""
-    sequence_ids: Tensor
-    """Number of each token's document within its row, from 0, int64 [B, S]."""
     position: Tensor
     """Tokens since the document's beginning or the row's, whichever is later, int64 [B, S]."""
 
@@ -73,6 +71,5 @@ def make_batch(
         input_ids=torch.from_numpy(inputs),
         labels=torch.from_numpy(labels),
         domain=torch.from_numpy(domain.astype(np.int64)),
-        sequence_ids=torch.from_numpy(np.cumsum(starts, axis=1)),
         position=torch.from_numpy(position),
     )

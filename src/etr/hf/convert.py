@@ -249,7 +249,7 @@ def _check_same_function(config: EtrConfig) -> None:
     if wrong:
         raise ValueError(
             f"{config.family.model_type} cannot hold this model: {'; '.join(wrong)}; models with "
-            "another router can be exported for serving with `etr export --plain`"
+            "another router can be exported for serving with `etr export`"
         )
 
 
