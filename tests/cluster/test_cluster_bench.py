@@ -18,7 +18,7 @@ from etr.cluster.bench.plan import (
     RANKS,
     REAL,
     RECIPES,
-    VARIANTS,
+    ROWS,
     BenchConfig,
 )
 from etr.cluster.bench.plan import nodes_of as nodes_of_shape
@@ -33,9 +33,9 @@ LINE = {"latency_seconds": 1e-3, "bytes_per_second": 25e6}
 CURVE = {"line": LINE, "within": LINE, "between": LINE}
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ROWS)
 def test_every_row_can_be_built(name):
-    parse_dispatcher(VARIANTS[name].dispatch)
+    parse_dispatcher(ROWS[name].dispatch)
     assert name in (*OWN_TEXT, *MIXED_TEXT)
     run = FULL.run_of("2x2", "own", name, 0)
     FULL.training(run, "somewhere").model.moe_config()

@@ -13,7 +13,7 @@ from etr.cluster.bench.plan import (
     RANKS,
     REAL,
     RECIPES,
-    VARIANTS,
+    ROWS,
     BenchConfig,
     emulated_at,
     nodes_of,
@@ -22,6 +22,12 @@ from etr.cluster.bench.prediction import predict
 from etr.cluster.bench.targets import LEAST_LOCAL, MOST_VIOLATION, mixed_target, targets_of
 from etr.report.statistics import mean
 from etr.sheet import table
+
+_LINES = {
+    "all-to-all, per rank": "line",
+    "pair within a node": "within",
+    "pair between nodes": "between",
+}
 
 
 def page(config: BenchConfig, results: dict[str, Any]) -> str:
@@ -71,13 +77,13 @@ def _method(config: BenchConfig) -> str:
 def _shape(book: Book, shape: str) -> str:
     nodes = max(nodes_of(shape)) + 1
     title = f"## {shape}: {nodes} nodes of {RANKS // nodes}, own text\n\n"
-    cells = _table(book, [(shape, "own", name) for name in VARIANTS])
+    cells = _table(book, [(shape, "own", name) for name in ROWS])
     return title + cells + targets_of(book, shape) if cells else ""
 
 
 def _mixed(book: Book) -> str:
     shape = book.config.shapes[0]
-    cells = _table(book, [(shape, "mixed", name) for name in VARIANTS])
+    cells = _table(book, [(shape, "mixed", name) for name in ROWS])
     if not cells:
         return ""
     return (
@@ -100,7 +106,7 @@ def _table(book: Book, cells: Iterable[Cell]) -> str:
         step = mean(list(book.seconds(cell).values()))
         rows.append(
             (
-                VARIANTS[cell[2]].title,
+                ROWS[cell[2]].title,
                 f"{step:.3f}",
                 ratio(book.seconds(cell), book.seconds(base)),
                 ratio(
@@ -170,16 +176,10 @@ def _locality(book: Book) -> str:
 def _ratios(book: Book) -> str:
     """The main rows with computation that is faster or slower than the network."""
     config, shape = book.config, book.config.shapes[0]
-    base: Cell = (shape, "own", "baseline")
     rows = []
     for value in sorted({config.compute_ratio, *config.other_ratios}):
         compute = EMULATED if value == config.compute_ratio else emulated_at(value)
-        for name in MAIN_ROWS:
-            seconds = book.seconds((shape, "own", name), compute)
-            if len(seconds) == len(config.seeds):
-                step = mean(list(seconds.values()))
-                against = ratio(seconds, book.seconds(base, compute))
-                rows.append((f"{value:g}", VARIANTS[name].title, f"{step:.3f}", against))
+        rows += _main_rows(book, shape, compute, f"{value:g}")
     if len({row[0] for row in rows}) < 2:
         return ""
     return (
@@ -190,15 +190,7 @@ def _ratios(book: Book) -> str:
 
 
 def _real(book: Book) -> str:
-    rows = []
-    for shape in book.config.shapes:
-        base: Cell = (shape, "own", "baseline")
-        for name in MAIN_ROWS:
-            seconds = book.seconds((shape, "own", name), REAL)
-            if len(seconds) == len(book.config.seeds):
-                step = mean(list(seconds.values()))
-                against = ratio(seconds, book.seconds(base, REAL))
-                rows.append((shape, VARIANTS[name].title, f"{step:.3f}", against))
+    rows = [row for shape in book.config.shapes for row in _main_rows(book, shape, REAL, shape)]
     if not rows:
         return ""
     return (
@@ -206,6 +198,18 @@ def _real(book: Book) -> str:
         "cores, which all ranks share, and which also move the bytes; nothing is emulated but the "
         "network.\n\n" + table(("shape", "variant", "step (s)", "step / baseline"), rows)
     )
+
+
+def _main_rows(book: Book, shape: str, compute: str, first: str) -> list[tuple[str, ...]]:
+    """The main rows that every seed timed so; `first` is what their first cell says."""
+    base = book.seconds((shape, "own", "baseline"), compute)
+    rows: list[tuple[str, ...]] = []
+    for name in MAIN_ROWS:
+        seconds = book.seconds((shape, "own", name), compute)
+        if len(seconds) == len(book.config.seeds):
+            step = mean(list(seconds.values()))
+            rows.append((first, ROWS[name].title, f"{step:.3f}", ratio(seconds, base)))
+    return rows
 
 
 def _prediction(book: Book) -> str:
@@ -218,14 +222,14 @@ def _prediction(book: Book) -> str:
         for seed, seconds in book.seconds(cell).items():
             timed = book.timings(cell, "emulated", seed)[0]
             curve = book.curves[cell[0]]
-            predicted.append(predict(book.config, timed, curve, VARIANTS[cell[2]].dispatch))
+            predicted.append(predict(book.config, timed, curve, ROWS[cell[2]].dispatch))
             measured.append(seconds)
         error = mean(predicted) / mean(measured) - 1
         errors.append(abs(error))
         rows.append(
             (
                 *cell[:2],
-                VARIANTS[cell[2]].title,
+                ROWS[cell[2]].title,
                 f"{mean(predicted):.3f}",
                 f"{mean(measured):.3f}",
                 f"{error:+.0%}",
@@ -242,23 +246,16 @@ def _prediction(book: Book) -> str:
 
 
 def _network(book: Book) -> str:
-    rows = []
-    for shape, curve in book.curves.items():
-        for name, key in (
-            ("all-to-all, per rank", "line"),
-            ("pair within a node", "within"),
-            ("pair between nodes", "between"),
-        ):
-            line = curve[key]
-            if line is not None:
-                rows.append(
-                    (
-                        shape,
-                        name,
-                        f"{line['latency_seconds'] * 1e3:.2f}",
-                        f"{line['bytes_per_second'] * 8e-6:.0f}",
-                    )
-                )
+    rows = [
+        (
+            *(shape, name),
+            f"{line['latency_seconds'] * 1e3:.2f}",
+            f"{line['bytes_per_second'] * 8e-6:.0f}",
+        )
+        for shape, curve in book.curves.items()
+        for name, key in _LINES.items()
+        if (line := curve[key]) is not None
+    ]
     if not rows:
         return ""
     return (

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from etr.cluster.network import parse_rate
 from etr.data import DataConfig
 from etr.moe import LossConfig
-from etr.moe.config import parse_capacity, parse_router
+from etr.moe.config import parse_router
 from etr.train import ModelConfig, OptimizerConfig, RoutingOptions, TrainConfig
 
 RANKS = 4
@@ -27,7 +27,6 @@ class Recipe:
 
     Args:
         router: with options.
-        capacity: policy with options; None for the router's own.
         locality: weight of the locality loss, or None for none.
         per_rank: capacity counts a rank's own tokens, as where buffers are padded.
         local_bonus: added to the score of experts on the token's node.
@@ -35,7 +34,6 @@ class Recipe:
     """
 
     router: str
-    capacity: str | None = None
     locality: float | None = None
     per_rank: bool = False
     local_bonus: float = 0.0
@@ -43,8 +41,6 @@ class Recipe:
 
     def __post_init__(self) -> None:
         parse_router(self.router)
-        if self.capacity is not None:
-            parse_capacity(self.capacity)
 
     @property
     def needs_nodes(self) -> bool:
@@ -84,62 +80,36 @@ class Run:
         return f"{self.recipe}-{self.text}-{self.shape}-seed{self.seed}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """A row of the page: a trained model and how its tokens travel.
-
-    Args:
-        title: shown in tables.
-        recipe: name in `RECIPES`.
-        dispatch: dispatcher with options.
-    """
+class BenchRow(NamedTuple):
+    """A row of the page: a trained model and how its tokens travel."""
 
     title: str
+    """Shown in tables."""
     recipe: str
+    """Name in `RECIPES`."""
     dispatch: str
+    """Dispatcher with options."""
 
 
-VARIANTS: dict[str, Variant] = {
-    "baseline": Variant(
-        title="baseline: top-1, factor 1.1, padded", recipe="baseline", dispatch=PADDED
+ROWS: dict[str, BenchRow] = {
+    "baseline": BenchRow("baseline: top-1, factor 1.1, padded", "baseline", PADDED),
+    "locmoe": BenchRow("LocMoE", "locmoe", PADDED),
+    "etr-published": BenchRow(
+        "published ETR: schedule to 0.6, locality, chunked", "etr-published", CHUNKED
     ),
-    "locmoe": Variant(title="LocMoE", recipe="locmoe", dispatch=PADDED),
-    "etr-published": Variant(
-        title="published ETR: schedule to 0.6, locality, chunked",
-        recipe="etr-published",
-        dispatch=CHUNKED,
-    ),
-    "etr": Variant(
-        title="default ETR: schedule to 1.1, locality, chunked", recipe="etr", dispatch=CHUNKED
-    ),
-    "capacity": Variant(
-        title="capacity alone: schedule to 0.6, padded", recipe="capacity", dispatch=PADDED
-    ),
-    "unpadded": Variant(title="baseline, unpadded", recipe="baseline", dispatch=PLAIN),
-    "locality": Variant(
-        title="locality alone: baseline, unpadded, locality loss",
-        recipe="locality",
-        dispatch=PLAIN,
-    ),
-    "locality-padded": Variant(
-        title="locality loss under padding", recipe="locality", dispatch=PADDED
-    ),
-    "overlap": Variant(
-        title="overlap alone: baseline, unpadded, chunked", recipe="baseline", dispatch=CHUNKED
-    ),
-    "no-overlap": Variant(
-        title="published ETR without overlap", recipe="etr-published", dispatch=PLAIN
-    ),
-    "bonus": Variant(title="published ETR with local_bonus", recipe="bonus", dispatch=CHUNKED),
-    "sharded": Variant(
-        title="published ETR, documents sharded by their routing",
-        recipe="sharded",
-        dispatch=CHUNKED,
-    ),
+    "etr": BenchRow("default ETR: schedule to 1.1, locality, chunked", "etr", CHUNKED),
+    "capacity": BenchRow("capacity alone: schedule to 0.6, padded", "capacity", PADDED),
+    "unpadded": BenchRow("baseline, unpadded", "baseline", PLAIN),
+    "locality": BenchRow("locality alone: baseline, unpadded, locality loss", "locality", PLAIN),
+    "locality-padded": BenchRow("locality loss under padding", "locality", PADDED),
+    "overlap": BenchRow("overlap alone: baseline, unpadded, chunked", "baseline", CHUNKED),
+    "no-overlap": BenchRow("published ETR without overlap", "etr-published", PLAIN),
+    "bonus": BenchRow("published ETR with local_bonus", "bonus", CHUNKED),
+    "sharded": BenchRow("published ETR, documents sharded by their routing", "sharded", CHUNKED),
 }
 """Rows by name."""
 
-OWN_TEXT = tuple(name for name in VARIANTS if name not in ("bonus", "sharded"))
+OWN_TEXT = tuple(name for name in ROWS if name not in ("bonus", "sharded"))
 MAIN_ROWS = ("baseline", "locmoe", "etr-published", "etr")
 """Rows that are also timed with the trained experts, and at other ratios of compute to network."""
 MIXED_TEXT = ("baseline", "etr-published", "locality", "bonus", "sharded")
@@ -186,14 +156,14 @@ class BenchConfig:
     """Most text of each domain, bytes."""
     eval_tokens_per_domain: int = 16384
     """Held-out tokens of each domain."""
-    variants: tuple[str, ...] = field(default=tuple(VARIANTS))
+    variants: tuple[str, ...] = field(default=tuple(ROWS))
     """Rows that are run."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "replay_batches", "rounds", "rows_per_rank", "replay_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name, known in (("shapes", _SHAPES), ("variants", VARIANTS)):
+        for name, known in (("shapes", _SHAPES), ("variants", ROWS)):
             unknown = sorted(set(getattr(self, name)) - set(known))
             if unknown or not getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)} must be of {', '.join(known)}")
@@ -218,7 +188,7 @@ class BenchConfig:
 
     def run_of(self, shape: str, text: Text, variant: str, seed: int) -> Run:
         """The training run behind a row."""
-        recipe = VARIANTS[variant].recipe
+        recipe = ROWS[variant].recipe
         shape = shape if RECIPES[recipe].needs_nodes else "any"
         return Run(recipe=recipe, text=text, shape=shape, seed=seed)
 
@@ -242,7 +212,6 @@ class BenchConfig:
                 num_layers=self.num_layers,
                 routing=RoutingOptions(
                     router=recipe.router,
-                    capacity=recipe.capacity,
                     expert_size=2 * self.hidden_size,
                     losses=LossConfig(locality_mu=recipe.locality or 0.0),
                 ),

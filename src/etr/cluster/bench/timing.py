@@ -23,7 +23,7 @@ from etr.cluster.bench.plan import (
     PADDED,
     REAL,
     RECIPES,
-    VARIANTS,
+    ROWS,
     BenchConfig,
     Run,
     emulated_at,
@@ -84,7 +84,7 @@ def ranks_of(bench: BenchConfig, topology: Topology) -> ExpertParallel:
 
 def _time(bench: BenchConfig, job: dict[str, Any], parallel: ExpertParallel) -> dict[str, Any]:
     run = Run(**job["run"])
-    replay = Replay(bench, run, VARIANTS[job["variant"]].dispatch, job["compute"], parallel)
+    replay = Replay(bench, run, ROWS[job["variant"]].dispatch, job["compute"], parallel)
     for batch in range(WARM_UP):
         replay.step(batch)
     seconds = []

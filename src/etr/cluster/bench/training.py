@@ -86,21 +86,20 @@ def _train(bench: BenchConfig, run: Run, data: OpenedData) -> dict[str, Any]:
     recipe, nodes = RECIPES[run.recipe], nodes_of(run.shape)
     trainer = Trainer(bench.training(run, str(folder / "run")), data)
     _arrange(trainer, recipe, nodes)
-    loaders = _Loaders(bench, run, data)
-    trainer.loader = loaders.own(bench.rows_per_rank, run.seed)
+    trainer.loader = _loader(bench, run, data)
     half = bench.steps // 2
     with trainer:
         while not trainer.finished:
             if recipe.sharded and trainer.step == half:
-                whole = loaders.whole(bench.rows_per_rank, run.seed)
+                whole = _loader(bench, run, data, whole=True)
                 whole.load_state_dict(trainer.loader.state_dict())
                 dealt = sharded_by_routing(trainer, whole, bench.steps - half, nodes)
                 trainer.loader = dealt  # type: ignore[assignment]
             trainer.train_step()
         eval_rows = trainer.evaluate()
-        replay: Iterator[Batch] = loaders.own(bench.replay_rows, run.seed + REPLAY)
+        replay: Iterator[Batch] = _loader(bench, run, data, replay=True)
         if recipe.sharded:
-            whole = loaders.whole(bench.replay_rows, run.seed + REPLAY)
+            whole = _loader(bench, run, data, replay=True, whole=True)
             replay = sharded_by_routing(trainer, whole, bench.replay_batches, nodes)
         result, inputs = _record(bench, trainer, replay)
     losses = [row["val_loss"] for row in eval_rows if row["kind"] == "eval"] or [math.nan]
@@ -132,32 +131,23 @@ def _arrange(trainer: Trainer, recipe: Recipe, nodes: tuple[int, ...]) -> None:
         layer.config = dataclasses.replace(layer.config, local_bonus=recipe.local_bonus)
 
 
-class _Loaders:
-    """Training text of a run: its own domains for each rank, or the same mixture for all."""
-
-    def __init__(self, bench: BenchConfig, run: Run, data: OpenedData) -> None:
-        self._length, self._text, self._dataset = bench.sequence_length, run.text, data.dataset
-
-    def own(self, rows: int, seed: int) -> TokenLoader:
-        """This rank's rows."""
-        if self._text == "mixed":
-            return self._open(rows, seed, rank=dist.get_rank(), world_size=RANKS)
-        domains = self._dataset.domains
-        weights = {d: float(i % RANKS == dist.get_rank()) for i, d in enumerate(domains)}
-        return self._open(rows, seed, domain_weights=weights)
-
-    def whole(self, rows: int, seed: int) -> TokenLoader:
-        """The rows of all ranks."""
-        return self._open(rows * RANKS, seed)
-
-    def _open(self, rows: int, seed: int, **options: Any) -> TokenLoader:
-        return TokenLoader(
-            self._dataset,
-            sequence_length=self._length,
-            batch_size=rows,
-            seed=seed,
-            **options,
-        )
+def _loader(
+    bench: BenchConfig, run: Run, data: OpenedData, *, replay: bool = False, whole: bool = False
+) -> TokenLoader:
+    """Text of a run, `whole` for all ranks or for this one: its own domains, or of a mixture."""
+    rows = bench.replay_rows if replay else bench.rows_per_rank
+    seed = run.seed + REPLAY if replay else run.seed
+    options: dict[str, Any] = {}
+    if whole:
+        rows *= RANKS
+    elif run.text == "mixed":
+        options = {"rank": dist.get_rank(), "world_size": RANKS}
+    else:
+        places = enumerate(data.dataset.domains)
+        weights = {domain: float(i % RANKS == dist.get_rank()) for i, domain in places}
+        options = {"domain_weights": weights}
+    length = bench.sequence_length
+    return TokenLoader(data.dataset, sequence_length=length, batch_size=rows, seed=seed, **options)
 
 
 @torch.no_grad()
