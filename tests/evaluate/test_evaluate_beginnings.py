@@ -16,13 +16,13 @@ from etr.cli import main
 from etr.cli.generate import GenerateConfig, continue_text
 from etr.data import BYTE_VOCAB_SIZE, DataConfig, held_out_batches, open_data
 from etr.data import chat as chat_module
-from etr.evaluate import Task, evaluate, run_tasks
+from etr.evaluate import Exam, evaluate, run_tasks
 from etr.hf import EtrConfig, EtrForCausalLM
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
 QUESTION = {"prompt": "Question: sky\nAnswer:", "choices": ["blue", "red"], "answer": 0}
-TASK = Task(name="own", label="own", questions=[QUESTION | {"category": ""}])
-OPEN = Task(
+TASK = Exam(name="own", label="own", questions=[QUESTION | {"category": ""}])
+OPEN = Exam(
     name="open",
     label="open",
     questions=[{"prompt": "a b", "category": ""}],

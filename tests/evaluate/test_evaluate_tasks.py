@@ -20,7 +20,7 @@ from etr.evaluate.embedding import Embedder
 from etr.evaluate.harness import run_named
 from etr.evaluate.tasks import (
     TASKS,
-    Task,
+    Exam,
     TaskConfig,
     choice,
     gsm8k,
@@ -142,7 +142,7 @@ def test_generated_answers_are_scored_in_order(model: EtrForCausalLM) -> None:
         seen[question["prompt"]] = answer
         return {"length": float(len(question["prompt"]))}
 
-    task = Task(
+    task = Exam(
         name="own",
         label="own",
         questions=[{"prompt": p, "category": "x"} for p in prompts],

@@ -16,8 +16,8 @@ from etr.cli._of_run import parse_with_text
 from etr.cli._tables import make_table
 from etr.data import DataConfig, held_out_batches, open_data
 from etr.evaluate import (
+    Exam,
     ModelResult,
-    Task,
     TaskConfig,
     TaskResult,
     comparison_json,
@@ -92,7 +92,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def evaluate_model(config: EvaluateConfig, path: str, name: str, tasks: list[Task]) -> ModelResult:
+def evaluate_model(config: EvaluateConfig, path: str, name: str, tasks: list[Exam]) -> ModelResult:
     """All tasks on one model."""
     model, tokenizer, folder = open_any_model(path)
     options: dict[str, Any] = {

@@ -5,11 +5,14 @@ from etr.evaluate.comparison import ModelResult, comparison_json, comparison_mar
 from etr.evaluate.harness import run_tasks
 from etr.evaluate.held_out import EvalResult, describe_selection, evaluate
 from etr.evaluate.scores import score_densities
-from etr.evaluate.tasks import TASKS, Task, TaskConfig, TaskResult
+from etr.evaluate.tasks import TASKS, Exam, TaskConfig, TaskResult
+
+Task = Exam  # its name in earlier versions
 
 __all__ = [
     "TASKS",
     "EvalResult",
+    "Exam",
     "ModelResult",
     "Task",
     "TaskConfig",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from etr.data.chat import ChatTemplate
 from etr.data.tokenizer import encode_prompt
 from etr.evaluate.held_out import evaluating
-from etr.evaluate.tasks.base import ALL, Score, Task, TaskResult, by_category, require
+from etr.evaluate.tasks.base import ALL, Exam, Score, TaskResult, by_category, require
 from etr.moe.config import EvalSelection
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ CHOICE_MEASURES = ("acc_norm", "acc")
 def run_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[Task],
+    tasks: Sequence[Exam],
     *,
     batch_size: int = 8,
     chat: bool = False,
@@ -190,7 +190,7 @@ def _write_chat(
         return template.write([(others, options)])[0]
 
 
-def _as_harness_task(task: Task) -> dict[str, Any]:
+def _as_harness_task(task: Exam) -> dict[str, Any]:
     """A task in the words of the harness's configuration."""
     import datasets
 
@@ -222,7 +222,7 @@ def _as_harness_task(task: Task) -> dict[str, Any]:
     }
 
 
-def _own_result(task: Task, samples: list[dict[str, Any]]) -> TaskResult:
+def _own_result(task: Exam, samples: list[dict[str, Any]]) -> TaskResult:
     in_order = sorted(samples, key=lambda sample: sample["doc_id"])
     rows = [
         (sample["doc"]["category"], {name: float(sample[name]) for name in sample["metrics"]})

@@ -22,7 +22,7 @@ from etr.trace.schema import LayerRouting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choices:
+class LayerChoices:
     """Choices of one layer's T tokens in one forward: P pairs in use, token after token.
 
     Args:
@@ -41,7 +41,7 @@ class Choices:
     kept: Tensor
 
     @classmethod
-    def of_layer(cls, routing: Routing, selection: Selection) -> Choices:
+    def of_layer(cls, routing: Routing, selection: Selection) -> LayerChoices:
         """What a layer of this library decided; where experts choose, what they took."""
         used = routing.valid if routing.tokens_choose else selection.kept
         return cls(
@@ -54,7 +54,7 @@ class Choices:
         )
 
     @classmethod
-    def of_router(cls, logits: Tensor, weights: Tensor, experts: Tensor) -> Choices:
+    def of_router(cls, logits: Tensor, weights: Tensor, experts: Tensor) -> LayerChoices:
         """What a transformers router returned: logits [T, E], weights and experts [T, k]."""
         num_tokens, k = experts.shape
         return cls(
@@ -110,7 +110,7 @@ class RoutingRecorder:
         layers = moe_layers(model)
         self._model = model
         self._routers = [] if layers else routers_of(model)
-        self._caught: list[list[Choices]] = [[] for _ in layers or self._routers]
+        self._caught: list[list[LayerChoices]] = [[] for _ in layers or self._routers]
         self._stack = ExitStack()
 
     def __enter__(self) -> RoutingRecorder:
@@ -143,11 +143,11 @@ class RoutingRecorder:
         return [layer[0].of_tokens(valid_mask.flatten()) for layer in caught]
 
     def _see(self, place: int, view: LayerView) -> None:
-        self._caught[place].append(Choices.of_layer(view.routing, view.selection))
+        self._caught[place].append(LayerChoices.of_layer(view.routing, view.selection))
 
 
-def _catch_router(caught: list[Choices], router: nn.Module, args: Any, output: Any) -> None:
-    caught.append(Choices.of_router(*output))
+def _catch_router(caught: list[LayerChoices], router: nn.Module, args: Any, output: Any) -> None:
+    caught.append(LayerChoices.of_router(*output))
 
 
 def routers_of(model: nn.Module) -> list[nn.Module]:

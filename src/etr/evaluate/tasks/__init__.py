@@ -1,6 +1,6 @@
 """Tasks on which models are evaluated, by name; none of them downloads anything.
 
-A new task: a function that returns a `Task`, and one line in the table.
+A new task: a function that returns an `Exam`, and one line in the table.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from etr.evaluate.embedding import Embedder
-from etr.evaluate.tasks.base import ALL, Score, Scores, Task, TaskResult
+from etr.evaluate.tasks.base import ALL, Exam, Score, Scores, TaskResult
 from etr.evaluate.tasks.choice import mmlu_dev, own_questions, teleqna
 from etr.evaluate.tasks.written import gsm8k, humaneval, open_answers
 
@@ -62,7 +62,7 @@ class TaskConfig:
                 f"embedder={self.embedder!r} and open_answers={self.open_answers!r} go together"
             )
 
-    def local(self) -> list[Task]:
+    def local(self) -> list[Exam]:
         """The tasks of the table that are asked for.
 
         Raises:
@@ -77,7 +77,7 @@ class TaskConfig:
         return tuple(name for name in self.tasks if name not in TASKS and name != HELD_OUT)
 
 
-TASKS: dict[str, Callable[[TaskConfig], Task]] = {
+TASKS: dict[str, Callable[[TaskConfig], Exam]] = {
     "mmlu_dev": lambda c: mmlu_dev(c.limit),
     "teleqna": lambda c: teleqna(c.teleqna or "", c.limit),
     "questions": lambda c: own_questions(c.questions or "", c.limit),
@@ -93,9 +93,9 @@ __all__ = [
     "ALL",
     "HELD_OUT",
     "TASKS",
+    "Exam",
     "Score",
     "Scores",
-    "Task",
     "TaskConfig",
     "TaskResult",
     "gsm8k",

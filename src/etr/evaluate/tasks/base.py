@@ -41,7 +41,7 @@ Scores = dict[str, dict[str, Score]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class Exam:
     """Questions of one kind.
 
     Args:

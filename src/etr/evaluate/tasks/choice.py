@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from etr.evaluate.tasks.base import Task, read_lines, require, spread
+from etr.evaluate.tasks.base import Exam, read_lines, require, spread
 
 TELEQNA_PASSWORD = b"teleqnadataset"
 """Published by the authors: the encryption keeps the questions out of training text."""
@@ -19,7 +19,7 @@ _ANSWER = re.compile(r"answer is \(([A-E])\)")
 
 
 def question(text: str, choices: list[str], answer: int, category: str = "") -> dict[str, Any]:
-    """One question as `Task` holds it.
+    """One question as `Exam` holds it.
 
     Raises:
         ValueError: fewer than two choices, an empty one, or an answer that is none of them.
@@ -36,7 +36,7 @@ def question(text: str, choices: list[str], answer: int, category: str = "") -> 
     }
 
 
-def own_questions(path: str | Path, limit: int | None = None) -> Task:
+def own_questions(path: str | Path, limit: int | None = None) -> Exam:
     """Multiple-choice questions of one's own.
 
     Args:
@@ -52,10 +52,10 @@ def own_questions(path: str | Path, limit: int | None = None) -> Task:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         found.append(asked)
-    return Task(name="questions", label=Path(path).name, questions=spread(found, limit))
+    return Exam(name="questions", label=Path(path).name, questions=spread(found, limit))
 
 
-def mmlu_dev(limit: int | None = None) -> Task:
+def mmlu_dev(limit: int | None = None) -> Exam:
     """The development questions of MMLU, which lm-evaluation-harness shows as examples.
 
     Four or five of each of 57 subjects: far fewer than MMLU asks, and seen more often, so these
@@ -70,7 +70,7 @@ def mmlu_dev(limit: int | None = None) -> Task:
     if not found:
         raise ValueError(f"lm-eval {lm_eval.__version__} holds no MMLU dev questions in {folder}")
     label = "MMLU's development questions (not the MMLU test)"
-    return Task(name="mmlu_dev", label=label, questions=spread(found, limit))
+    return Exam(name="mmlu_dev", label=label, questions=spread(found, limit))
 
 
 def _dev_questions(path: Path) -> Iterator[dict[str, Any]]:
@@ -90,7 +90,7 @@ def _dev_questions(path: Path) -> Iterator[dict[str, Any]]:
             yield question(text, choices, letters.index(answer[1]), subjects)
 
 
-def teleqna(path: str | Path, limit: int | None = None) -> Task:
+def teleqna(path: str | Path, limit: int | None = None) -> Exam:
     """TeleQnA: questions on telecommunications, of five categories, with two to five choices.
 
     Args:
@@ -108,7 +108,7 @@ def teleqna(path: str | Path, limit: int | None = None) -> Task:
         found = [_teleqna_question(entry) for entry in entries.values()]
     except Exception as error:  # readers of a damaged or hostile archive raise what they like
         raise ValueError(f"teleqna={str(path)!r} is no TeleQnA zip: {error}") from error
-    return Task(name="teleqna", label="TeleQnA", questions=spread(found, limit))
+    return Exam(name="teleqna", label="TeleQnA", questions=spread(found, limit))
 
 
 def _teleqna_entries(path: Path, pyzipper: Any) -> dict[str, Any]:

