@@ -15,8 +15,8 @@ from benchmarks.results import Row
 from benchmarks.rounds import Seconds
 from benchmarks.settings import Settings
 from etr.moe.affinity import grap_affinity, router_dtype
+from etr.moe.context import RouterInput
 from etr.moe.routers import ROUTERS, EtrRouter, Router
-from etr.moe.routing import RouterInput
 
 GRAP, LINEAR = "GrAP scores", "linear scores"
 GRAP_ROUTER, LINEAR_ROUTER, ETR_ROUTER = "GrAP router", "linear router", "etr router, default"

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from etr.moe import CAPACITIES, EXPERT_BACKENDS, ROUTERS, MoE, MoEConfig, RoutingContext
 from etr.moe.capacity import CapacityConfig
-from etr.moe.config import parse_capacity, unsupported
+from etr.moe.config import parse_capacity
 from etr.moe.routers import RouterConfig
+from etr.moe.rules import unsupported
 
 H, E, I, T = 16, 4, 8, 16  # noqa: E741
 

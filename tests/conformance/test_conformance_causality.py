@@ -20,7 +20,7 @@ from cells import (
 from torch import Tensor
 
 from etr.moe import CAPACITIES, MoE
-from etr.moe.config import unsupported
+from etr.moe.rules import unsupported
 
 N = 24
 HALF = N // 2

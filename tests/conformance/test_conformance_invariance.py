@@ -23,7 +23,7 @@ from cells import (
 from torch import Tensor
 
 from etr.moe import Collector, ExpertPlacement, RoutingContext
-from etr.moe.routing import Replay
+from etr.moe.context import Replay
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 

@@ -26,8 +26,9 @@ from cells import (
 from torch import Tensor
 
 from etr.moe import EXPERT_BACKENDS, EtrRouter, MoE, reference
+from etr.moe.context import RoutingContext
 from etr.moe.experts import ACTIVATIONS
-from etr.moe.routing import Routing, RoutingContext
+from etr.moe.routing import Routing
 
 
 def gradients(layer: MoE, x: Tensor, y: Tensor, weight: Tensor) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import nn
 import etr
 from etr.hf.replay import join_choices, record_choices, replay_choices
 from etr.moe import capacity, moe_layers
-from etr.moe.routing import Replay
+from etr.moe.context import Replay
 from etr.moe.watch import LayerView, watch
 
 pytestmark = pytest.mark.filterwarnings(

@@ -14,7 +14,8 @@ import etr
 from etr.hf import EtrForCausalLM
 from etr.moe import RoutingContext, capacity, moe_layers
 from etr.moe.collector import Collector
-from etr.moe.config import EVAL_SELECTIONS, MoEConfig
+from etr.moe.config import MoEConfig
+from etr.moe.context import EVAL_SELECTIONS
 from etr.moe.layer import MoE
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")

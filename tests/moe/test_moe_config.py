@@ -23,7 +23,7 @@ from etr.moe import (
     support_table,
 )
 from etr.moe.capacity import AffinityMass, Factor, LocMoE, Schedule, Threshold
-from etr.moe.routing import Replay
+from etr.moe.context import Replay
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 4}
 NAN = float("nan")

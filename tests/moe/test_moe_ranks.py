@@ -55,6 +55,7 @@ def test_options_of_a_dispatcher() -> None:
     [
         ("alltoall", "dispatch='alltoall' is unknown; choose one of auto, permute"),
         ("chunked:alltoall", "dispatch='alltoall' is unknown"),
+        ("chunked:auto", "dispatch='auto' is unknown; choose one of auto, permute"),
         ("chunked:permute", "wrapped='permute': only what sends rows"),
         ("chunked:chunked", "wrapped='chunked': only what sends rows"),
         ("chunked:chunks=0", "chunks=0 must be at least 1"),

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from etr.moe import MoE, MoEConfig
+from etr.moe.context import RouterInput
 from etr.moe.routers import Router
 from etr.moe.routers.token_choice import TokenChoice
-from etr.moe.routing import RouterInput, Routing
+from etr.moe.routing import Routing
 
 T, H, E = 40, 16, 8
 

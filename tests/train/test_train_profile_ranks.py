@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from etr.moe import MoE, MoEConfig
-from etr.moe.expert_parallel import ExpertParallel
+from etr.moe.ranks import ExpertParallel
 from etr.moe.topology import Topology
 from etr.train.profile import profile_pass
 

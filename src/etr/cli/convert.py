@@ -24,7 +24,8 @@ from etr.hf import ConvertReport, EtrForCausalLM, convert, load_pretrained
 from etr.hf.convert import Direction, write_model
 from etr.hf.swap_router import SwapReport, set_temperatures, swap_router
 from etr.moe import moe_layers
-from etr.moe.config import EvalSelection, parse_capacity
+from etr.moe.config import parse_capacity
+from etr.moe.context import EvalSelection
 from etr.train.checkpoint_folder import find_model
 from etr.train.folders import making
 

@@ -30,7 +30,7 @@ from etr.evaluate.comparison import columns, held_out_result, score_rows
 from etr.evaluate.harness import check_named, run_named
 from etr.evaluate.tasks import HELD_OUT
 from etr.files import write_json, write_text
-from etr.moe.config import EvalSelection
+from etr.moe.context import EvalSelection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

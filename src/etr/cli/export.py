@@ -20,7 +20,7 @@ from etr.evaluate.held_out import effective_selection
 from etr.hf.loading import load_causal
 from etr.hf.plain import divides_by_norm, export_plain, mean_inverse_norms
 from etr.moe import moe_layers, set_eval_selection
-from etr.moe.config import EvalSelection
+from etr.moe.context import EvalSelection
 from etr.train.diagnose import mixed_batches
 from etr.train.folders import making
 

@@ -14,7 +14,7 @@ from etr.cli._options import parse
 from etr.data import encode_prompt
 from etr.hf import EtrForCausalLM
 from etr.moe import set_eval_selection
-from etr.moe.config import EvalSelection
+from etr.moe.context import EvalSelection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,7 +18,7 @@ from etr.cli._progress import track
 from etr.cli._tables import make_table
 from etr.data import DataConfig, open_data
 from etr.hf import FAMILIES
-from etr.moe.config import EvalSelection
+from etr.moe.context import EvalSelection
 from etr.moe.stats import max_violation
 from etr.trace import (
     Trace,

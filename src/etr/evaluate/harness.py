@@ -13,7 +13,7 @@ from etr.data.chat import ChatTemplate
 from etr.data.tokenizer import encode_prompt
 from etr.evaluate.held_out import evaluating
 from etr.evaluate.tasks.base import ALL, Exam, Score, TaskResult, by_category, require
-from etr.moe.config import EvalSelection
+from etr.moe.context import EvalSelection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

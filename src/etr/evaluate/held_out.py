@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from etr.data import IGNORED, Batch
 from etr.moe import moe_layers, set_eval_selection
-from etr.moe.config import EvalSelection
+from etr.moe.context import EvalSelection
 from etr.moe.stats import kept_share
 from etr.parallel import Ranks
 

@@ -18,7 +18,7 @@ from etr.hf.carried import carry
 from etr.hf.config import EtrConfig
 from etr.hf.families import Family
 from etr.hf.initialize import initialize
-from etr.moe import Collector, MoE, MoEConfig, RoutingContext
+from etr.moe import Collector, MoE, MoEConfig, RoutingContext, moe_layers
 from etr.moe.notice import warn
 from etr.moe.state import GlobalState
 from etr.moe.watch import LayerView, watch
@@ -276,9 +276,9 @@ def _with_router_logits(model: Any, run: Callable[..., Any], **kwargs: Any) -> A
     """`run`, and the logits of each MoE layer's router in `router_logits` of what it returns."""
     found: list[Tensor] = []
 
-    def see(_: int, view: LayerView) -> None:
+    def see(place: int, view: LayerView) -> None:
         if view.routing.logits is None:
-            name = view.layer.config.router_config.name
+            name = moe_layers(model)[place].config.router_config.name
             raise ValueError(f"output_router_logits=True: router {name!r} has no logits")
         found.append(view.routing.logits)
 

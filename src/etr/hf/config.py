@@ -13,7 +13,7 @@ from etr.hf.families.base import GATED_ACTIVATIONS
 from etr.hf.versions import CACHE_NAMES
 from etr.moe import LossConfig, MoEConfig
 from etr.moe.capacity import CapacityConfig
-from etr.moe.config import EvalSelection
+from etr.moe.context import EvalSelection
 from etr.moe.experts import Activation
 from etr.moe.routers import RouterConfig
 from etr.moe.select import Normalize, RankBy

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from etr.hf.modeling import EtrForCausalLM
 from etr.moe import RoutingContext, moe_layers
-from etr.moe.routing import Replay
+from etr.moe.context import Replay
 from etr.moe.watch import LayerView, watch
 
 Choices = dict[int, Tensor]

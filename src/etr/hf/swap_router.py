@@ -22,12 +22,13 @@ from etr.hf.modeling import EtrForCausalLM
 from etr.moe import MoEConfig, moe_layers
 from etr.moe.affinity import cosine_affinity, router_dtype
 from etr.moe.capacity import CapacityConfig
-from etr.moe.config import config_to_dict, parse_capacity
+from etr.moe.config import parse_capacity
 from etr.moe.polar import condition_number, polar_factor
 from etr.moe.routers import Router
 from etr.moe.routers.etr import EtrRouter
 from etr.moe.routers.token_choice import LinearRouter
 from etr.moe.select import top_experts
+from etr.moe.table import config_to_dict
 from etr.moe.watch import LayerView, watch
 
 FIT_STEPS = 50

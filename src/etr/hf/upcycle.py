@@ -24,8 +24,9 @@ from etr.hf.convert import Comparison, Difference, folder_config, is_beyond, wri
 from etr.hf.matching import initial_state, skeleton
 from etr.hf.modeling import EtrForCausalLM
 from etr.hf.shards import LazyTensor, ShardReader, ShardWriter
-from etr.moe.config import config_to_dict, parse_capacity, parse_router
+from etr.moe.config import parse_capacity, parse_router
 from etr.moe.routers import TokenChoice
+from etr.moe.table import config_to_dict
 from etr.pretrained import from_local
 
 ExpertSource = Literal["copy", "slice"]

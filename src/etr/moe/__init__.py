@@ -2,14 +2,15 @@
 
 from etr.moe import capacity
 from etr.moe.capacity import CAPACITIES
-from etr.moe.collector import Collector, moe_layers
-from etr.moe.config import MoEConfig, support_table
+from etr.moe.collector import Collector
+from etr.moe.config import MoEConfig
+from etr.moe.context import RoutingContext
 from etr.moe.dispatch import DISPATCHERS
-from etr.moe.expert_parallel import ExpertParallel
 from etr.moe.experts import EXPERT_BACKENDS
-from etr.moe.layer import MoE, set_eval_selection
+from etr.moe.layer import MoE, moe_layers, set_eval_selection
 from etr.moe.losses import LossConfig
 from etr.moe.notice import EtrWarning
+from etr.moe.ranks import ExpertParallel
 from etr.moe.routers import (
     ROUTERS,
     Baseline,
@@ -21,7 +22,8 @@ from etr.moe.routers import (
     Random,
     TokenChoice,
 )
-from etr.moe.routing import MoEOutput, Routing, RoutingContext, Selection
+from etr.moe.routing import MoEOutput, Routing, Selection
+from etr.moe.rules import support_table
 from etr.moe.state import reset_states
 from etr.moe.topology import ExpertPlacement, Topology
 from etr.moe.training import after_step, attach, set_progress

@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from etr.moe.loss_scale import Attached, LossScale
+from etr.moe.moved import moved
+from etr.moe.routing import MoEOutput
 from etr.moe.stats import add_stats
+from etr.moe.unlearned import Unlearned
 
-if TYPE_CHECKING:
-    from etr.moe.layer import MoE, MoEOutput
+__getattr__ = moved(__name__, {"moe_layers": "etr.moe.layer"})
+
+
+class Collected(nn.Module):
+    """What is collected from: all that is known here of a MoE layer.
+
+    Args:
+        layer_index: number of this MoE layer in its model.
+    """
+
+    def __init__(self, layer_index: int) -> None:
+        super().__init__()
+        self.layer_index = layer_index
+        self.collector: Collector | None = None
+        self.pending: dict[str, Tensor] = {}
+        self.attachment: Attached | None = None
+        self.unlearned = Unlearned()
+
+    @property
+    def loss_scale(self) -> LossScale | None:
+        """How the main loss is scaled, as whoever attached the layer says."""
+        return None if self.attachment is None else self.attachment.loss_scale
 
 
 class Collector:
@@ -31,7 +54,7 @@ class Collector:
     """
 
     def __init__(self, model: nn.Module, *, ambient: bool = True) -> None:
-        self.layers: list[MoE] = moe_layers(model)
+        self.layers = [module for module in model.modules() if isinstance(module, Collected)]
         # Choices of the step's earlier micro-batches, as they are now: recomputation in the
         # backward pass must see the same.
         self.earlier = [layer.pending.get("num_choices_per_expert") for layer in self.layers]
@@ -39,8 +62,8 @@ class Collector:
         self._ambient = ambient
         self._outer: list[Collector | None] = []
         self._grad_enabled = torch.is_grad_enabled()
-        self._entries: list[tuple[MoE, dict[str, Tensor], dict[str, Tensor]]] = []
-        self._learned: list[tuple[MoE, dict[str, Tensor]]] = []
+        self._entries: list[tuple[Collected, dict[str, Tensor], dict[str, Tensor]]] = []
+        self._learned: list[tuple[Collected, dict[str, Tensor]]] = []
 
     def __enter__(self) -> Collector:
         if self._ambient:
@@ -65,7 +88,7 @@ class Collector:
         # A copied or saved layer is not collected from, and must not drag a graph along.
         return type(None), ()
 
-    def add(self, layer: MoE, output: MoEOutput, *, learns: bool) -> None:
+    def add(self, layer: Collected, output: MoEOutput, *, learns: bool) -> None:
         """Take in one layer's output, unless closed.
 
         Args:
@@ -87,7 +110,7 @@ class Collector:
             if learns:
                 self._learned.append((layer, output.stats))
 
-    def earlier_choices(self, layer: MoE) -> Tensor | None:
+    def earlier_choices(self, layer: Collected) -> Tensor | None:
         """Choices of `layer` in the step's earlier micro-batches, int64 [E], or None."""
         for known, choices in zip(self.layers, self.earlier, strict=True):
             if known is layer:
@@ -119,10 +142,3 @@ class Collector:
     def stats(self) -> list[dict[str, Tensor]]:
         """Counters of each layer's forward, in order of execution."""
         return [stats for _, _, stats in self._entries]
-
-
-def moe_layers(model: nn.Module) -> list[MoE]:
-    """MoE layers inside `model`, itself included, in order of registration."""
-    from etr.moe.layer import MoE
-
-    return [module for module in model.modules() if isinstance(module, MoE)]

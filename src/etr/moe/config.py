@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from etr.moe.capacity import CAPACITIES, CapacityConfig
 from etr.moe.checked import check_types
-from etr.moe.dispatch import parse_dispatcher
+from etr.moe.context import EvalSelection
+from etr.moe.dispatch import DISPATCHERS
 from etr.moe.experts import EXPERT_BACKENDS, Activation
 from etr.moe.losses import LossConfig
+from etr.moe.moved import moved
 from etr.moe.routers import ROUTERS, RouterConfig
+from etr.moe.rules import resolve_rank_by, unsupported
 from etr.moe.select import Normalize, RankBy
+from etr.moe.table import check_name, config_to_dict
 
-EvalSelection = Literal["threshold", "dropless", "batch"]
-EVAL_SELECTIONS: tuple[EvalSelection, ...] = ("threshold", "dropless", "batch")
+__getattr__ = moved(
+    __name__, {"EVAL_SELECTIONS": "etr.moe.context", "support_table": "etr.moe.rules"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +104,9 @@ class MoEConfig:
         for name in ("swiglu_limit", "swiglu_alpha", "routed_scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be > 0")
-        _check_name("backend", self.backend, ("auto", *EXPERT_BACKENDS))
+        check_name("backend", self.backend, ("auto", *EXPERT_BACKENDS))
         if self.dispatch != "auto":
-            parse_dispatcher(self.dispatch)
+            DISPATCHERS.parse(self.dispatch)
         if self.top_k == 1 and self.normalize not in (None, "none"):
             raise ValueError(
                 f"normalize={self.normalize!r} with top_k=1 makes every weight 1, so the router "
@@ -138,8 +142,7 @@ class MoEConfig:
         """The router's config, from its name if need be."""
         if isinstance(self.router, RouterConfig):
             return self.router
-        _check_name("router", self.router, ROUTERS)
-        return ROUTERS[self.router]()
+        return ROUTERS.from_dict({"name": self.router})
 
     @property
     def capacity_config(self) -> CapacityConfig:
@@ -189,127 +192,12 @@ class MoEConfig:
         if unknown:
             raise ValueError(f"MoEConfig has no field {', '.join(unknown)}")
         if isinstance(values.get("router"), dict):
-            values["router"] = config_from_dict(ROUTERS, "router", values["router"])
+            values["router"] = ROUTERS.from_dict(values["router"])
         if isinstance(values.get("capacity"), dict):
-            values["capacity"] = config_from_dict(CAPACITIES, "capacity", values["capacity"])
+            values["capacity"] = CAPACITIES.from_dict(values["capacity"])
         if isinstance(values.get("losses"), dict):
             values["losses"] = LossConfig(**values["losses"])
         return cls(**values)
 
 
-def unsupported(
-    router: RouterConfig, capacity: CapacityConfig, rank_by: RankBy | None = None
-) -> str | None:
-    """Why a router cannot go with a policy (and an order of the queue), or None."""
-    traits = router.traits
-    if rank_by is not None and rank_by not in traits.rank_by:
-        return (
-            f"rank_by={rank_by!r} does not go with router {router.name!r}, whose experts can fill "
-            f"up by {' or '.join(traits.rank_by)} only"
-        )
-    if capacity.name == "none" and not traits.tokens_choose:
-        return (
-            f"capacity 'none' does not go with router {router.name!r}: experts choose, and without "
-            "a capacity every expert would take every token"
-        )
-    if capacity.needs_probs and not traits.has_probs:
-        return f"capacity {capacity.name!r} sums probabilities, and router {router.name!r} has none"
-    if (capacity.needs_cosine or capacity.floor != "none") and not traits.has_cosine:
-        what = (
-            f"capacity {capacity.name!r}" if capacity.needs_cosine else f"floor={capacity.floor!r}"
-        )
-        return (
-            f"{what} bounds the capacity by cosine affinities, and the scores of router "
-            f"{router.name!r} are none; those of etr_paper or locmoe are"
-        )
-    if not capacity.needs_score_ranking:
-        return None
-    if resolve_rank_by(router, capacity, rank_by) != "score":
-        return (
-            f"capacity {capacity.name!r} keeps the best choosers, so it needs rank_by='score', "
-            f"which router {router.name!r} cannot or was told not to do"
-        )
-    if getattr(router, "expert_pool", "choosers") == "all":
-        return (
-            f"capacity {capacity.name!r} counts an expert's choosers, and expert_pool='all' ranks "
-            "them among all tokens; use expert_pool='choosers'"
-        )
-    return None
-
-
-def resolve_rank_by(
-    router: RouterConfig, capacity: CapacityConfig, rank_by: RankBy | None
-) -> RankBy:
-    """The order asked for; else by score where the policy needs it and the router can; else the
-    router's default."""
-    if rank_by is not None:
-        return rank_by
-    if capacity.needs_score_ranking and "score" in router.traits.rank_by:
-        return "score"
-    return router.traits.rank_by[0]
-
-
-def support_table() -> dict[tuple[str, str], str | None]:
-    """Every router x policy cell at default options: None if supported, else the reason."""
-    return {
-        (router, capacity): unsupported(ROUTERS[router](), CAPACITIES[capacity]())
-        for router in ROUTERS
-        for capacity in CAPACITIES
-    }
-
-
-def config_to_dict(config: RouterConfig | CapacityConfig) -> dict[str, Any]:
-    """A named config as plain values with its `name`."""
-    values: dict[str, Any] = {"name": config.name}
-    for entry in dataclasses.fields(config):
-        value = getattr(config, entry.name)
-        values[entry.name] = config_to_dict(value) if isinstance(value, CapacityConfig) else value
-    return values
-
-
-def config_from_dict(table: dict[str, Any], kind: str, values: dict[str, Any]) -> Any:
-    """Inverse of `config_to_dict`."""
-    values = dict(values)
-    name = values.pop("name", None)
-    _check_name(kind, name, table)
-    nested = {
-        key: config_from_dict(CAPACITIES, key, value) if isinstance(value, dict) else value
-        for key, value in values.items()
-    }
-    known = {entry.name for entry in dataclasses.fields(table[name])}
-    unknown = sorted(set(nested) - known)
-    if unknown:
-        raise ValueError(
-            f"{kind} {name!r} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}"
-        )
-    return table[name](**nested)
-
-
-def parse_router(text: str) -> RouterConfig:
-    """Read ``name`` or ``name:option=value,option=value`` as a router's config."""
-    return _parse(ROUTERS, "router", text)
-
-
-def parse_capacity(text: str) -> CapacityConfig:
-    """Read ``name`` or ``name:option=value,option=value`` as a policy's config."""
-    return _parse(CAPACITIES, "capacity", text)
-
-
-def _parse(table: dict[str, Any], kind: str, text: str) -> Any:
-    name, _, options = text.partition(":")
-    values: dict[str, Any] = {"name": name}
-    for option in filter(None, options.split(",")):
-        key, equals, value = option.partition("=")
-        if not equals:
-            raise ValueError(f"{kind} option {option!r} in {text!r} must read option=value")
-        try:
-            values[key] = json.loads(value)
-        except json.JSONDecodeError:
-            values[key] = value
-    return config_from_dict(table, kind, values)
-
-
-def _check_name(field: str, value: Any, allowed: Any) -> None:
-    if value not in allowed:
-        names = ", ".join(str(name) for name in allowed)
-        raise ValueError(f"{field}={value!r} is unknown; choose one of {names}")
+parse_router, parse_capacity = ROUTERS.parse, CAPACITIES.parse

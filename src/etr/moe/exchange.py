@@ -8,54 +8,19 @@ is computed while rows travel, in both passes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from etr.moe.capacity import capacity_tokens
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-    from etr.moe.expert_parallel import ExpertParallel
-    from etr.moe.routing import Routing
-    from etr.moe.topology import Topology
+from etr.moe.ranks import ExpertParallel, Peers
+from etr.moe.routing import Routing
 
 T = TypeVar("T")
 BASELINE_FACTOR = 1.1
 """Capacity factor of the padded baseline that traffic is compared with."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Peers:
-    """Ranks that exchange with each other.
-
-    Args:
-        group: their process group.
-        rank: this rank's number in the group.
-        node_of_rank: node of each rank of the group.
-    """
-
-    group: ProcessGroup
-    rank: int
-    node_of_rank: tuple[int, ...]
-
-    @classmethod
-    def of(cls, group: ProcessGroup, topology: Topology) -> Peers:
-        """The ranks of `group`, on the nodes that the topology gives them."""
-        ranks = dist.get_process_group_ranks(group)
-        return cls(
-            group=group,
-            rank=dist.get_rank(group),
-            node_of_rank=tuple(topology.node_of_rank[r] for r in ranks),
-        )
-
-    @property
-    def size(self) -> int:
-        return len(self.node_of_rank)
 
 
 class Traffic:

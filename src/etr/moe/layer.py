@@ -13,7 +13,6 @@ beside it: losses and statistics, pure functions of Routing and Selection
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +20,12 @@ from torch.nn import functional as F
 
 from etr.moe import losses as loss_fns
 from etr.moe.calibration import Calibration, score_histogram
-from etr.moe.collector import Collector
-from etr.moe.config import EVAL_SELECTIONS, EvalSelection, MoEConfig
-from etr.moe.dispatch import Permute, parse_dispatcher
+from etr.moe.collector import Collected, Collector
+from etr.moe.config import MoEConfig
+from etr.moe.context import EVAL_SELECTIONS, EvalSelection, RouterInput, RoutingContext
+from etr.moe.dispatch import DISPATCHERS, Permute
 from etr.moe.exchange import Traffic, meet
-from etr.moe.expert_parallel import ExpertParallel, dispatcher_across, shard_experts
+from etr.moe.expert_parallel import dispatcher_across, shard_experts
 from etr.moe.experts import (
     EXPERT_BACKENDS,
     Clamp,
@@ -34,38 +34,33 @@ from etr.moe.experts import (
     ExpertWeights,
     auto_backend,
 )
-from etr.moe.group_selection import choosers_of, limit_over_group, owned, token_offset
-from etr.moe.loss_scale import LossScale
+from etr.moe.keep import choosers_of, limit_over_group, owned, token_offset
 from etr.moe.notice import warn
+from etr.moe.ranks import ExpertParallel
 from etr.moe.routers import Router
-from etr.moe.routing import Limit, MoEOutput, RouterInput, Routing, RoutingContext, Selection
+from etr.moe.routing import Limit, MoEOutput, Routing, Selection
 from etr.moe.select import ExpertPool, select
-from etr.moe.state import LayerState, keep_state
+from etr.moe.state import GlobalState, LayerState, keep_state
 from etr.moe.stats import routing_stats, target_kept
-from etr.moe.unlearned import Unlearned
-from etr.moe.watch import LayerView, Watcher
-
-if TYPE_CHECKING:
-    from etr.moe.training import Attachment
+from etr.moe.view import LayerView, Watcher
 
 
-class MoE(nn.Module):
+class MoE(Collected):
     """Mixture-of-Experts feed-forward layer.
 
     A forward changes no state: counters wait in `pending` until `after_step`.
 
     Args:
         config: every choice about the layer.
-        layer_index: number of this MoE layer in its model; part of the seed of `hash` and
+        layer_index: as in `Collected`; part of the seed of `hash` and
             `random`, and the key of replayed choices.
     """
 
     def __init__(self, config: MoEConfig, layer_index: int = 0) -> None:
-        super().__init__()
+        super().__init__(layer_index)
         if not isinstance(config, MoEConfig):
             raise TypeError(f"config is {type(config).__name__}; it must be a MoEConfig")
         self.config = config
-        self.layer_index = layer_index
         size = (config.hidden_size, config.num_experts, config.top_k)
         self.router = config.router_config.build(*size)
         self.capacity = config.capacity_config.build(*size)
@@ -93,7 +88,7 @@ class MoE(nn.Module):
         if config.shared_gate:
             self.shared_gate = SharedGate(config.hidden_size, 1, bias=False)
         auto = config.dispatch == "auto"
-        self.dispatcher = Permute() if auto else parse_dispatcher(config.dispatch)
+        self.dispatcher = Permute() if auto else DISPATCHERS.parse(config.dispatch)
         self.parallel: ExpertParallel | None = None
         self.traits = config.router_config.traits
         # Kept here, since wrappers around the router (PEFT's) hide its attributes.
@@ -101,11 +96,7 @@ class MoE(nn.Module):
         self.rank_by = config.resolved_rank_by
         self.normalize = config.resolved_normalize
         self.eval_selection: EvalSelection = config.eval_selection
-        self.collector: Collector | None = None
-        self.attachment: Attachment | None = None
-        self.unlearned = Unlearned()
         self.watchers: list[Watcher] = []
-        self.pending: dict[str, Tensor] = {}
         self.register_load_state_dict_pre_hook(keep_state)
 
     def distribute(self, parallel: ExpertParallel) -> MoE:
@@ -243,11 +234,6 @@ class MoE(nn.Module):
         return y
 
     @property
-    def loss_scale(self) -> LossScale | None:
-        """How the main loss is scaled, as whoever attached the layer says."""
-        return None if self.attachment is None else self.attachment.loss_scale
-
-    @property
     def aux_alpha(self) -> float:
         """Weight of the balance loss."""
         return self.config.resolved_aux_alpha
@@ -306,8 +292,19 @@ class MoE(nn.Module):
     def note_training(self, collector: Collector | None) -> None:
         """Notice a forward that a backward pass may follow; see `etr.moe.unlearned`."""
         training = self.training and self.attachment is None and torch.is_grad_enabled()
-        if training and not torch.compiler.is_compiling():
-            self.unlearned.forward(self, collector)
+        if training and not torch.compiler.is_compiling() and self.learns_from_steps():
+            others = () if collector is None else collector.layers
+            self.unlearned.forward(self, [layer.unlearned for layer in others])
+
+    def learns_from_steps(self) -> bool:
+        """Whether the layer has anything that changes once per optimizer step."""
+        config = self.config
+        return (
+            not self.traits.position_free  # draws anew in each step
+            or (self.ranks_by_score and config.capacity_config.name != "none")  # thresholds
+            or (config.losses.aux_mode == "previous" and bool(config.resolved_aux_alpha))
+            or any(isinstance(m, GlobalState) and m.has_state for m in self.capacity.modules())
+        )
 
     @torch.no_grad()
     def calibrate_from_pending(self, decay: float | None = None) -> None:
@@ -443,10 +440,14 @@ class SharedGate(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+def moe_layers(model: nn.Module) -> list[MoE]:
+    """MoE layers inside `model`, itself included, in order of registration."""
+    return [module for module in model.modules() if isinstance(module, MoE)]
+
+
 def set_eval_selection(model: nn.Module, selection: EvalSelection) -> None:
     """Choose how the MoE layers of `model` select in eval mode."""
     if selection not in EVAL_SELECTIONS:
         raise ValueError(f"selection={selection!r} must be one of {', '.join(EVAL_SELECTIONS)}")
-    for module in model.modules():
-        if isinstance(module, MoE):
-            module.eval_selection = selection
+    for layer in moe_layers(model):
+        layer.eval_selection = selection

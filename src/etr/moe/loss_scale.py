@@ -30,3 +30,9 @@ class LossScale:
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         # It belongs to one training; a copied or saved layer takes no part in that.
         return type(None), ()
+
+
+class Attached:
+    """Whoever tells layers of optimizer steps, and knows how the main loss is scaled."""
+
+    loss_scale: LossScale

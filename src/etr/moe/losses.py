@@ -15,12 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from etr.moe.checked import check_types
+from etr.moe.context import RoutingContext
+from etr.moe.routing import Routing
 from etr.moe.topology import ExpertPlacement
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-    from etr.moe.routing import Routing, RoutingContext
 
 AuxMode = Literal["micro", "ranks", "running", "previous"]
 

@@ -8,28 +8,15 @@ Shapes are static: an unused or invalid pair has ``expert == num_experts`` and i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from etr.moe.moved import moved
 
-    from etr.moe.collector import Collector
-    from etr.moe.config import EvalSelection
-    from etr.moe.topology import ExpertPlacement
-
-_INTEGERS = (
-    torch.uint8,
-    torch.int8,
-    torch.uint16,
-    torch.int16,
-    torch.uint32,
-    torch.int32,
-    torch.int64,
+__getattr__ = moved(
+    __name__, dict.fromkeys(("Replay", "RouterInput", "RoutingContext"), "etr.moe.context")
 )
 
 
@@ -165,164 +152,6 @@ class Limit:
     buffer_size: int | None = None
     kept: Tensor | None = None
     choosers: Routing | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Replay:
-    """Recorded choices to use instead of the router's own (its gates and losses stay live).
-
-    A layer checks them in each forward, which waits for the device, unless `checked` did it once.
-
-    Args:
-        expert: chosen experts, integers [T, k], or [B, S, k] of T = B * S tokens; k need not be the
-            layer's own. -1 and ``num_experts`` mark an unused place. An expert that a token names
-            twice counts once.
-        num_experts: E that they were checked for; None before.
-    """
-
-    expert: Tensor
-    num_experts: int | None = None
-
-    def checked(self, num_experts: int, name: str = "replay.expert") -> Replay:
-        """The same choices, int64 [T, k], with ``num_experts`` in unused places.
-
-        Args:
-            num_experts: E of the layer.
-            name: what errors call them.
-        Raises:
-            TypeError: not a tensor.
-            ValueError: another dtype or shape, or experts that there are not.
-        """
-        expert = self.expert
-        if not isinstance(expert, Tensor):
-            raise TypeError(f"{name} is {type(expert).__name__}; it must be a tensor of integers")
-        if expert.dtype not in _INTEGERS:
-            raise ValueError(f"{name} has dtype {expert.dtype}; it must be a tensor of integers")
-        if expert.dim() not in (2, 3) or not 1 <= expert.shape[-1] <= num_experts:
-            raise ValueError(
-                f"{name} has shape {tuple(expert.shape)}; it must be [T, k] or [B, S, k], with k "
-                f"from 1 to num_experts={num_experts}"
-            )
-        expert = expert.long().flatten(0, -2)
-        if expert.numel():
-            low, high = torch.stack(expert.aminmax()).tolist()
-            if low < -1 or high > num_experts:
-                wrong = low if low < -1 else high
-                raise ValueError(
-                    f"{name} holds {wrong}; experts are 0 to {num_experts - 1}, and -1 or "
-                    f"{num_experts} marks an unused place"
-                )
-        ordered, place = expert.sort(dim=1, stable=True)
-        again = torch.zeros_like(expert, dtype=torch.bool)
-        again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-        unused = (expert < 0) | again.scatter(1, place, again)
-        return Replay(
-            expert=expert.masked_fill(unused, num_experts),
-            num_experts=num_experts,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoutingContext:
-    """The one way in for everything that is not the hidden state. All fields are optional.
-
-    Args:
-        valid_mask: True = real token, bool, shape of the input without its last dimension.
-        token_ids: vocabulary ids, int64, same shape; needed by the `hash` router.
-        sequence_ids: document number of each token in a packed batch, int64, same shape.
-        global_token_offset: index of this call's first token in the global batch (rank-major).
-            None: counted over the layer's selection group, 0 without one.
-        placement: where experts live; needed by the locality loss and `local_bonus`. A layer that
-            is distributed knows its own, and the groups below too.
-        rank: this rank in the placement.
-        data_group: ranks that share the balance statistics (aux mode `ranks`).
-        node_group: ranks of this node (locality loss).
-        replay: choices by MoE layer index, to use instead of the router's own.
-        selection: route as eval mode does, by this selection, whatever the layer's mode and its own
-            `eval_selection`; nothing is learned from the call. None: as the mode says.
-        collector: receives losses and statistics; closes when the model's forward returns.
-    """
-
-    valid_mask: Tensor | None = None
-    token_ids: Tensor | None = None
-    sequence_ids: Tensor | None = None
-    global_token_offset: int | None = None
-    placement: ExpertPlacement | None = None
-    rank: int = 0
-    data_group: ProcessGroup | None = None
-    node_group: ProcessGroup | None = None
-    replay: dict[int, Replay] | None = None
-    selection: EvalSelection | None = None
-    collector: Collector | None = None
-
-    @classmethod
-    def of(cls, given: RoutingContext | None) -> RoutingContext:
-        """What a layer was given, or an empty one.
-
-        Raises:
-            TypeError: it is something else, e.g. a bare mask.
-        """
-        if given is None:
-            return cls()
-        if not isinstance(given, RoutingContext):
-            raise TypeError(
-                f"context is {type(given).__name__}; it must be a RoutingContext. A mask is passed "
-                "as RoutingContext(valid_mask=mask)"
-            )
-        return given
-
-    def check(self, shape: torch.Size) -> None:
-        """Refuse a mask or ids of another type or shape than the tokens'.
-
-        Raises:
-            TypeError: names the field, its type and what would be right.
-            ValueError: names the field, its shape or dtype and what would be right.
-        """
-        for name in ("valid_mask", "token_ids", "sequence_ids"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            dtypes = (torch.bool,) if name == "valid_mask" else _INTEGERS
-            what = "bool, True = real token" if name == "valid_mask" else "integers"
-            if not isinstance(value, Tensor):
-                raise TypeError(
-                    f"context.{name} is {type(value).__name__}; it must be a tensor of {what}"
-                )
-            if value.shape != shape:
-                raise ValueError(
-                    f"context.{name} has shape {tuple(value.shape)}; it must be "
-                    f"{tuple(shape)}, one value per token"
-                )
-            if value.dtype not in dtypes:
-                raise ValueError(f"context.{name} has dtype {value.dtype}; it must be {what}")
-        if not isinstance(self.replay, Mapping | None):
-            raise TypeError(
-                f"context.replay is {type(self.replay).__name__}; it must be a dictionary from the "
-                "index of a MoE layer to a Replay"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RouterInput:
-    """What a router sees of the context, flattened to tokens.
-
-    Args:
-        valid_mask: bool [T].
-        token_ids: int64 [T] or None.
-        token_index: global index of each token, int64 [T].
-        step: optimizer steps done, int64 [] on the device.
-        layer_index: number of the MoE layer in the model.
-        bonus: added to the selection score of each expert, float [E], or None.
-        replay: recorded choices for this layer, or None.
-    """
-
-    valid_mask: Tensor
-    token_ids: Tensor | None
-    token_index: Tensor
-    step: Tensor
-    layer_index: int
-    bonus: Tensor | None = None
-    replay: Replay | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

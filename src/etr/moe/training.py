@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from etr.moe.collector import Collector, moe_layers
-from etr.moe.layer import MoE
-from etr.moe.loss_scale import LossScale
+from etr.moe.collector import Collector
+from etr.moe.layer import MoE, moe_layers
+from etr.moe.loss_scale import Attached, LossScale
 from etr.moe.notice import warn
 from etr.moe.stats import target_kept
 
@@ -116,7 +116,7 @@ class _Hook:
         return _Hook, ()
 
 
-class Attachment:
+class Attachment(Attached):
     """Hooks that `attach` installed; `detach` removes them.
 
     A copy of the model, by `copy.deepcopy` or through a file, is attached to nothing.

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 
 from etr.moe.notice import warn
-from etr.moe.state import GlobalState
-
-if TYPE_CHECKING:
-    from etr.moe.collector import Collector
-    from etr.moe.layer import MoE
 
 STEPS, FORWARDS = 2, 100
 """Steps that weights took, or forwards where nothing tells of steps, until it is said."""
@@ -35,13 +30,14 @@ class Unlearned:
         """The layer learned from a step."""
         self._seen, self._forwards, self._steps = None, 0, 0
 
-    def forward(self, layer: MoE, collector: Collector | None) -> None:
+    def forward(self, layer: nn.Module, others: Iterable[Unlearned]) -> None:
         """A forward with gradients begins: warn, once a model, if `layer` should have learned.
 
         Args:
-            collector: knows the model's other layers.
+            layer: whose weights tell of steps.
+            others: of the model's other layers.
         """
-        if self._said or not learns_from_steps(layer):
+        if self._said:
             return
         weight = next((p for p in layer.parameters() if p.requires_grad), None)
         now = 0.0 if weight is None else _look(weight)
@@ -50,8 +46,8 @@ class Unlearned:
         self._seen = now
         if self._steps < STEPS and self._forwards < FORWARDS:
             return
-        for one in (layer, *(collector.layers if collector else ())):
-            one.unlearned._said = True
+        for one in (self, *others):
+            one._said = True
         warn(
             "MoE layers train, but learn neither thresholds nor their schedule: call "
             "etr.attach(model, optimizer, total_steps), or after_step(model) after each step; "
@@ -64,14 +60,3 @@ def _look(weight: Tensor) -> float:
     if weight.device.type != "cpu" or type(weight) is not nn.Parameter:
         return weight._version  # which fused optimizers leave as it is: forwards are counted too
     return float(weight.detach().flatten()[:LOOK_AT].sum())
-
-
-def learns_from_steps(layer: MoE) -> bool:
-    """Whether a layer has anything that changes once per optimizer step."""
-    config = layer.config
-    return (
-        not layer.traits.position_free  # draws anew in each step
-        or (layer.ranks_by_score and config.capacity_config.name != "none")  # thresholds
-        or (config.losses.aux_mode == "previous" and bool(config.resolved_aux_alpha))
-        or any(isinstance(m, GlobalState) and m.has_state for m in layer.capacity.modules())
-    )

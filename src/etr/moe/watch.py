@@ -4,37 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
-from etr.moe.collector import moe_layers
-from etr.moe.routing import Routing, Selection
+from etr.moe.layer import moe_layers
+from etr.moe.view import LayerView, Watcher
 
-if TYPE_CHECKING:
-    from etr.moe.layer import MoE
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerView:
-    """What one MoE layer did with its tokens in one forward.
-
-    Args:
-        layer: the layer.
-        x: its input, [T, H]; detached.
-        routing, selection: over the same T tokens, with whatever gradient they have.
-    """
-
-    layer: MoE
-    x: Tensor
-    routing: Routing
-    selection: Selection
-
-
-Watcher = Callable[[LayerView], None]
-"""Called by a layer once its experts have selected, before they run."""
+__all__ = ["LayerView", "Watcher", "watch"]
 
 
 @contextmanager

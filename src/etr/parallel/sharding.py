@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 
 from etr.moe import moe_layers
-from etr.moe.expert_parallel import ExpertParallel
+from etr.moe.ranks import ExpertParallel
 from etr.moe.topology import Topology
 from etr.parallel.config import ParallelConfig
 from etr.parallel.ranks import Ranks

@@ -11,7 +11,7 @@ from torch import nn
 
 from etr.evaluate.held_out import effective_selection
 from etr.moe import moe_layers, set_eval_selection
-from etr.moe.config import EvalSelection
+from etr.moe.context import EvalSelection
 from etr.moe.watch import LayerView, watch
 from etr.train.tasks import Task
 

@@ -15,7 +15,7 @@ import torch
 
 from etr.files import whole_file, write_json
 from etr.moe import attach
-from etr.moe.config import EvalSelection
+from etr.moe.context import EvalSelection
 from etr.study.probe import evaluate
 from etr.study.tasks import TASKS, open_task
 from etr.train import TrainConfig, parse_variant

@@ -14,7 +14,7 @@ from torch import nn
 from etr.data import Batch
 from etr.hf import family_of
 from etr.moe import moe_layers, set_eval_selection
-from etr.moe.config import EvalSelection
+from etr.moe.context import EvalSelection
 from etr.trace.recorder import RoutingRecorder, routers_of
 from etr.trace.schema import TokenRows, TraceInfo
 from etr.trace.writer import TraceWriter

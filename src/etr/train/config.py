@@ -12,7 +12,8 @@ from etr.data import DataConfig
 from etr.files import read_json
 from etr.moe import LossConfig, MoEConfig
 from etr.moe.checked import check_types
-from etr.moe.config import EvalSelection, parse_capacity, parse_router
+from etr.moe.config import parse_capacity, parse_router
+from etr.moe.context import EvalSelection
 from etr.moe.experts import Activation
 from etr.moe.select import Normalize, RankBy
 from etr.parallel import ParallelConfig

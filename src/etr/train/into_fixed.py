@@ -24,9 +24,9 @@ from etr.data import Batch
 from etr.hf import EtrConfig, EtrForCausalLM
 from etr.moe import MoE, attach, moe_layers, reset_states
 from etr.moe.affinity import block_width, router_dtype
-from etr.moe.config import config_to_dict
 from etr.moe.polar import polar_factor
 from etr.moe.routers.etr import EtrRouter
+from etr.moe.table import config_to_dict
 from etr.parallel import Ranks
 from etr.train.config import OptimizerConfig
 from etr.train.loop import TrainingDiverged

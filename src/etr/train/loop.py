@@ -19,7 +19,7 @@ from etr.evaluate import EvalResult, evaluate
 from etr.files import write_json
 from etr.hf import EtrForCausalLM
 from etr.moe import attach, moe_layers
-from etr.moe.config import EvalSelection
+from etr.moe.context import EvalSelection
 from etr.moe.notice import warn
 from etr.parallel import Ranks, gradient_norms, scale_gradients, sum_gradients
 from etr.train.alarms import Alarms

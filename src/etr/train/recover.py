@@ -23,7 +23,7 @@ from etr.data import Batch, DataConfig, OpenedData, TokenLoader, held_out_batche
 from etr.evaluate import calibrate, evaluate
 from etr.hf import EtrForCausalLM
 from etr.hf.swap_router import set_temperatures, swap_router
-from etr.moe import moe_layers, set_eval_selection
+from etr.moe import MoE, moe_layers, set_eval_selection
 from etr.moe.affinity import router_dtype
 from etr.moe.config import parse_capacity
 from etr.moe.routers.token_choice import LinearRouter
@@ -236,6 +236,7 @@ def choice_loss(view: LayerView, old: Tensor) -> Tensor:
     """
     x = view.x[view.routing.valid_mask]
     inputs: Any = None  # ETR's scores depend on the token alone
+    assert isinstance(view.layer, MoE)
     new = view.layer.router.scores(x, inputs).logits
     assert new is not None
     wanted = (router_dtype(x) @ router_dtype(old).T).log_softmax(-1)

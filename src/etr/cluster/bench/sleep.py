@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from etr.moe.dispatch.rows import DispatchHandle
 from etr.moe.experts import EXPERT_BACKENDS, ExpertBackend, ExpertParams
+from etr.moe.rows import DispatchHandle
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ from etr.cluster.bench.sleep import add_sleeping_experts
 from etr.cluster.measure import MeasureConfig, join_group, measure_curve
 from etr.files import write_json
 from etr.moe import MoE, set_progress
-from etr.moe.expert_parallel import ExpertParallel
+from etr.moe.ranks import ExpertParallel
 from etr.moe.topology import Topology
 from etr.moe.watch import LayerView, watch
 from etr.train.config import TrainConfig

@@ -22,7 +22,7 @@ from etr.cluster.bench.sharding import sharded_by_routing
 from etr.data import Batch, OpenedData, TokenLoader, open_data
 from etr.files import write_json
 from etr.moe import moe_layers
-from etr.moe.expert_parallel import ExpertParallel
+from etr.moe.ranks import ExpertParallel
 from etr.moe.stats import max_violation
 from etr.moe.topology import Topology
 from etr.moe.watch import LayerView, watch

@@ -11,10 +11,11 @@ from etr.moe.capacity.factor import Factor, NoLimit
 from etr.moe.capacity.locmoe import LocMoE
 from etr.moe.capacity.schedule import Schedule
 from etr.moe.capacity.threshold import Threshold
+from etr.moe.table import Table
 
-CAPACITIES: dict[str, type[CapacityConfig]] = {
-    config.name: config for config in (NoLimit, Factor, Schedule, AffinityMass, Threshold, LocMoE)
-}
+CAPACITIES: Table[CapacityConfig] = Table(
+    "capacity", (NoLimit, Factor, Schedule, AffinityMass, Threshold, LocMoE)
+)
 """Capacity policies by name."""
 
 

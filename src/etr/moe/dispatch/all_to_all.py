@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from etr.moe.dispatch.base import Dispatcher, Steps
 from etr.moe.dispatch.permute import Permute
-from etr.moe.dispatch.rows import DispatchHandle, GatherRows
-from etr.moe.exchange import Peers, Traffic, arrive, depart, exchange_evenly
+from etr.moe.exchange import Traffic, arrive, depart, exchange_evenly
+from etr.moe.experts import ExpertBackend, ExpertParams
+from etr.moe.ranks import Peers
 from etr.moe.routing import Routing, Selection
-
-if TYPE_CHECKING:
-    from etr.moe.experts import ExpertBackend, ExpertParams
+from etr.moe.rows import DispatchHandle, GatherRows
 
 
 @dataclass(frozen=True, kw_only=True)

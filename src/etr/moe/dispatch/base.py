@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias
 
 from torch import Tensor
 
 from etr.moe.checked import check_types
+from etr.moe.exchange import Traffic
+from etr.moe.experts import ExpertBackend, ExpertParams
+from etr.moe.ranks import ExpertParallel
 from etr.moe.routing import Routing, Selection
 from etr.moe.select import selection_of
-
-if TYPE_CHECKING:
-    from etr.moe.exchange import Traffic
-    from etr.moe.expert_parallel import ExpertParallel
-    from etr.moe.experts import ExpertBackend, ExpertParams
 
 Steps: TypeAlias = Generator[None, None, Tensor]
 """A dispatch that can be interrupted while rows travel. It yields once before any row departs,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,11 +12,9 @@ from torch import Tensor
 from etr.moe.dispatch.all_to_all import AllToAll
 from etr.moe.dispatch.base import Dispatcher, Steps, pairs_per_token, part_of
 from etr.moe.exchange import Traffic
+from etr.moe.experts import ExpertBackend, ExpertParams
+from etr.moe.ranks import ExpertParallel
 from etr.moe.routing import Routing, Selection
-
-if TYPE_CHECKING:
-    from etr.moe.expert_parallel import ExpertParallel
-    from etr.moe.experts import ExpertBackend, ExpertParams
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,12 +12,10 @@ from torch.nn import functional as F
 
 from etr.moe.dispatch.all_to_all import AllToAll
 from etr.moe.dispatch.base import Dispatcher, Steps, pairs_per_token, part_of
-from etr.moe.exchange import Peers, Traffic
+from etr.moe.exchange import Traffic
+from etr.moe.experts import ExpertBackend, ExpertParams
+from etr.moe.ranks import ExpertParallel, Peers
 from etr.moe.routing import Routing, Selection
-
-if TYPE_CHECKING:
-    from etr.moe.expert_parallel import ExpertParallel
-    from etr.moe.experts import ExpertBackend, ExpertParams
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from etr.moe.dispatch.relay import Relay, Stages
-from etr.moe.exchange import Peers
+from etr.moe.ranks import Peers
 
 
 @dataclass(frozen=True, kw_only=True)

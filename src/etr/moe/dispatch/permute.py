@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from etr.moe.dispatch.base import Dispatcher
-from etr.moe.dispatch.rows import DispatchHandle, GatherRows, SumRows
+from etr.moe.exchange import Traffic
+from etr.moe.experts import ExpertBackend, ExpertParams
+from etr.moe.ranks import ExpertParallel
 from etr.moe.routing import Routing, Selection
-
-if TYPE_CHECKING:
-    from etr.moe.exchange import Traffic
-    from etr.moe.expert_parallel import ExpertParallel
-    from etr.moe.experts import ExpertBackend, ExpertParams
+from etr.moe.rows import DispatchHandle, GatherRows, SumRows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ first. Both stages are exchanges over fewer ranks than the expert group.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,15 +15,12 @@ from torch.nn import functional as F
 
 from etr.moe.dispatch.all_to_all import exchange_rows
 from etr.moe.dispatch.base import Dispatcher, Steps
-from etr.moe.dispatch.rows import GatherRows, SumRows
-from etr.moe.exchange import Peers, Traffic, arrive, depart, exchange_evenly
+from etr.moe.exchange import Traffic, arrive, depart, exchange_evenly
+from etr.moe.experts import ExpertBackend, ExpertParams
+from etr.moe.ranks import ExpertParallel, Peers
 from etr.moe.routing import Routing, Selection, count_experts
+from etr.moe.rows import GatherRows, SumRows
 from etr.moe.select import selection_of
-
-if TYPE_CHECKING:
-    from etr.moe.expert_parallel import ExpertParallel
-    from etr.moe.experts import ExpertBackend, ExpertParams
-
 
 Stages = tuple[tuple[Peers, Peers], tuple[Tensor, Tensor]]
 """Peers on the way and peers behind each of them; the place of each expert, see `relay`."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from etr.moe.dispatch.rows import DispatchHandle, expert_of_row
 from etr.moe.experts.feed_forward import Engine, Problem, Route, feed_forward
 from etr.moe.experts.fused import Fused, kernels_run, why_unavailable
 from etr.moe.experts.one_by_one import OneByOne
@@ -20,6 +19,7 @@ from etr.moe.experts.products import Batched, Grouped
 from etr.moe.experts.sonic import Pairs, run_sonic, sonic_runs, why_no_sonic
 from etr.moe.experts.weights import ExpertParams
 from etr.moe.experts.whole import Whole
+from etr.moe.rows import DispatchHandle, expert_of_row
 
 
 @dataclass(frozen=True, kw_only=True)

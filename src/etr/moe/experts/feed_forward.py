@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from etr.moe.dispatch.rows import gather_rows, sum_rows
 from etr.moe.experts.activation import CLAMP, Activation, Clamp
+from etr.moe.rows import gather_rows, sum_rows
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from etr.moe.dispatch.rows import DispatchHandle, expert_of_row
 from etr.moe.experts.weights import ExpertParams
+from etr.moe.rows import DispatchHandle, expert_of_row
 
 DEVICE_TYPE = "cuda"
 DTYPES = (torch.bfloat16, torch.float16)

@@ -7,17 +7,21 @@ from etr.moe.routers.hash import Hash
 from etr.moe.routers.locmoe import LocMoERouter
 from etr.moe.routers.random import Random
 from etr.moe.routers.token_choice import Baseline, TokenChoice
+from etr.moe.table import Table
 
-ROUTERS: dict[str, type[RouterConfig]] = {
-    "etr": EtrRouter,
-    "etr_paper": EtrPaper,
-    "token_choice": TokenChoice,
-    "baseline": Baseline,
-    "locmoe": LocMoERouter,
-    "expert_choice": ExpertChoice,
-    "hash": Hash,
-    "random": Random,
-}
+ROUTERS: Table[RouterConfig] = Table(
+    "router",
+    (
+        EtrRouter,
+        EtrPaper,
+        TokenChoice,
+        Baseline,
+        LocMoERouter,
+        ExpertChoice,
+        Hash,
+        Random,
+    ),
+)
 """Routers by name."""
 
 __all__ = [

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from etr.moe.affinity import router_dtype
 from etr.moe.checked import check_types
-from etr.moe.routing import Replay, RouterInput, Routing, Scores
+from etr.moe.context import Replay, RouterInput
+from etr.moe.routing import Routing, Scores
 from etr.moe.score_scale import OddsScale, ScoreScale
 from etr.moe.select import RankBy, token_pairs, top_experts
 

@@ -17,9 +17,10 @@ from etr.moe.affinity import (
     router_dtype,
     token_norm,
 )
+from etr.moe.context import RouterInput
 from etr.moe.polar import condition_number, orthonormal_start, polar_factor
 from etr.moe.routers.base import Router, RouterConfig, RouterTraits
-from etr.moe.routing import RouterInput, Routing, Scores
+from etr.moe.routing import Routing, Scores
 from etr.moe.score_scale import CosineScale, OddsScale, ScoreScale
 from etr.moe.select import ExpertPool
 

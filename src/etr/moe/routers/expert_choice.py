@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from etr.moe.context import RouterInput
 from etr.moe.routers.base import Router, RouterConfig, RouterTraits
-from etr.moe.routing import RouterInput, Routing, Scores
+from etr.moe.routing import Routing, Scores
 from etr.moe.score_scale import OddsScale
 
 

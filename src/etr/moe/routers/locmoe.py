@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from etr.moe.affinity import block_width, grap_affinity
+from etr.moe.context import RouterInput
 from etr.moe.routers.base import Router, RouterConfig, RouterTraits, one_best
-from etr.moe.routing import RouterInput, Scores
+from etr.moe.routing import Scores
 from etr.moe.score_scale import CosineScale
 
 

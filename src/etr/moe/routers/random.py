@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from etr.moe.context import RouterInput
 from etr.moe.routers.base import Router, RouterConfig, RouterTraits
 from etr.moe.routers.hashing import distinct_experts, mix, unlearned_scores
-from etr.moe.routing import RouterInput, Scores
+from etr.moe.routing import Scores
 
 
 @dataclass(frozen=True, kw_only=True)

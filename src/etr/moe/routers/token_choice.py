@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from etr.moe.context import RouterInput
 from etr.moe.routers.base import Router, RouterConfig, RouterTraits, one_best
-from etr.moe.routing import RouterInput, Scores
+from etr.moe.routing import Scores
 from etr.moe.score_scale import OddsScale
 from etr.moe.select import top_experts
 from etr.moe.state import GlobalState

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from etr.moe.exchange import Peers, Traffic, arrive, depart, exchange_evenly
+from etr.moe.exchange import Traffic, arrive, depart, exchange_evenly
+from etr.moe.ranks import Peers
 from etr.moe.routing import Limit, Routing, count_experts
 from etr.moe.select import select
 

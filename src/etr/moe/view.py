@@ -1,0 +1,31 @@
+"""What an observer sees of a layer's forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from etr.moe.collector import Collected
+from etr.moe.routing import Routing, Selection
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerView:
+    """What one MoE layer did with its tokens in one forward.
+
+    Args:
+        layer: the layer.
+        x: its input, [T, H]; detached.
+        routing, selection: over the same T tokens, with whatever gradient they have.
+    """
+
+    layer: Collected
+    x: Tensor
+    routing: Routing
+    selection: Selection
+
+
+Watcher = Callable[[LayerView], None]
+"""Called by a layer once its experts have selected, before they run."""
