@@ -44,7 +44,7 @@ def measure_routing(case: Case, settings: Settings, on_note: OnNote) -> list[Row
 
     def choose(x: Tensor) -> Tensor:
         routing, limit = layer.route(x, RoutingContext())
-        return layer.select(routing, limit).combine_weight
+        return layer.keep(routing, limit).selection.combine_weight
 
     weight_grad = problem.upstream[:, : case.top_k].flatten().float()
     leaves = [*layer.parameters(), *hollow.parameters()]

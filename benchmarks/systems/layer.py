@@ -65,7 +65,7 @@ def build(problem: Problem, backend: str) -> Built:
 def traced(layer: MoE, x: Tensor) -> tuple[Tensor, Tensor]:
     """The stages of the layer's forward one by one, to read the combine weights."""
     routing, limit = layer.route(x, RoutingContext())
-    selection = layer.select(routing, limit)
+    selection = layer.keep(routing, limit).selection
     y = layer.run_experts(x, routing, selection)
     table = selection.combine_weight.new_zeros(routing.num_tokens, routing.num_experts + 1)
     table = table.index_put((routing.token, routing.expert), selection.combine_weight)
@@ -77,7 +77,7 @@ def default_backend(problem: Problem) -> str:
     """What `backend="auto"` stands for on this problem."""
     layer = make_layer(problem)
     routing, limit = layer.route(problem.x, RoutingContext())
-    return layer._backend(routing, layer.select(routing, limit)).name
+    return layer._backend(routing, layer.keep(routing, limit).selection).name
 
 
 LAYERS = tuple(

@@ -40,7 +40,7 @@ def test_tables_give_the_layers_output(case):
     context = RoutingContext(valid_mask=mask)
     found = router(x, mask)
     routing, limit = layer.route(x.masked_fill(~mask[:, None], 0.0), context)
-    selection = layer.select(routing, limit)
+    selection = layer.keep(routing, limit).selection
     assert torch.equal(found.routing_map, selection.selection_map(routing))
     assert found.routing_map[T - 5 :].sum() == 0
     assert torch.equal(found.probs != 0, found.routing_map)

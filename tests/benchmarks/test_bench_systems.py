@@ -143,7 +143,7 @@ def test_plain_loops_agree_with_the_oracle_of_the_layer() -> None:
     problem = small_problem()
     layer = make_layer(problem)
     routing, limit = layer.route(problem.x, RoutingContext())
-    expected, kept = reference.moe(layer, problem.x, routing, limit)
+    expected, kept = reference.moe(layer, problem.x, routing, layer.keep(routing, limit).limit)
     index, _ = linear_routing(problem.x, problem.gate, problem.case.top_k)
     assert kept == {(t, int(e)) for t, row in enumerate(index) for e in row}
     y = plain_moe(problem.x, problem.weight, problem.up, problem.down)

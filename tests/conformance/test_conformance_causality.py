@@ -29,7 +29,7 @@ HALF = N // 2
 def first_half(layer: MoE, x: Tensor, token_ids: Tensor) -> tuple[Tensor, set[tuple[int, int]]]:
     ctx = context(N, token_ids=token_ids)
     routing, limit = layer.route(x, ctx)
-    kept = pairs(routing, layer.select(routing, limit).kept)
+    kept = pairs(routing, layer.keep(routing, limit).selection.kept)
     return layer(x, ctx).hidden_states[:HALF], {(t, e) for t, e in kept if t < HALF}
 
 
@@ -78,7 +78,7 @@ def test_thresholds_select_alike_in_any_batch_split(cell: Cell) -> None:
     assert ctx.token_ids is not None
     routing, limit = layer.route(x, ctx)
     assert limit.min_score is not None
-    whole = pairs(routing, layer.select(routing, limit).kept)
+    whole = pairs(routing, layer.keep(routing, limit).selection.kept)
     assert routing.scores is not None
     # Given equal scores: split the pairs, not the matrix product that made the scores.
     by_hand = {
@@ -116,7 +116,7 @@ def test_training_with_the_threshold_policy_is_causal_once_calibrated(cell: Cell
     layer = cell.layer()
     train_steps(layer)
     layer.train()
-    _routing, limit = layer.route(tokens(N), context(N))
+    limit = layer.keep(*layer.route(tokens(N), context(N))).limit
     assert limit.capacity is None
     assert limit.min_score is not None
     if cell.traits.tokens_choose:
@@ -134,7 +134,7 @@ def test_eval_keeps_the_share_that_training_keeps(cell: Cell) -> None:
     x = tokens(8 * num_tokens, torch.float32)
     routing, limit = layer.route(x, context(8 * num_tokens))
     asked = routing.num_choices_per_expert()
-    kept = layer.select(routing, limit).num_tokens_per_expert
+    kept = layer.keep(routing, limit).selection.num_tokens_per_expert
     gap = (kept / asked.clamp_min(1) - share)[asked > 500].abs()
     assert len(gap) >= E // 2
     assert float(gap.max()) < 0.035, (kept / asked, share)

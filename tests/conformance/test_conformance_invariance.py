@@ -30,7 +30,7 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
 def kept_pairs(layer: object, x: Tensor, ctx: RoutingContext) -> set[tuple[int, int]]:
     routing, limit = layer.route(x, ctx)  # type: ignore[attr-defined]
-    return pairs(routing, layer.select(routing, limit).kept)  # type: ignore[attr-defined]
+    return pairs(routing, layer.keep(routing, limit).selection.kept)  # type: ignore[attr-defined]
 
 
 ORDER_FREE = [

@@ -51,12 +51,12 @@ def test_bfloat16_tokens_are_scored_in_float32(cell: Cell, autocast: bool) -> No
     layer, ctx = cell.layer(torch.float32), context(N)
     x = tokens(N, torch.bfloat16)
     want, limit = layer.route(x.float(), ctx)
-    kept = pairs(want, layer.select(want, limit).kept)
+    kept = pairs(want, layer.keep(want, limit).selection.kept)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         got, limit = layer.route(x, ctx)
         output = layer(x, ctx)
     assert pairs(got, got.valid) == pairs(want, want.valid)
-    assert pairs(got, layer.select(got, limit).kept) == kept
+    assert pairs(got, layer.keep(got, limit).selection.kept) == kept
     assert torch.equal(got.gate, want.gate)
     assert int(output.stats["num_tokens_per_expert"].sum()) == len(kept)
 

@@ -51,7 +51,8 @@ def compare(layer: MoE, x: Tensor, ctx: RoutingContext, tolerance: float = 1e-10
     x = x.requires_grad_()
     y = layer(x, ctx).hidden_states
     routing, limit = layer.route(x, ctx)
-    selection = layer.select(routing, limit)
+    kept_of = layer.keep(routing, limit)
+    selection, limit = kept_of.selection, kept_of.limit
     want, kept = reference.moe(layer, x, routing, limit)
     assert pairs(routing, selection.kept) == kept
     assert_close("y", y, want)
@@ -84,7 +85,8 @@ def test_pairs_and_tokens_are_conserved(cell: Cell) -> None:
     layer, ctx, x = cell.layer(), context(valid_mask=mask), tokens()
     output = layer(x, ctx)
     routing, limit = layer.route(x, ctx)
-    selection = layer.select(routing, limit)
+    kept_of = layer.keep(routing, limit)
+    selection, limit = kept_of.selection, kept_of.limit
     stats, valid = output.stats, int(mask.sum())
     kept = pairs(routing, selection.kept)
     assert len(kept) == int(selection.kept.sum()) == int(stats["num_tokens_per_expert"].sum())
@@ -170,7 +172,7 @@ def test_eval_selections(cell: Cell, selection: str) -> None:
     layer = cell.layer(eval_selection=selection).eval()
     routing = compare(layer, tokens(), context())
     if selection == "dropless":
-        assert bool(layer.select(*layer.route(tokens(), context())).kept.all())
+        assert bool(layer.keep(*layer.route(tokens(), context())).selection.kept.all())
         assert int(routing.valid.sum()) == T * cell.top_k
 
 
@@ -229,7 +231,8 @@ def test_the_cells_of_backends_have_all_that_engines_can_tell_apart() -> None:
         layer = cell.layer()
         train_steps(layer)
         routing, limit = layer.route(tokens(), context())
-        counts = layer.select(routing, limit).num_tokens_per_expert
+        kept = layer.keep(routing, limit)
+        counts, limit = kept.selection.num_tokens_per_expert, kept.limit
         facts = {
             "some dropped": int(counts.sum()) < T * cell.top_k,
             "several experts a token": cell.top_k > 1,

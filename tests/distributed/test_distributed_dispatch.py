@@ -210,7 +210,7 @@ def order() -> dict[str, list[str]]:
     layer = Case(layout, "all_to_all").layer().distribute(parallel(layout))
     x = Case(layout, "").batch().of(layout, dist.get_rank()).x.clone().requires_grad_()
     routing, limit = layer.route(x, layer.parallel.fill(RoutingContext()))  # type: ignore
-    job = (routing, layer.select(routing, limit), Backend(), None)
+    job = (routing, layer.keep(routing, limit).selection, Backend(), None)
     traffic = Traffic(parallel(layout))
     steps = parse_dispatcher("chunked:all_to_all,chunks=3").steps(x, *job, traffic)  # type: ignore
     exchange._Flight.start, exchange._Flight.wait = logged_start, logged_wait  # type: ignore
@@ -254,8 +254,9 @@ def counted_bytes(capacity: str, dispatch: str | None) -> dict[str, Any]:
     layer = case.layer(dispatch=case.dispatch, capacity=policy).distribute(group)
     x = case.batch().of(layout, dist.get_rank()).x
     output = layer(x)
-    routing, limit = layer.route(x, RoutingContext(), Traffic(group))
-    kept = layer.select(routing, limit).num_tokens_per_expert
+    traffic = Traffic(group)
+    routing, limit = layer.route(x, RoutingContext(), traffic)
+    kept = layer.keep(routing, limit, traffic).selection.num_tokens_per_expert
     stats = {k: int(v) for k, v in output.stats.items() if k.startswith("bytes")}
     chosen = routing.num_choices_per_expert().tolist()
     return {"stats": stats, "kept": kept.tolist(), "chosen": chosen, "tokens": len(x)}

@@ -82,7 +82,7 @@ def kept_of_equals(batch: Batch, group: ExpertParallel | None = None) -> Tensor:
         layer.distribute(group)
         traffic = Traffic(group)
     routing, limit = layer.route(batch.x, batch.context(), traffic)
-    return layer.select(routing, limit).kept.view(-1, routing.top_k)
+    return layer.keep(routing, limit, traffic).selection.kept.view(-1, routing.top_k)
 
 
 def whole(layout: Layout, seed: int) -> Batch:

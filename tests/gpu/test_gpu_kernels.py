@@ -43,7 +43,7 @@ def test_backends_equal_the_loop(name: str, dtype: torch.dtype, num_tokens: int)
     upstream = torch.randn_like(data)
     with torch.no_grad():
         routing, limit = layer.route(data, etr.RoutingContext())
-        selection = layer.select(routing, limit)
+        selection = layer.keep(routing, limit).selection
     for backend in ("loop", name):
         x, params = data.clone().requires_grad_(), layer.experts.params(dtype)
         y = Permute().run(x, routing, selection, EXPERT_BACKENDS[backend], params)
@@ -60,7 +60,7 @@ def test_the_triton_engine_never_waits_for_the_device() -> None:
     layer = make_layer("triton", torch.bfloat16)
     x = torch.randn(512, 192, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     routing, limit = layer.route(x, etr.RoutingContext())
-    handle = Permute().plan(routing, layer.select(routing, limit), padded=False)
+    handle = Permute().plan(routing, layer.keep(routing, limit).selection, padded=False)
     before = torch.cuda.get_sync_debug_mode()
     try:
         for mode in ("default", "error"):  # first-use compilation may wait

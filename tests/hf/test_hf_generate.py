@@ -162,14 +162,14 @@ class Choices:
             self._record(layer, found)
 
     def _record(self, layer, found):
-        plain = layer.select
+        plain = layer.keep
 
-        def select(routing, limit):
-            selection = plain(routing, limit)
-            found.append(selection.selection_map(routing))
-            return selection
+        def keep(routing, *args, **options):
+            kept = plain(routing, *args, **options)
+            found.append(kept.selection.selection_map(routing))
+            return kept
 
-        layer.select = select
+        layer.keep = keep
 
     def take(self):
         """What was kept since the last call, one bool [T, E] per layer (batch of one)."""

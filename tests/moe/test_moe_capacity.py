@@ -225,16 +225,16 @@ def test_affinity_mass_common_uses_the_mean_of_the_previous_step(
     layer = make(AffinityMass(mode="common", rho=0.6), top_k)
     ragged = make(AffinityMass(rho=0.6), top_k)
     x = torch.randn(num_tokens, H)
-    _routing, first = layer.route(x, RoutingContext())
+    first = layer.keep(*layer.route(x, RoutingContext())).limit
     assert first == Limit()  # nothing dropped before anything is known
-    prefix = ragged.route(x, RoutingContext())[1].capacity
+    prefix = ragged.keep(*ragged.route(x, RoutingContext())).limit.capacity
     assert prefix is not None
     step_of(layer, x)
     mean = float(prefix.float().mean())
     unit = max(8, math.ceil(num_tokens * top_k / (16 * E)))
     want = min(num_tokens, unit * math.ceil(math.ceil(mean - 1e-5) / unit))
     for other in (x, torch.randn(num_tokens, H)):  # static within a step
-        limit = layer.route(other, RoutingContext())[1]
+        limit = layer.keep(*layer.route(other, RoutingContext())).limit
         assert limit.capacity is not None
         assert limit.capacity.tolist() == [want] * E
         assert limit.buffer_size == want
@@ -248,14 +248,14 @@ def test_affinity_mass_common_averages_micro_batches_and_survives_a_reload() -> 
     ragged = make(AffinityMass())
     total = 0
     for x in batches:
-        prefix = ragged.route(x, RoutingContext())[1].capacity
+        prefix = ragged.keep(*ragged.route(x, RoutingContext())).limit.capacity
         assert prefix is not None
         total += int(prefix.sum())
     assert float(layer.capacity.mass_factor) == pytest.approx(total / 300)
     other = make(AffinityMass(mode="common"))
     other.load_state_dict(layer.state_dict())
     x = torch.randn(300, H)
-    sizes = [m.route(x, RoutingContext())[1].buffer_size for m in (layer, other)]
+    sizes = [m.keep(*m.route(x, RoutingContext())).limit.buffer_size for m in (layer, other)]
     assert sizes[0] == sizes[1] is not None
 
 
@@ -269,11 +269,11 @@ def test_threshold_imitates_its_target(target: Any) -> None:
     assert torch.equal(first["num_tokens_per_expert"], wanted["num_tokens_per_expert"])
     for _ in range(5):
         step_of(layer, torch.randn(2000, H))
-    routing, limit = layer.route(torch.randn(8000, H), RoutingContext())
-    assert limit.capacity is None
-    kept = layer.select(routing, limit).num_tokens_per_expert.sum() / 8000
+    found = layer.keep(*layer.route(torch.randn(8000, H), RoutingContext()))
+    assert found.limit.capacity is None
+    kept = found.selection.num_tokens_per_expert.sum() / 8000
     routing, limit = plain.route(torch.randn(8000, H), RoutingContext())
-    want = plain.select(routing, limit).num_tokens_per_expert.sum() / 8000
+    want = plain.keep(routing, limit).selection.num_tokens_per_expert.sum() / 8000
     assert float(kept) == pytest.approx(float(want), abs=0.03)
 
 
@@ -290,7 +290,7 @@ def test_threshold_does_not_learn_from_its_own_drops() -> None:
 def test_locmoe_freezes_the_first_steps_bound() -> None:
     layer = make(LocMoE(min_factor=0.01, max_factor=50.0), router="locmoe")
     x, y = torch.randn(500, H), torch.randn(300, H)
-    before = layer.route(x, RoutingContext())[1]
+    before = layer.keep(*layer.route(x, RoutingContext())).limit
     assert before.capacity is not None
     assert before.capacity.tolist() == [500] * E  # the largest factor until the first step is done
     step_of(layer, x, y)

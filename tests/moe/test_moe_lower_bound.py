@@ -34,7 +34,7 @@ def test_a_layer_with_a_floor_learns_the_affinity_of_its_last_step() -> None:
     x[:, :16] += 0.3
     found = []
     for _ in range(2):
-        limit = layer.route(x, RoutingContext())[1].capacity
+        limit = layer.keep(*layer.route(x, RoutingContext())).limit.capacity
         assert limit is not None
         found.append(int(limit[0]))
         with Collector(layer):

@@ -147,7 +147,7 @@ def test_expert_choice_takes_the_best_of_all_tokens() -> None:
     layer = make("expert_choice", capacity="factor")
     x = torch.randn(T, H, dtype=torch.float64)
     routing, limit = layer.route(x, RoutingContext())
-    kept = layer.select(routing, limit).selection_map(routing)
+    kept = layer.keep(routing, limit).selection.selection_map(routing)
     assert routing.probs is not None
     count = math.ceil(1.1 * T / E)
     for e in range(E):
@@ -162,7 +162,7 @@ def test_who_chooses_in_etr(choice: str) -> None:
     x = torch.randn(T, H, dtype=torch.float64)
     x[:, :4] += 1
     routing, limit = layer.route(x, RoutingContext())
-    kept = layer.select(routing, limit).selection_map(routing)
+    kept = layer.keep(routing, limit).selection.selection_map(routing)
     affinity, count = reference.grap(x, E).tolist(), math.ceil(1.1 * T * 2 / E)
     for e in range(E):
         pool = [t for t in range(T) if choice == "expert" or e in reference.top_k(affinity[t], 2)]

@@ -46,8 +46,9 @@ def test_gate_sums_are_of_all_choices_and_of_the_kept_ones() -> None:
     layer = MoE(config)
     x, context = torch.randn(20, 4), RoutingContext(valid_mask=torch.arange(20) < 17)
     routing, limit = layer.route(x.masked_fill(torch.arange(20)[:, None] >= 17, 0.0), context)
-    selection = layer.select(routing, limit)
-    stats = layer.stats(routing, selection, limit)
+    found = layer.keep(routing, limit)
+    selection = found.selection
+    stats = layer.stats(routing, found)
     best = routing.probs.max(-1).values
     kept = selection.selection_map(routing).any(-1)
     torch.testing.assert_close(stats["gate_sum"], best[:17].sum())

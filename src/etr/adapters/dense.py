@@ -56,16 +56,16 @@ class DenseRouter(nn.Module):
         if valid_mask is not None:
             x = x.masked_fill(~valid_mask[:, None], 0.0)
         routing, limit = moe.route(x, context)
-        selection = moe.select(routing, limit)
+        kept = moe.keep(routing, limit)
         collector = moe.collector
         if collector is not None:
-            stats = moe.stats(routing, selection, limit)
+            stats = moe.stats(routing, kept)
             collector.add(moe, MoEOutput(hidden_states=x, stats=stats), learns=moe.training)
-        weight, shape = selection.combine_weight, (routing.num_tokens, routing.num_experts + 1)
+        weight, shape = kept.selection.combine_weight, (routing.num_tokens, routing.num_experts + 1)
         probs = weight.new_zeros(shape).index_put((routing.token, routing.expert), weight)
         return DenseRouting(
             probs=probs[:, : routing.num_experts],
-            routing_map=selection.selection_map(routing),
+            routing_map=kept.selection.selection_map(routing),
             losses=moe.losses(routing, context, collector) if self.training else {},
         )
 

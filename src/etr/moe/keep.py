@@ -1,31 +1,140 @@
-"""Selection over ranks that feed the same micro-batch: every expert sees all of its choosers.
+"""What experts keep of what tokens want: capacity and selection as one stage.
 
-Each expert has one owner in the selection group. Choosers' scores travel to it, it applies the
-capacity policy and selects as one rank with all tokens would (rank-major order), and the answers
-travel back. No gradient: gradients flow through the kept combine weights alone.
+Over ranks that feed the same micro-batch every expert sees all of its choosers. Each expert has one
+owner in the selection group. Choosers' scores travel to it, it applies the capacity policy and
+selects as one rank with all tokens would (rank-major order), and the answers travel back. No
+gradient: gradients flow through the kept combine weights alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from etr.moe.calibration import Calibration
+from etr.moe.capacity import CapacityPolicy
 from etr.moe.exchange import Traffic, arrive, depart, exchange_evenly
 from etr.moe.ranks import Peers
-from etr.moe.routing import Limit, Routing, count_experts
-from etr.moe.select import select
-
-if TYPE_CHECKING:
-    from etr.moe.layer import MoE
+from etr.moe.routing import Limit, Routing, Selection, count_experts
+from etr.moe.select import ExpertPool, Normalize, RankBy, select
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choosers(Routing):
+class Order:
+    """How experts rank choosers, and tokens weigh experts.
+
+    Args:
+        rank_by: order of an expert's queue: score, or position in the batch.
+        pool: whom an expert ranks: its choosers, or all tokens.
+        normalize: divide weights by the sum over the token's chosen or kept experts.
+        scale: factor on all combine weights, after any normalisation.
+    """
+
+    rank_by: RankBy
+    pool: ExpertPool = "choosers"
+    normalize: Normalize = "none"
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What experts keep, and of what they were told to.
+
+    Args:
+        selection: over this rank's pairs.
+        limit: what was allowed. Over a group a capacity is that of the experts which this rank
+            owns, and 0 for others, so that ranks add up.
+        choosers: pairs of the experts that this rank owns, if they were gathered; else this rank's.
+        num_slots: pairs that could have been kept, int64 []; over a group, by those experts.
+    """
+
+    selection: Selection
+    limit: Limit
+    choosers: Routing
+    num_slots: Tensor
+
+
+def keep(
+    routing: Routing,
+    limit: Limit | None,
+    policy: CapacityPolicy,
+    learned: Calibration,
+    order: Order,
+    traffic: Traffic | None = None,
+    *,
+    gather: bool = False,
+) -> Kept:
+    """Keep what a capacity policy allows.
+
+    Args:
+        routing: what this rank's tokens want.
+        limit: what is allowed instead of what the policy says; sets no capacity.
+        policy: says how many of its choosers an expert keeps.
+        learned: thresholds that the policy may use.
+        order: how experts rank choosers, and tokens weigh experts.
+        traffic: the ranks whose tokens compete; None for this rank's alone.
+        gather: bring choosers to their experts' owners, also where no capacity needs it.
+    """
+
+    def allowed(choosers: Routing) -> Limit:
+        return policy.limit(choosers, learned.threshold, learned.affinity_p99)
+
+    limit = allowed(routing) if limit is None else limit
+    peers = None if traffic is None else traffic.parallel.selection_peers
+    by_threshold = limit.capacity is None and not routing.tokens_choose
+    choosers, among = routing, None
+    if traffic is not None and peers is not None:
+        by_score = order.rank_by == "score"
+        meet = partial(
+            _gather, score=by_score, prob=policy.needs_probs, peers=peers, traffic=traffic
+        )
+        if limit.capacity is not None:
+            choosers, limit, among = _owners_keep(routing, allowed, order, peers, meet)
+        elif gather or by_threshold:
+            choosers, _ = meet(routing)
+    selection = select(
+        routing,
+        limit if among is None else Limit(buffer_size=limit.buffer_size),
+        rank_by=order.rank_by,
+        normalize=order.normalize,
+        expert_pool=order.pool,
+        among=among,
+    )
+    if order.scale != 1:
+        weight = selection.combine_weight * order.scale
+        selection = replace(selection, combine_weight=weight)
+    if routing.tokens_choose:
+        slots = routing.num_valid_tokens() * routing.top_k
+    elif limit.capacity is not None:
+        slots = limit.capacity.sum()
+    else:
+        room = policy.imitated_limit(choosers, learned.threshold, learned.affinity_p99).capacity
+        assert room is not None  # a policy without a limit goes with no such router
+        kept = selection.num_tokens_per_expert.sum()
+        slots = torch.where(learned.num_updates == 0, kept, _owned(room, peers).sum())
+    return Kept(selection=selection, limit=limit, choosers=choosers, num_slots=slots)
+
+
+def token_offset(index: Tensor, traffic: Traffic | None) -> Tensor | int:
+    """How many tokens stand before this rank's in its selection group, int64 [].
+
+    Args:
+        index: numbers of this rank's tokens, int64 [T].
+    """
+    peers = None if traffic is None else traffic.parallel.selection_peers
+    if traffic is None or peers is None:
+        return 0
+    own = index.new_full((peers.size, 1), len(index))
+    return exchange_evenly(own, peers, traffic)[: peers.rank].sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Choosers(Routing):
     """The group's pairs for the experts that this rank owns; the tables are elsewhere.
 
     Args:
@@ -40,7 +149,7 @@ class Choosers(Routing):
         return self.prob
 
 
-def owners(num_experts: int, peers: Peers, device: torch.device) -> Tensor:
+def _owners(num_experts: int, peers: Peers, device: torch.device) -> Tensor:
     """Rank of the selection group that selects for each expert, int64 [E].
 
     Experts are spread evenly over the group. In an expert group by itself that is the rank which
@@ -49,56 +158,52 @@ def owners(num_experts: int, peers: Peers, device: torch.device) -> Tensor:
     return torch.arange(num_experts, device=device) * peers.size // num_experts
 
 
-def owned(capacity: Tensor, traffic: Traffic | None) -> Tensor:
-    """Capacities of the experts that this rank owns, 0 for others, so that ranks add up; [E]."""
-    peers = None if traffic is None else traffic.parallel.selection_peers
+def _owned(capacity: Tensor, peers: Peers | None) -> Tensor:
+    """Capacities of the experts that this rank owns, 0 for others, [E]."""
     if peers is None:
         return capacity
-    own = owners(len(capacity), peers, capacity.device) == peers.rank
+    own = _owners(len(capacity), peers, capacity.device) == peers.rank
     return torch.where(own, capacity, 0)
 
 
 @torch.no_grad()
-def limit_over_group(layer: MoE, routing: Routing, limit: Limit, traffic: Traffic | None) -> Limit:
-    """What the owners let this rank's pairs keep, where experts have a capacity.
-
-    Args:
-        limit: what the policy says of this rank's tokens alone; final if it sets no capacity.
-        traffic: the ranks; None for one.
-    Returns:
-        Limit with `kept`, `choosers`, and the capacity of the experts that this rank owns.
-    """
-    peers = None if traffic is None else traffic.parallel.selection_peers
-    if traffic is None or peers is None or limit.capacity is None:
-        return limit
-    pool = layer.expert_pool
-    asked = _all_pairs(routing) if pool == "all" else routing
-    choosers, answer = gather_choosers(layer, asked, peers, traffic)
-    limit = layer.capacity.limit(
-        choosers, layer.calibration.threshold, layer.calibration.affinity_p99
-    )
-    kept = answer(select(choosers, limit, rank_by=layer.rank_by).kept)
-    if pool == "all":  # the best of all tokens, and of those the choosers
+def _owners_keep(
+    routing: Routing,
+    allowed: Callable[[Routing], Limit],
+    order: Order,
+    peers: Peers,
+    meet: Callable[[Routing], tuple[Routing, Callable[[Tensor], Tensor]]],
+) -> tuple[Routing, Limit, Tensor]:
+    """What came here, what is allowed, and which of this rank's pairs owners keep, bool [P]."""
+    everyone = order.pool == "all"
+    asked = _all_pairs(routing) if everyone else routing
+    choosers, answer = meet(asked)
+    limit = allowed(choosers)
+    kept = answer(select(choosers, limit, rank_by=order.rank_by).kept)
+    if everyone:  # the best of all tokens, and of those the choosers
         expert = routing.expert.clamp_max(routing.num_experts - 1)
         kept = kept.view(-1, routing.num_experts)[routing.token, expert] & routing.valid
     size = routing.num_tokens
     if limit.buffer_size is not None:
         size = min(size, limit.buffer_size)
-    capacity = limit.capacity if limit.capacity is None else owned(limit.capacity, traffic)
-    return Limit(kept=kept, capacity=capacity, buffer_size=size, choosers=choosers)
+    capacity = None if limit.capacity is None else _owned(limit.capacity, peers)
+    return choosers, Limit(capacity=capacity, buffer_size=size), kept
 
 
 @torch.no_grad()
-def gather_choosers(
-    layer: MoE, routing: Routing, peers: Peers, traffic: Traffic
-) -> tuple[Choosers, Callable[[Tensor], Tensor]]:
+def _gather(
+    routing: Routing, *, score: bool, prob: bool, peers: Peers, traffic: Traffic
+) -> tuple[_Choosers, Callable[[Tensor], Tensor]]:
     """Bring every pair to the owner of its expert. The host waits for the counts.
+
+    Args:
+        score, prob: whether the pairs' scores and probabilities travel along.
 
     Returns:
         The pairs that came here, in global token order; and a function that takes one bool for
         each of them and returns one for each of this rank's own pairs.
     """
-    owner = owners(routing.num_experts, peers, routing.expert.device)
+    owner = _owners(routing.num_experts, peers, routing.expert.device)
     owner = F.pad(owner, (0, 1), value=peers.size)[routing.expert]
     leaving = count_experts(owner, peers.size)
     tokens = leaving.new_tensor([routing.num_tokens]).expand(peers.size)
@@ -108,18 +213,17 @@ def gather_choosers(
     order = owner.argsort(stable=True)[: sum(sends)]  # unused pairs stay here
 
     kind = routing.gate.dtype  # float32 or float64: expert numbers are exact in both
-    columns = [routing.expert.to(kind)]
-    if layer.rank_by == "score" and routing.score is not None:
-        columns.append(routing.score)
-    if layer.capacity.needs_probs:
-        columns.append(routing.pair_probs())
-    sent = depart(torch.stack(columns, dim=1)[order], sends, receives, peers, traffic)
-    expert, *values = arrive(sent).unbind(1)
-    score = values.pop(0) if layer.rank_by == "score" and routing.score is not None else None
-    choosers = Choosers(
+    sent = [routing.expert.to(kind)]
+    if score and routing.score is not None:
+        sent.append(routing.score)
+    if prob:
+        sent.append(routing.pair_probs())
+    under_way = depart(torch.stack(sent, dim=1)[order], sends, receives, peers, traffic)
+    expert, *values = arrive(under_way).unbind(1)
+    choosers = _Choosers(
         token=torch.zeros_like(expert, dtype=torch.int64),  # nothing asks whose pair it is
         expert=expert.long(),
-        score=score,
+        score=values.pop(0) if score and routing.score is not None else None,
         gate=torch.zeros_like(expert),
         valid_mask=torch.arange(sum(num_tokens), device=expert.device) < sum(num_valid),
         scores=None,
@@ -151,24 +255,3 @@ def _all_pairs(routing: Routing) -> Routing:
         score=routing.scores.flatten(),
         gate=routing.scores.flatten(),
     )
-
-
-def choosers_of(layer: MoE, routing: Routing, limit: Limit, traffic: Traffic | None) -> Routing:
-    """The group's choosers of the experts that this rank owns; without a group, `routing`."""
-    peers = None if traffic is None else traffic.parallel.selection_peers
-    if traffic is None or peers is None:
-        return routing
-    return limit.choosers or gather_choosers(layer, routing, peers, traffic)[0]
-
-
-def token_offset(index: Tensor, traffic: Traffic | None) -> Tensor | int:
-    """How many tokens stand before this rank's in its selection group, int64 [].
-
-    Args:
-        index: numbers of this rank's tokens, int64 [T].
-    """
-    peers = None if traffic is None else traffic.parallel.selection_peers
-    if traffic is None or peers is None:
-        return 0
-    own = index.new_full((peers.size, 1), len(index))
-    return exchange_evenly(own, peers, traffic)[: peers.rank].sum()

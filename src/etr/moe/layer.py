@@ -2,8 +2,7 @@
 
 x [T, H]
   router       what each token wants          Routing
-  capacity     what each expert may keep      Limit
-  select       what each expert keeps         Selection
+  keep         what each expert keeps         Kept, in it a Selection
   dispatch     rows travel to their expert
   experts      grouped feed-forward
   combine      weighted sum in token order    y [T, H]
@@ -11,8 +10,6 @@ beside it: losses and statistics, pure functions of Routing and Selection
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +31,11 @@ from etr.moe.experts import (
     ExpertWeights,
     auto_backend,
 )
-from etr.moe.keep import choosers_of, limit_over_group, owned, token_offset
+from etr.moe.keep import Kept, Order, keep, token_offset
 from etr.moe.notice import warn
 from etr.moe.ranks import ExpertParallel
 from etr.moe.routers import Router
 from etr.moe.routing import Limit, MoEOutput, Routing, Selection
-from etr.moe.select import ExpertPool, select
 from etr.moe.state import GlobalState, LayerState, keep_state
 from etr.moe.stats import routing_stats, target_kept
 from etr.moe.view import LayerView, Watcher
@@ -91,8 +87,6 @@ class MoE(Collected):
         self.dispatcher = Permute() if auto else DISPATCHERS.parse(config.dispatch)
         self.parallel: ExpertParallel | None = None
         self.traits = config.router_config.traits
-        # Kept here, since wrappers around the router (PEFT's) hide its attributes.
-        self.expert_pool: ExpertPool = getattr(config.router_config, "expert_pool", "choosers")
         self.rank_by = config.resolved_rank_by
         self.normalize = config.resolved_normalize
         self.eval_selection: EvalSelection = config.eval_selection
@@ -142,13 +136,13 @@ class MoE(Collected):
         self.note_training(collector)
 
         routing, limit = self.route(x, context, traffic)
-        selection = self.select(routing, limit)
-        for watcher in self.watchers:
-            watcher(LayerView(layer=self, x=x.detach(), routing=routing, selection=selection))
-        y = self.run_experts(x, routing, selection, traffic)
         learns = self.learns_from(context)
+        kept = self.keep(routing, limit, traffic, learns=learns)
+        for watcher in self.watchers:
+            watcher(LayerView(layer=self, x=x.detach(), routing=routing, selection=kept.selection))
+        y = self.run_experts(x, routing, kept.selection, traffic)
         losses = self.losses(routing, context, collector) if learns else {}
-        stats = self.stats(routing, selection, limit, traffic, learns=learns)
+        stats = self.stats(routing, kept, learns=learns)
         stats |= {f"loss_{name}": loss.detach() for name, loss in losses.items()}
         output = MoEOutput(
             hidden_states=y.to(hidden_states.dtype).view_as(hidden_states),
@@ -161,8 +155,8 @@ class MoE(Collected):
 
     def route(
         self, x: Tensor, context: RoutingContext, traffic: Traffic | None = None
-    ) -> tuple[Routing, Limit]:
-        """What tokens want, and what experts may keep of it.
+    ) -> tuple[Routing, Limit | None]:
+        """What tokens want, and what experts may keep of it if not what the capacity policy says.
 
         Args:
             x: tokens, float [T, H].
@@ -172,10 +166,7 @@ class MoE(Collected):
         inputs = self._router_input(x, context, traffic)
         serving = context.selection or self.eval_selection
         if self.learns_from(context) or serving == "batch":
-            routing = self.router(x, inputs)
-            state = self.calibration
-            limit = self.capacity.limit(routing, state.threshold, state.affinity_p99)
-            return routing, limit_over_group(self, routing, limit, traffic)
+            return self.router(x, inputs), None
         if serving == "threshold" and self.ranks_by_score:
             # Thresholds that nothing was learned for are -inf, which keeps every choice. Where
             # experts choose they would take every token: the device then lets tokens choose.
@@ -184,19 +175,28 @@ class MoE(Collected):
             return routing, Limit(min_score=self.calibration.threshold)
         return self.router(x, inputs, tokens_choose=True), Limit()
 
-    def select(self, routing: Routing, limit: Limit) -> Selection:
-        """What experts keep."""
-        selection = select(
-            routing,
-            limit,
+    def keep(
+        self,
+        routing: Routing,
+        limit: Limit | None = None,
+        traffic: Traffic | None = None,
+        *,
+        learns: bool | None = None,
+    ) -> Kept:
+        """What experts keep of what `route` found.
+
+        Args:
+            learns: whether counters for `after_step` will be asked for; None: in training.
+        """
+        learns = self.training if learns is None else learns
+        order = Order(
             rank_by=self.rank_by,
+            pool=self.traits.expert_pool,
             normalize=self.normalize,
-            expert_pool=self.expert_pool,
+            scale=self.config.routed_scale,
         )
-        if self.config.routed_scale == 1:
-            return selection
-        weight = selection.combine_weight * self.config.routed_scale
-        return replace(selection, combine_weight=weight)
+        gather = learns and self.capacity.observes_choosers
+        return keep(routing, limit, self.capacity, self.calibration, order, traffic, gather=gather)
 
     def run_experts(
         self, x: Tensor, routing: Routing, selection: Selection, traffic: Traffic | None = None
@@ -257,37 +257,16 @@ class MoE(Collected):
 
     @torch.no_grad()
     def stats(
-        self,
-        routing: Routing,
-        selection: Selection,
-        limit: Limit,
-        traffic: Traffic | None = None,
-        *,
-        learns: bool | None = None,
+        self, routing: Routing, kept: Kept, *, learns: bool | None = None
     ) -> dict[str, Tensor]:
         """Counters of one forward; where it learns (None: in training), also for `after_step`."""
-        found = routing_stats(routing, selection, limit)
-        learns = self.training if learns is None else learns
-        by_threshold = not routing.tokens_choose and limit.capacity is None
-        seen = routing
-        if by_threshold or (learns and self.capacity.observes_choosers):
-            seen = choosers_of(self, routing, limit, traffic)
-        if by_threshold:
-            room = owned(self._room(seen), traffic).sum()
-            unknown = self.calibration.num_updates == 0
-            found["num_slots"] = torch.where(unknown, found["num_tokens_per_expert"].sum(), room)
-        if learns:
+        found = routing_stats(routing, kept.selection, kept.limit, kept.num_slots)
+        if self.training if learns is None else learns:
             if routing.scores is not None:
                 found["score_histogram"] = score_histogram(routing, self.calibration.scale)
+            seen = kept.choosers if self.capacity.observes_choosers else routing
             found.update(self.capacity.observe(seen))
         return found
-
-    def _room(self, routing: Routing) -> Tensor:
-        """Tokens that experts which choose by thresholds would have had room for, int64 [E]."""
-        state = self.calibration
-        policy = self.capacity.imitated_limit(routing, state.threshold, state.affinity_p99)
-        assert policy.capacity is not None  # a policy without a limit goes with no such router
-        return policy.capacity
 
     def note_training(self, collector: Collector | None) -> None:
         """Notice a forward that a backward pass may follow; see `etr.moe.unlearned`."""

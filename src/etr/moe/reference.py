@@ -143,7 +143,7 @@ def moe(layer: MoE, x: Tensor, routing: Routing, limit: Limit) -> tuple[Tensor, 
     Returns:
         y [T, H] and the kept pairs.
     """
-    rank_all = layer.expert_pool == "all"
+    rank_all = layer.traits.expert_pool == "all"
     kept = keep(routing, limit, by_score=layer.rank_by == "score", rank_all=rank_all)
     weight = weights(routing, kept, layer.normalize)
     params = layer.experts.params(x.dtype)

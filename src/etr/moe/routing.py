@@ -142,16 +142,11 @@ class Limit:
         capacity: most tokens per expert, int64 [E] in tokens, or None for no limit.
         min_score: keep a chooser only if its score is at least this, float32 [E], or None.
         buffer_size: static upper bound of tokens per expert, or None for "every token".
-        kept: what the experts' owners in the selection group keep, bool [P]. It is final, and
-            `capacity` then holds the experts that this rank owns, and 0 for the others.
-        choosers: the group's pairs for the experts that this rank owns, where they were gathered.
     """
 
     capacity: Tensor | None = None
     min_score: Tensor | None = None
     buffer_size: int | None = None
-    kept: Tensor | None = None
-    choosers: Routing | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ def unsupported(
             f"capacity {capacity.name!r} keeps the best choosers, so it needs rank_by='score', "
             f"which router {router.name!r} cannot or was told not to do"
         )
-    if getattr(router, "expert_pool", "choosers") == "all":
+    if traits.expert_pool == "all":
         return (
             f"capacity {capacity.name!r} counts an expert's choosers, and expert_pool='all' ranks "
             "them among all tokens; use expert_pool='choosers'"

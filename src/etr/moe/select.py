@@ -100,6 +100,7 @@ def select(
     rank_by: RankBy,
     normalize: Normalize = "none",
     expert_pool: ExpertPool = "choosers",
+    among: Tensor | None = None,
 ) -> Selection:
     """Keep, for each expert, the choosers that the limit allows (expert choice).
 
@@ -112,14 +113,12 @@ def select(
         normalize: divide weights by the sum over the token's chosen or kept experts.
         expert_pool: rank a chooser among the expert's choosers, or among all tokens (and drop
             choosers outranked by tokens that did not choose the expert: keeps fewer).
+        among: keep nothing else than these pairs, bool [P]; None for any.
     Returns:
         Selection over the same P pairs. No gradient flows through the selection itself.
     """
-    kept = routing.valid
+    kept = routing.valid if among is None else routing.valid & among
     with torch.no_grad():
-        if limit.kept is not None:
-            kept = kept & limit.kept
-            limit = Limit(buffer_size=limit.buffer_size)
         if limit.min_score is not None:
             kept = kept & (pair_scores(routing) >= _per_pair(limit.min_score, routing, -torch.inf))
         if expert_pool == "all" and limit.capacity is not None:

@@ -11,7 +11,9 @@ from etr.moe.routing import Limit, Routing, Selection
 
 
 @torch.no_grad()
-def routing_stats(routing: Routing, selection: Selection, limit: Limit) -> dict[str, Tensor]:
+def routing_stats(
+    routing: Routing, selection: Selection, limit: Limit, num_slots: Tensor
+) -> dict[str, Tensor]:
     """Count what was asked for and what was kept.
 
     Where experts choose, what they take is the choice: nothing is dropped, and tokens that nobody
@@ -23,8 +25,7 @@ def routing_stats(routing: Routing, selection: Selection, limit: Limit) -> dict[
             always 0 where the router reads no token (`hash` and `random`).
         num_choices_per_expert: before dropping, int64 [E].
         num_tokens_per_expert: kept, int64 [E].
-        num_slots: pairs that could have been kept, int64 []: valid tokens times top_k, or where
-            experts choose their summed capacity.
+        num_slots: as given: pairs that could have been kept, int64 [].
         num_tokens_without_expert: valid tokens with no kept pair, int64 [].
         capacity_sum: summed capacity of all experts in tokens, int64 []; valid tokens times E
             where there is no limit.
@@ -46,7 +47,7 @@ def routing_stats(routing: Routing, selection: Selection, limit: Limit) -> dict[
             routing.num_choices_per_expert() if routing.tokens_choose else kept
         ),
         "num_tokens_per_expert": kept,
-        "num_slots": tokens * routing.top_k if routing.tokens_choose else capacity,
+        "num_slots": num_slots,
         "num_tokens_without_expert": ((served == 0) & routing.valid_mask).sum(),
         "capacity_sum": capacity,
         "gate_sum": chosen_gates if routing.tokens_choose else kept_gates,

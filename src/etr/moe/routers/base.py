@@ -14,7 +14,7 @@ from etr.moe.checked import check_types
 from etr.moe.context import Replay, RouterInput
 from etr.moe.routing import Routing, Scores
 from etr.moe.score_scale import OddsScale, ScoreScale
-from etr.moe.select import RankBy, token_pairs, top_experts
+from etr.moe.select import ExpertPool, RankBy, token_pairs, top_experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,7 @@ class RouterTraits:
         has_probs: gives a distribution over experts, so a balance loss is defined.
         has_cosine: scores are cosines, so the capacity lower bound applies.
         rank_by: orders in which experts may fill up; the first is the default.
+        expert_pool: whom experts rank: their choosers, or all tokens.
         default_capacity: policy used when none is named, perhaps with options.
         position_free: the choice does not depend on where the token stands in the batch.
         needs_token_ids: the context must hold token ids.
@@ -43,6 +44,7 @@ class RouterTraits:
     has_probs: bool = True
     has_cosine: bool = False
     rank_by: tuple[RankBy, ...] = ("score", "position")
+    expert_pool: ExpertPool = "choosers"
     default_capacity: str = "factor"
     position_free: bool = True
     needs_token_ids: bool = False

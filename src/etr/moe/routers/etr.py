@@ -91,6 +91,7 @@ class EtrRouter(RouterConfig):
             tokens_choose=self.choice != "expert",
             has_cosine=self.score == "cosine",
             rank_by=("position",) if self.choice == "token" else ("score",),
+            expert_pool=self.expert_pool,
             default_capacity=self.preset_capacity,
         )
 
