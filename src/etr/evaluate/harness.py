@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from etr.data.chat import ChatTemplate
 from etr.data.tokenizer import encode_prompt
-from etr.evaluate.held_out import evaluating
 from etr.evaluate.tasks.base import ALL, Exam, Score, TaskResult, by_category, require
+from etr.moe import selecting
 from etr.moe.context import EvalSelection
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _simple_evaluate(
 ) -> dict[str, Any]:
     import lm_eval
 
-    with offline(), evaluating(model, selection), ChatTemplate(tokenizer) as template:
+    with offline(), selecting(model, selection), ChatTemplate(tokenizer) as template:
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from etr.data import IGNORED, Batch
-from etr.moe import moe_layers, set_eval_selection
+from etr.moe import moe_layers, selecting
 from etr.moe.context import EvalSelection
 from etr.moe.stats import kept_share
 from etr.parallel import Ranks
@@ -71,22 +70,6 @@ def describe_selection(model: nn.Module, asked: EvalSelection) -> str:
     return f"{used} selection, since the model has no calibrated thresholds"
 
 
-@contextmanager
-def evaluating(model: nn.Module, selection: EvalSelection) -> Iterator[None]:
-    """Eval mode with a selection; the model's own mode and selections are restored."""
-    was_training = model.training
-    layers = moe_layers(model)
-    before = [layer.eval_selection for layer in layers]
-    set_eval_selection(model, selection)
-    model.eval()
-    try:
-        yield
-    finally:
-        for layer, old in zip(layers, before, strict=True):
-            layer.eval_selection = old
-        model.train(was_training)
-
-
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -116,7 +99,7 @@ def evaluate(
     tokens_of_rows: list[Tensor] = []
     domain_of_rows: list[Tensor] = []
     kept, slots, choices = 0, 0, 0
-    with evaluating(model, selection):
+    with selecting(model, selection):
         for number, batch in enumerate(batches, 1):
             log.info("held-out batch %d", number)
             batch = _own_rows(batch, ranks).to(device)

@@ -7,7 +7,8 @@ from etr.moe.config import MoEConfig
 from etr.moe.context import RoutingContext
 from etr.moe.dispatch import DISPATCHERS
 from etr.moe.experts import EXPERT_BACKENDS
-from etr.moe.layer import MoE, moe_layers, set_eval_selection
+from etr.moe.layer import MoE
+from etr.moe.layers import moe_layers, selecting, set_eval_selection
 from etr.moe.losses import LossConfig
 from etr.moe.notice import EtrWarning
 from etr.moe.ranks import ExpertParallel
@@ -58,6 +59,7 @@ __all__ = [
     "capacity",
     "moe_layers",
     "reset_states",
+    "selecting",
     "set_eval_selection",
     "set_progress",
     "support_table",

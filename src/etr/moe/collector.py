@@ -13,7 +13,7 @@ from etr.moe.routing import MoEOutput
 from etr.moe.stats import add_stats
 from etr.moe.unlearned import Unlearned
 
-__getattr__ = moved(__name__, {"moe_layers": "etr.moe.layer"})
+__getattr__ = moved(__name__, {"moe_layers": "etr.moe.layers"})
 
 
 class Collected(nn.Module):

@@ -417,16 +417,3 @@ class SharedGate(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
-
-
-def moe_layers(model: nn.Module) -> list[MoE]:
-    """MoE layers inside `model`, itself included, in order of registration."""
-    return [module for module in model.modules() if isinstance(module, MoE)]
-
-
-def set_eval_selection(model: nn.Module, selection: EvalSelection) -> None:
-    """Choose how the MoE layers of `model` select in eval mode."""
-    if selection not in EVAL_SELECTIONS:
-        raise ValueError(f"selection={selection!r} must be one of {', '.join(EVAL_SELECTIONS)}")
-    for layer in moe_layers(model):
-        layer.eval_selection = selection

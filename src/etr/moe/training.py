@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from etr.moe.collector import Collector
-from etr.moe.layer import MoE, moe_layers
+from etr.moe.layer import MoE
+from etr.moe.layers import moe_layers
 from etr.moe.loss_scale import Attached, LossScale
 from etr.moe.notice import warn
 from etr.moe.stats import target_kept

@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import nn
 
-from etr.moe.layer import moe_layers
+from etr.moe.layers import moe_layers
 from etr.moe.view import LayerView, Watcher
 
 __all__ = ["LayerView", "Watcher", "watch"]

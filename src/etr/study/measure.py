@@ -14,7 +14,7 @@ from etr.diagnostics import (
     mutual_information,
     token_correlation,
 )
-from etr.moe import moe_layers
+from etr.moe import moe_layers, selecting
 from etr.moe.watch import LayerView, watch
 from etr.study.run import Run
 from etr.study.tasks import TASKS, open_task
@@ -34,25 +34,17 @@ def measure(run: Run, model: torch.nn.Module) -> dict[str, Any]:
     """
     task = open_task(run.task, TASKS[run.task].config(1))
     layers = moe_layers(model)
-    before = [layer.eval_selection for layer in layers]
-    model.eval()
     views: list[list[LayerView]] = [[] for _ in layers]
     domains: list[Tensor] = []
-    try:
-        for layer in layers:
-            layer.eval_selection = "batch"
-        seen: dict[int, LayerView] = {}
-        with watch(model, seen.__setitem__):
-            for batch in task.held_out_batches(run.config()):
-                found = task.forward(model, batch)
-                if not bool(found.valid.all()):
-                    continue  # padded rows would have to be cut out of every layer's tokens
-                domains.append(found.domain)
-                for place in range(len(layers)):
-                    views[place].append(seen[place])
-    finally:
-        for layer, old in zip(layers, before, strict=True):
-            layer.eval_selection = old
+    seen: dict[int, LayerView] = {}
+    with selecting(model, "batch"), watch(model, seen.__setitem__):
+        for batch in task.held_out_batches(run.config()):
+            found = task.forward(model, batch)
+            if not bool(found.valid.all()):
+                continue  # padded rows would have to be cut out of every layer's tokens
+            domains.append(found.domain)
+            for place in range(len(layers)):
+                views[place].append(seen[place])
     domain = torch.cat(domains)
     return {
         "layers": [

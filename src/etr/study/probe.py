@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from etr.evaluate.held_out import effective_selection
-from etr.moe import moe_layers, set_eval_selection
+from etr.moe import moe_layers, selecting
 from etr.moe.context import EvalSelection
 from etr.moe.watch import LayerView, watch
 from etr.train.tasks import Task
@@ -44,30 +44,22 @@ def evaluate(
     task: Task, model: nn.Module, batches: Iterable[Any], selection: EvalSelection
 ) -> HeldOut:
     """Mean loss over held-out batches; the model's mode and selection are restored."""
-    layers, was_training = moe_layers(model), model.training
-    before = [layer.eval_selection for layer in layers]
-    set_eval_selection(model, selection)
-    model.eval()
+    layers = moe_layers(model)
     losses, domains, dropped = [], [], []
     kept = tokens = 0
-    try:
-        views: dict[int, LayerView] = {}
-        with watch(model, views.__setitem__):
-            for batch in batches:
-                found = task.forward(model, batch)
-                none = torch.zeros_like(found.valid)
-                for view in views.values():
-                    per_token = view.selection.selection_map(view.routing).sum(1)
-                    none |= per_token == 0
-                    kept += int(per_token[found.valid].sum())
-                tokens += int(found.valid.sum()) * len(layers)
-                losses.append(found.token_losses[found.valid].double())
-                domains.append(found.domain[found.valid])
-                dropped.append(none[found.valid])
-    finally:
-        for layer, old in zip(layers, before, strict=True):
-            layer.eval_selection = old
-        model.train(was_training)
+    views: dict[int, LayerView] = {}
+    with selecting(model, selection), watch(model, views.__setitem__):
+        for batch in batches:
+            found = task.forward(model, batch)
+            none = torch.zeros_like(found.valid)
+            for view in views.values():
+                per_token = view.selection.selection_map(view.routing).sum(1)
+                none |= per_token == 0
+                kept += int(per_token[found.valid].sum())
+            tokens += int(found.valid.sum()) * len(layers)
+            losses.append(found.token_losses[found.valid].double())
+            domains.append(found.domain[found.valid])
+            dropped.append(none[found.valid])
     loss, domain, mask = torch.cat(losses), torch.cat(domains), torch.cat(dropped)
     return HeldOut(
         loss=float(loss.mean()),

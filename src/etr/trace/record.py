@@ -13,7 +13,7 @@ from torch import nn
 
 from etr.data import Batch
 from etr.hf import family_of
-from etr.moe import moe_layers, set_eval_selection
+from etr.moe import moe_layers, selecting
 from etr.moe.context import EvalSelection
 from etr.trace.recorder import RoutingRecorder, routers_of
 from etr.trace.schema import TokenRows, TraceInfo
@@ -85,17 +85,13 @@ def record_trace(
         ValueError: the model has no MoE layer that can be recorded, or there is no token.
     """
     recorder = RoutingRecorder(model)
-    was_training = model.training
-    before = [layer.eval_selection for layer in moe_layers(model)]
-    set_eval_selection(model, selection)
-    model.eval()
     # Logits of every place would take more memory than all routing together.
     few = "logits_to_keep" in inspect.signature(model.forward).parameters
     options = {"logits_to_keep": 1} if few else {}
-    info = describe(model, source)
     rows = _TokenRows(domains, tokenizer)
     device = next(model.parameters()).device
-    try:
+    with selecting(model, selection):
+        info = describe(model, source)
         with TraceWriter(path, info) as writer, recorder:
             for batch in batches:
                 mask = batch.valid_mask
@@ -104,10 +100,6 @@ def record_trace(
                 writer.write(rows.of(batch), recorder.take(mask.to(device)))
             if not writer.num_tokens:
                 raise ValueError("no tokens to trace: the data has no held-out documents")
-    finally:
-        for layer, old in zip(moe_layers(model), before, strict=True):
-            layer.eval_selection = old
-        model.train(was_training)
     return info
 
 

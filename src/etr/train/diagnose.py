@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from etr.diagnostics import (
     token_correlation,
 )
 from etr.hf import EtrForCausalLM
-from etr.moe import MoE, moe_layers
+from etr.moe import MoE, moe_layers, selecting
 from etr.moe.watch import LayerView, watch
 from etr.train.metrics import finite
 
@@ -149,7 +148,7 @@ def _observe(model: EtrForCausalLM, batches: Sequence[Batch]) -> list[list[Obser
     def see(place: int, view: LayerView) -> None:
         found[place].append(_observed(view, domain))
 
-    with _as_in_training(model), watch(model, see):
+    with selecting(model, "batch"), watch(model, see):
         for batch in batches:
             batch = batch.to(device)
             domain = batch.domain.repeat_interleave(batch.input_ids.shape[1])
@@ -177,22 +176,6 @@ def _observed(view: LayerView, domain: Tensor) -> Observed:
         scores=None if routing.scores is None else routing.scores[mask],
         domain=domain[mask],
     )
-
-
-@contextmanager
-def _as_in_training(model: EtrForCausalLM) -> Iterator[None]:
-    """Eval mode, in which experts select over the batch as they do in training."""
-    layers, was_training = moe_layers(model), model.training
-    before = [layer.eval_selection for layer in layers]
-    for layer in layers:
-        layer.eval_selection = "batch"
-    model.eval()
-    try:
-        yield
-    finally:
-        for layer, old in zip(layers, before, strict=True):
-            layer.eval_selection = old
-        model.train(was_training)
 
 
 def _joined(parts: list[Observed]) -> Observed:

@@ -23,7 +23,7 @@ from etr.data import Batch, DataConfig, OpenedData, TokenLoader, held_out_batche
 from etr.evaluate import calibrate, evaluate
 from etr.hf import EtrForCausalLM
 from etr.hf.swap_router import set_temperatures, swap_router
-from etr.moe import MoE, moe_layers, set_eval_selection
+from etr.moe import MoE, moe_layers, selecting, set_eval_selection
 from etr.moe.affinity import router_dtype
 from etr.moe.config import parse_capacity
 from etr.moe.routers.token_choice import LinearRouter
@@ -217,7 +217,7 @@ def distill(
         loss.backward()
         return float(loss.detach())
 
-    with _dropless(model), watch(model, see):
+    with selecting(model, "dropless"), watch(model, see):
         for step, batch in enumerate(batches):
             found.append(take_step(optimizer, partial(backward, batch)))
             on_step(step + 1, found[-1])
@@ -295,25 +295,10 @@ class _Measure:
             changed += int(differs[valid].sum())
             count += int(valid.sum())
 
-        with _dropless(model), watch(model, see):
+        with selecting(model, "dropless"), watch(model, see):
             for batch in self._sample:
                 model(**_arguments(batch.to(next(model.parameters()).device)))
         return changed / count
-
-
-@contextmanager
-def _dropless(model: EtrForCausalLM) -> Iterator[None]:
-    """Eval mode in which nothing is dropped."""
-    layers, was_training = moe_layers(model), model.training
-    before = [layer.eval_selection for layer in layers]
-    set_eval_selection(model, "dropless")
-    model.eval()
-    try:
-        yield
-    finally:
-        for layer, selection in zip(layers, before, strict=True):
-            layer.eval_selection = selection
-        model.train(was_training)
 
 
 @contextmanager

@@ -12,8 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from etr.data import Batch, TokenLoader
-from etr.evaluate.held_out import evaluating
-from etr.moe import moe_layers
+from etr.moe import moe_layers, selecting
 from etr.moe.watch import LayerView, watch
 from etr.train.loop import Trainer
 
@@ -92,6 +91,6 @@ def _node_shares(trainer: Trainer, input_ids: Tensor, nodes: tuple[int, ...]) ->
         row, where = view.routing.token[valid] // length, node[view.routing.expert[valid]]
         shares.index_put_((row, where), torch.ones(len(row)), accumulate=True)
 
-    with evaluating(trainer.model, "dropless"), watch(trainer.model, see):
+    with selecting(trainer.model, "dropless"), watch(trainer.model, see):
         trainer.model(input_ids=input_ids)
     return shares / shares.sum(1, keepdim=True).clamp_min(1)
