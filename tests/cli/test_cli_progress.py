@@ -1,4 +1,4 @@
-"""Where output is no terminal, long work says how far it is."""
+"""Where output is not a terminal, long work says how far it is."""
 
 from __future__ import annotations
 

@@ -346,7 +346,7 @@ def test_no_such_run(tmp_path, name, capsys):
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "config.json").write_text('{"model_type": "mixtral"}')
     assert main(["watch", str(tmp_path / name)]) == 2
-    wanted = "is no folder" if name == "none" else "holds no run"
+    wanted = "is not a folder" if name == "none" else "holds no run"
     assert wanted in capsys.readouterr().err
 
 

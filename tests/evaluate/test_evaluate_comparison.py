@@ -178,4 +178,4 @@ def test_options_are_checked(
 
 def test_a_missing_file_shows_before_a_model_is_read(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "absent", "--tasks", "questions", "--questions", "none.jsonl"]) == 2
-    assert "'none.jsonl' is no file" in capsys.readouterr().err
+    assert "'none.jsonl' is not a file" in capsys.readouterr().err

@@ -209,7 +209,7 @@ def test_teleqna_is_read_in_memory(tmp_path: Path) -> None:
     path.write_bytes(b"no zip")
     with pytest.raises(ValueError, match="is no TeleQnA zip"):
         teleqna(path)
-    with pytest.raises(FileNotFoundError, match="is no file"):
+    with pytest.raises(FileNotFoundError, match="is not a file"):
         teleqna(tmp_path / "absent.zip")
 
 

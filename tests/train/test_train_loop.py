@@ -241,7 +241,7 @@ def test_the_device_asked_for_is_one_of_this_machine() -> None:
 
 
 def test_evaluation_and_checkpoints_are_logged(make_config, caplog):
-    """Where output is no terminal, the command line prints the last of these."""
+    """Where output is not a terminal, the command line prints the last of these."""
     caplog.set_level(logging.INFO, "etr")
     train(make_config(steps=4))
     assert "held-out batch 1" in caplog.messages

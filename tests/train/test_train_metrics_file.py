@@ -59,7 +59,7 @@ def test_a_damaged_line_stays_and_is_named(tmp_path: Path, line: bytes, why: str
     first, third = (json.dumps(row(step)).encode() for step in (1, 3))
     later = json.dumps(row(4)).encode()
     path.write_bytes(b"\n".join([first, line, third, later, b'{"kind": "tra']))
-    with pytest.warns(UserWarning, match=f"no rows of metrics.* line 2 .*{why}"):
+    with pytest.warns(UserWarning, match=f"not rows of metrics.* line 2 .*{why}"):
         assert [found["step"] for found in read_metrics(path)] == [1, 3, 4]
     file = MetricsFile(path, after_step=3)
     file.write(row(4))

@@ -92,7 +92,7 @@ def test_bad_lines_are_named(line: Any, reason: str, tmp_path: Path) -> None:
 
 
 def test_files_without_conversations_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="is no file"):
+    with pytest.raises(FileNotFoundError, match="is not a file"):
         read_conversations(tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match="holds no conversation"):
         read_conversations(write(tmp_path / "a.jsonl", ""))

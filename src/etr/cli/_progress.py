@@ -1,7 +1,7 @@
 """What a person sees of long work: bars on a terminal, elsewhere lines.
 
 What is under way is logged, here and in the library, as messages of loggers below ``etr``. Where
-output is no terminal, a `Pulse` prints the last one after every `SILENCE`.
+output is not a terminal, a `Pulse` prints the last one after every `SILENCE`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Row = dict[str, Any]
 PLAIN_EVERY = 50
-"""Steps between lines where the output is no terminal."""
+"""Steps between lines where the output is not a terminal."""
 SILENCE = 25.0
 """Seconds between lines of a `Pulse`."""
 
@@ -75,7 +75,7 @@ class Pulse(logging.Handler):
 
 @contextmanager
 def pulse(verb: str) -> Iterator[None]:
-    """Print lines while the block runs, on the first rank and where output is no terminal."""
+    """Print lines while the block runs, on the first rank and where output is not a terminal."""
     out = sys.stderr if verb == "generate" else sys.stdout  # the text is generate's output
     if out.isatty() or os.environ.get("RANK", "0") != "0":
         yield

@@ -25,7 +25,7 @@ class WatchConfig:
     run: Annotated[str, tyro.conf.Positional]
     """Folder of a run, or of a comparison, whose newest run is shown in detail."""
     once: bool = False
-    """Print one frame and end; so it is too where the output is no terminal."""
+    """Print one frame and end; so it is too where the output is not a terminal."""
     interval: float = 1.0
     """Time between looks at the files, seconds."""
 

@@ -97,7 +97,7 @@ def read_conversations(path: str | Path) -> list[Conversation]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"data={str(path)!r} is no file; give a file of JSON lines")
+        raise FileNotFoundError(f"data={str(path)!r} is not a file; give a file of JSON lines")
     found = []
     for where, record in read_rows(path):
         try:

@@ -98,7 +98,7 @@ def _parse(text: str, where: str) -> Any:
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: holds a lone surrogate, which is no text ({error})") from error
+        raise ValueError(f"{where}: holds a lone surrogate, which is not text ({error})") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{where}: not JSON ({error}); write one object a line, or one array of objects"

@@ -58,7 +58,7 @@ class Skipped:
     section: Section
     """As in `Drawing`."""
     reason: str
-    """What lacks."""
+    """What is missing."""
 
 
 @contextmanager

@@ -218,7 +218,7 @@ def find_runs(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{folder} is no folder; give a run's folder, or that of a comparison"
+            f"{folder} is not a folder; give a run's folder, or that of a comparison"
         )
     found = [folder] if is_run(folder) else sorted(filter(is_run, _folders(folder)))
     if not found:

@@ -65,7 +65,7 @@ class Missing:
     """A figure that the data do not allow."""
 
     reason: str
-    """What lacks, as the end of a sentence."""
+    """What is missing; completes a sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,7 +129,7 @@ class OptimizerConfig:
     final_learning_rate_ratio: float = 0.1
     """Learning rate at the end over its peak."""
     weight_decay: float = 0.1
-    """Of matrices other than embeddings and routers."""
+    """Applied to matrices except embeddings and routers."""
     beta1: float = 0.9
     """Decay of the gradient's mean."""
     beta2: float = 0.95

@@ -64,7 +64,7 @@ def _stays(line: JsonLine, after_step: int) -> bool:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics file; a last line cut short is left out.
 
-    So is any other line that is no row, and a warning names it.
+    So is any other line that is not a row, and a warning names it.
     """
     lines = [line for line in json_lines(path.read_bytes()) if not line.is_cut]
     problems = {line.number: _problem(line.row) for line in lines}
@@ -72,7 +72,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if damaged:
         more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
         warn(
-            f"{path} has lines that are no rows of metrics; they stay there and are not read: "
+            f"{path} has lines that are not rows of metrics; they stay there and are not read: "
             f"{', '.join(damaged[:5])}{more}"
         )
     return [line.row for line in lines if line.row is not None and not problems[line.number]]

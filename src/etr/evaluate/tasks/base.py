@@ -137,7 +137,7 @@ def read_lines(path: str | Path, fields: dict[str, type]) -> list[dict[str, Any]
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{str(path)!r} is no file; give one of JSON lines")
+        raise FileNotFoundError(f"{str(path)!r} is not a file; give one of JSON lines")
     found = []
     for where, values in read_rows(path):
         if not isinstance(values, dict):

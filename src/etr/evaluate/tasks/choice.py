@@ -102,7 +102,7 @@ def teleqna(path: str | Path, limit: int | None = None) -> Exam:
     """
     pyzipper = require("pyzipper", "pyzipper")
     if not Path(path).is_file():
-        raise FileNotFoundError(f"teleqna={str(path)!r} is no file; give the authors' TeleQnA.zip")
+        raise FileNotFoundError(f"teleqna={str(path)!r} is not a file; give the authors' zip")
     try:
         entries = _teleqna_entries(Path(path), pyzipper)
         found = [_teleqna_question(entry) for entry in entries.values()]
