@@ -40,7 +40,7 @@ def steps(
     with Collector(layer):
         found = measure(layer)
     learned = after_step(layer, group)[0]
-    state = {k: v for k, v in layer.state_dict().items() if k.split(".")[0] in STATE}
+    state = dict(layer.named_buffers())
     layer.eval()
     data = batch(2)
     evaluated = layer(data.x, data.context())
@@ -48,9 +48,6 @@ def steps(
     found |= {f"stats.eval.{k}": v for k, v in evaluated.stats.items()}
     found |= {f"state.{k}": v for k, v in state.items()}
     return found | {f"learned.{k}": v for k, v in learned.items() if "bytes" not in k}
-
-
-STATE = ("capacity", "calibration", "state")
 
 
 def on_rank(world: int) -> dict[Any, Any]:

@@ -23,9 +23,13 @@ from etr.moe.capacity import (
     Threshold,
     capacity_tokens,
 )
+from etr.moe.learner import Step
 from etr.moe.routing import Limit, Routing
 
 H, E = 16, 4
+
+
+STEP = Step(counters={}, affinity_p99=torch.zeros(()), number=torch.tensor(1))
 
 
 def routing_of(num_tokens: int, top_k: int = 1, num_valid: int | None = None) -> Routing:
@@ -174,7 +178,7 @@ def test_schedule_with_steps_needs_no_one_to_set_progress() -> None:
         warnings.simplefilter("error")
         for _ in range(250):
             seen.append(policy.stage)  # type: ignore[attr-defined]
-            policy.after_step({}, torch.zeros(()))
+            policy.after_step(STEP)
     assert seen[0] == 0
     assert seen[10] == 10
     assert set(seen[10:]) == {10}
@@ -186,10 +190,10 @@ def test_schedule_warns_once_when_nobody_sets_progress() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(99):
-            policy.after_step({}, torch.zeros(()))
+            policy.after_step(STEP)
         assert not caught
         for _ in range(300):
-            policy.after_step({}, torch.zeros(()))
+            policy.after_step(STEP)
     assert [w for w in caught if "set_progress" in str(w.message)] == caught
     assert len(caught) == 1
 

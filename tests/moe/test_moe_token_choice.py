@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from etr.moe import MoE, MoEConfig
+from etr.moe import Collector, MoE, MoEConfig, after_step
 from etr.moe.context import RouterInput
+from etr.moe.learner import Step
 from etr.moe.routers import Router
-from etr.moe.routers.token_choice import TokenChoice
+from etr.moe.routers.token_choice import SelectionBias, TokenChoice
 from etr.moe.routing import Routing
+from etr.moe.stats import max_violation
 
 T, H, E = 40, 16, 8
 
@@ -47,6 +50,56 @@ def wanted(table: list[float], options: dict[str, Any], top_k: int) -> set[int]:
     allowed = sorted(range(groups), key=lambda g: -value[g])[:kept]
     experts = [e for g in allowed for e in range(g * size, (g + 1) * size)]
     return set(sorted(experts, key=lambda e: -table[e])[:top_k])
+
+
+RATE = 0.1
+
+
+@pytest.mark.parametrize(
+    ("update", "want"),
+    [
+        ("none", [0.0, 0.0, 0.0, 0.0]),
+        ("sign", [-0.1, 0.1, 0.0, 0.1]),
+        ("proportional", [-0.3, 0.1, 0.0, 0.2]),
+        ("decaying", [-0.15, 0.05, 0.0, 0.1]),
+    ],
+)
+def test_the_selection_bias_moves_towards_an_even_load(update: str, want: list[float]) -> None:
+    """Loads 5, 1, 2 and 0 with a mean of 2, in the fourth step."""
+    config = TokenChoice(selection_bias=True, bias_update=update, bias_rate=RATE)  # type: ignore
+    selection = config.build(H, 4, 1).selection
+    assert isinstance(selection, SelectionBias)
+    counters = {"num_choices_per_expert": torch.tensor([5, 1, 2, 0])}
+    step = Step(counters=counters, affinity_p99=torch.zeros(()), number=torch.tensor(4))
+    selection.after_step(step)
+    torch.testing.assert_close(selection.bias, torch.tensor(want))
+    assert selection.moves == (update != "none")
+
+
+@pytest.mark.parametrize(
+    ("update", "rate"), [("sign", 0.003), ("proportional", 2e-5), ("decaying", 1e-4)]
+)
+def test_a_moving_bias_evens_out_skewed_loads(update: str, rate: float) -> None:
+    """MaxVio falls from above 2 to below 0.25, while no weight changes."""
+    torch.manual_seed(0)
+    router = TokenChoice(bias_update=update, bias_rate=rate)  # type: ignore[arg-type]
+    sizes = {"hidden_size": H, "intermediate_size": 4, "num_experts": E, "top_k": 2}
+    layer = MoE(MoEConfig(**sizes, router=router, capacity="none"))  # type: ignore[arg-type]
+    skew = torch.nn.functional.normalize(layer.router.weight[:2].sum(0).detach(), dim=0)
+    found = []
+    for _ in range(300):
+        with Collector(layer):
+            output = layer(torch.randn(1024, H) + 4 * skew)
+        found.append(float(max_violation(output.stats["num_choices_per_expert"])))
+        after_step(layer)
+    assert found[0] > 2
+    assert sum(found[-10:]) / 10 < 0.25, found[::10]
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, math.inf, math.nan])
+def test_a_rate_that_makes_no_step_is_refused(rate: float) -> None:
+    with pytest.raises(ValueError, match=f"bias_rate={rate} must be > 0 and finite"):
+        TokenChoice(bias_update="sign", bias_rate=rate)
 
 
 OPTIONS: list[dict[str, Any]] = [

@@ -66,7 +66,7 @@ class DenseRouter(nn.Module):
         return DenseRouting(
             probs=probs[:, : routing.num_experts],
             routing_map=kept.selection.selection_map(routing),
-            losses=moe.losses(routing, context, collector) if self.training else {},
+            losses=moe.losses(routing, kept, context, collector) if self.training else {},
         )
 
 

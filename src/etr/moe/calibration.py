@@ -13,10 +13,11 @@ import math
 import torch
 from torch import Tensor
 
+from etr.moe.learner import Learner, Seen, Step
 from etr.moe.routing import Routing
 from etr.moe.score_scale import NUM_BINS, ScoreScale
 from etr.moe.select import pair_scores
-from etr.moe.state import GlobalState
+from etr.moe.stats import target_kept
 
 HISTOGRAM_DECAY = 0.95
 """Part of the running histogram that survives one optimizer step (for experts with choosers).
@@ -35,7 +36,7 @@ def score_histogram(routing: Routing, scale: ScoreScale) -> Tensor:
     return counts.view(-1, NUM_BINS)[: routing.num_experts]
 
 
-class Calibration(GlobalState):
+class Calibration(Learner):
     """Running score histograms and the thresholds read off them.
 
     Args:
@@ -64,6 +65,15 @@ class Calibration(GlobalState):
     def is_calibrated(self) -> bool:
         """Whether the thresholds have learned anything. Waits for the device."""
         return not self.num_updates.is_meta and bool(self.num_updates > 0)
+
+    def observe(self, seen: Seen) -> dict[str, Tensor]:
+        if seen.routing.scores is None:
+            return {}
+        return {"score_histogram": score_histogram(seen.routing, self.scale)}
+
+    def after_step(self, step: Step) -> None:
+        if "score_histogram" in step.counters:
+            self.update(step.counters["score_histogram"], target_kept(step.counters))
 
     @torch.no_grad()
     def update(self, histogram: Tensor, kept: Tensor, decay: float | None = None) -> None:

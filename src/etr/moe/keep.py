@@ -20,7 +20,7 @@ from etr.moe.calibration import Calibration
 from etr.moe.capacity import CapacityPolicy
 from etr.moe.exchange import Traffic, arrive, depart, exchange_evenly
 from etr.moe.ranks import Peers
-from etr.moe.routing import Limit, Routing, Selection, count_experts
+from etr.moe.routing import Kept, Limit, Routing, count_experts
 from etr.moe.select import ExpertPool, Normalize, RankBy, select
 
 
@@ -39,24 +39,6 @@ class Order:
     pool: ExpertPool = "choosers"
     normalize: Normalize = "none"
     scale: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kept:
-    """What experts keep, and of what they were told to.
-
-    Args:
-        selection: over this rank's pairs.
-        limit: what was allowed. Over a group a capacity is that of the experts which this rank
-            owns, and 0 for others, so that ranks add up.
-        choosers: pairs of the experts that this rank owns, if they were gathered; else this rank's.
-        num_slots: pairs that could have been kept, int64 []; over a group, by those experts.
-    """
-
-    selection: Selection
-    limit: Limit
-    choosers: Routing
-    num_slots: Tensor
 
 
 def keep(
@@ -108,16 +90,24 @@ def keep(
     if order.scale != 1:
         weight = selection.combine_weight * order.scale
         selection = replace(selection, combine_weight=weight)
+    choices = selection.num_tokens_per_expert
     if routing.tokens_choose:
+        choices = routing.num_choices_per_expert()
         slots = routing.num_valid_tokens() * routing.top_k
     elif limit.capacity is not None:
         slots = limit.capacity.sum()
     else:
         room = policy.imitated_limit(choosers, learned.threshold, learned.affinity_p99).capacity
         assert room is not None  # a policy without a limit goes with no such router
-        kept = selection.num_tokens_per_expert.sum()
-        slots = torch.where(learned.num_updates == 0, kept, _owned(room, peers).sum())
-    return Kept(selection=selection, limit=limit, choosers=choosers, num_slots=slots)
+        unknown = learned.num_updates == 0
+        slots = torch.where(unknown, choices.sum(), _owned(room, peers).sum())
+    return Kept(
+        selection=selection,
+        limit=limit,
+        choosers=choosers,
+        num_choices_per_expert=choices,
+        num_slots=slots,
+    )
 
 
 def token_offset(index: Tensor, traffic: Traffic | None) -> Tensor | int:

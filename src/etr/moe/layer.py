@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from etr.moe import losses as loss_fns
-from etr.moe.calibration import Calibration, score_histogram
+from etr.moe.calibration import Calibration
 from etr.moe.collector import Collected, Collector
 from etr.moe.config import MoEConfig
 from etr.moe.context import EVAL_SELECTIONS, EvalSelection, RouterInput, RoutingContext
@@ -31,12 +31,13 @@ from etr.moe.experts import (
     ExpertWeights,
     auto_backend,
 )
-from etr.moe.keep import Kept, Order, keep, token_offset
+from etr.moe.keep import Order, keep, token_offset
+from etr.moe.learner import LayerState, Learner, Seen, learners_in
 from etr.moe.notice import warn
 from etr.moe.ranks import ExpertParallel
 from etr.moe.routers import Router
-from etr.moe.routing import Limit, MoEOutput, Routing, Selection
-from etr.moe.state import GlobalState, LayerState, keep_state
+from etr.moe.routing import Kept, Limit, MoEOutput, Routing, Selection
+from etr.moe.state import keep_state
 from etr.moe.stats import routing_stats, target_kept
 from etr.moe.view import LayerView, Watcher
 
@@ -141,7 +142,7 @@ class MoE(Collected):
         for watcher in self.watchers:
             watcher(LayerView(layer=self, x=x.detach(), routing=routing, selection=kept.selection))
         y = self.run_experts(x, routing, kept.selection, traffic)
-        losses = self.losses(routing, context, collector) if learns else {}
+        losses = self.losses(routing, kept, context, collector) if learns else {}
         stats = self.stats(routing, kept, learns=learns)
         stats |= {f"loss_{name}": loss.detach() for name, loss in losses.items()}
         output = MoEOutput(
@@ -195,7 +196,7 @@ class MoE(Collected):
             normalize=self.normalize,
             scale=self.config.routed_scale,
         )
-        gather = learns and self.capacity.observes_choosers
+        gather = learns and any(learner.observes_choosers for learner in self.learners())
         return keep(routing, limit, self.capacity, self.calibration, order, traffic, gather=gather)
 
     def run_experts(
@@ -243,7 +244,7 @@ class MoE(Collected):
         return self.training and context.selection is None
 
     def losses(
-        self, routing: Routing, context: RoutingContext, collector: Collector | None
+        self, routing: Routing, kept: Kept, context: RoutingContext, collector: Collector | None
     ) -> dict[str, Tensor]:
         """Scaled losses of one forward; those with weight 0 are left out."""
         return loss_fns.scaled_losses(
@@ -251,6 +252,7 @@ class MoE(Collected):
             self.aux_alpha,
             routing,
             context,
+            choices=kept.num_choices_per_expert,
             past=self.state.previous_load,
             earlier=None if collector is None else collector.earlier_choices(self),
         )
@@ -260,13 +262,16 @@ class MoE(Collected):
         self, routing: Routing, kept: Kept, *, learns: bool | None = None
     ) -> dict[str, Tensor]:
         """Counters of one forward; where it learns (None: in training), also for `after_step`."""
-        found = routing_stats(routing, kept.selection, kept.limit, kept.num_slots)
+        found = routing_stats(routing, kept)
         if self.training if learns is None else learns:
-            if routing.scores is not None:
-                found["score_histogram"] = score_histogram(routing, self.calibration.scale)
-            seen = kept.choosers if self.capacity.observes_choosers else routing
-            found.update(self.capacity.observe(seen))
+            seen = Seen(routing=routing, kept=kept)
+            for learner in self.learners():
+                found |= learner.observe(seen)
         return found
+
+    def learners(self) -> list[Learner]:
+        """Whoever learns once per optimizer step, in the order in which they do."""
+        return [self.calibration, self.capacity, *learners_in(self.router), self.state]
 
     def note_training(self, collector: Collector | None) -> None:
         """Notice a forward that a backward pass may follow; see `etr.moe.unlearned`."""
@@ -282,7 +287,7 @@ class MoE(Collected):
             not self.traits.position_free  # draws anew in each step
             or (self.ranks_by_score and config.capacity_config.name != "none")  # thresholds
             or (config.losses.aux_mode == "previous" and bool(config.resolved_aux_alpha))
-            or any(isinstance(m, GlobalState) and m.has_state for m in self.capacity.modules())
+            or any(learner.moves for learner in (self.capacity, *learners_in(self.router)))
         )
 
     @torch.no_grad()

@@ -58,6 +58,7 @@ def scaled_losses(
     routing: Routing,
     context: RoutingContext,
     *,
+    choices: Tensor,
     past: Tensor,
     earlier: Tensor | None,
 ) -> dict[str, Tensor]:
@@ -68,6 +69,7 @@ def scaled_losses(
         alpha: weight of the balance loss.
         routing: choices of this rank's tokens.
         context: placement and groups.
+        choices: choices per expert of this rank's tokens, int64 [E].
         past: choices per expert in the last optimizer step, [E].
         earlier: in the step's earlier micro-batches, int64 [E], or None.
     Raises:
@@ -75,7 +77,7 @@ def scaled_losses(
     """
     found = {}
     if alpha:
-        load = _load(config.aux_mode, routing, context.data_group, past, earlier)
+        load = _load(config.aux_mode, choices, context.data_group, past, earlier)
         found["aux"] = alpha * balance_loss(routing, load, context.data_group)
     if config.z_beta:
         found["z"] = config.z_beta * z_loss(routing, context.data_group)
@@ -96,7 +98,7 @@ def scaled_losses(
 
 def _load(
     mode: AuxMode,
-    routing: Routing,
+    load: Tensor,
     group: ProcessGroup | None,
     past: Tensor,
     earlier: Tensor | None,
@@ -105,7 +107,6 @@ def _load(
     if mode == "previous":
         # Even before the first step: no gradient, whatever the ranks and micro-batches.
         return torch.where(past.sum() > 0, past, 1.0)
-    load = routing.num_choices_per_expert()
     if mode == "micro":
         return load
     if mode == "running" and earlier is not None:

@@ -150,6 +150,27 @@ class Limit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What experts keep, and of what they were told to.
+
+    Args:
+        selection: over this rank's pairs.
+        limit: what was allowed. Over a group a capacity is that of the experts which this rank
+            owns, and 0 for others, so that ranks add up.
+        choosers: pairs of the experts that this rank owns, if they were gathered; else this rank's.
+        num_choices_per_expert: this rank's pairs that ask for each expert, int64 [E], counted once
+            for losses, counters and learners. Where experts choose, what they take is the choice.
+        num_slots: pairs that could have been kept, int64 []; over a group, by those experts.
+    """
+
+    selection: Selection
+    limit: Limit
+    choosers: Routing
+    num_choices_per_expert: Tensor
+    num_slots: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class MoEOutput:
     """Result of the layer.
 

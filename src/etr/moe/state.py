@@ -162,18 +162,6 @@ def keep_state(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
                 state_dict.setdefault(name, value)
 
 
-class LayerState(GlobalState):
-    """Optimizer steps that a layer has done, and its load in the last one."""
-
-    step: Tensor
-    previous_load: Tensor
-
-    def __init__(self, num_experts: int) -> None:
-        super().__init__()
-        self.register_state("step", (), 0, torch.int64)
-        self.register_state("previous_load", (num_experts,), 0.0)
-
-
 def reset_states(module: nn.Module) -> None:
     """Reset every `GlobalState` inside `module` (itself included)."""
     for child in module.modules():

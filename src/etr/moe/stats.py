@@ -7,13 +7,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from etr.moe.routing import Limit, Routing, Selection
+from etr.moe.routing import Kept, Routing
 
 
 @torch.no_grad()
-def routing_stats(
-    routing: Routing, selection: Selection, limit: Limit, num_slots: Tensor
-) -> dict[str, Tensor]:
+def routing_stats(routing: Routing, found: Kept) -> dict[str, Tensor]:
     """Count what was asked for and what was kept.
 
     Where experts choose, what they take is the choice: nothing is dropped, and tokens that nobody
@@ -25,12 +23,13 @@ def routing_stats(
             always 0 where the router reads no token (`hash` and `random`).
         num_choices_per_expert: before dropping, int64 [E].
         num_tokens_per_expert: kept, int64 [E].
-        num_slots: as given: pairs that could have been kept, int64 [].
+        num_slots: pairs that could have been kept, int64 [].
         num_tokens_without_expert: valid tokens with no kept pair, int64 [].
         capacity_sum: summed capacity of all experts in tokens, int64 []; valid tokens times E
             where there is no limit.
         gate_sum, kept_gate_sum: gates of all choices and of the kept ones, float [].
     """
+    selection, limit = found.selection, found.limit
     kept = selection.num_tokens_per_expert
     tokens = routing.num_valid_tokens()
     served = torch.zeros(routing.num_tokens, dtype=torch.int64, device=kept.device)
@@ -43,11 +42,9 @@ def routing_stats(
         "num_forwards": torch.ones_like(tokens),
         "num_valid_tokens": tokens,
         "num_nonfinite_tokens": _num_nonfinite_tokens(routing),
-        "num_choices_per_expert": (
-            routing.num_choices_per_expert() if routing.tokens_choose else kept
-        ),
+        "num_choices_per_expert": found.num_choices_per_expert,
         "num_tokens_per_expert": kept,
-        "num_slots": num_slots,
+        "num_slots": found.num_slots,
         "num_tokens_without_expert": ((served == 0) & routing.valid_mask).sum(),
         "capacity_sum": capacity,
         "gate_sum": chosen_gates if routing.tokens_choose else kept_gates,

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from etr.moe.collector import Collector
 from etr.moe.layer import MoE
 from etr.moe.layers import moe_layers
+from etr.moe.learner import Step
 from etr.moe.loss_scale import Attached, LossScale
 from etr.moe.notice import warn
-from etr.moe.stats import target_kept
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -32,7 +32,8 @@ def set_progress(model: nn.Module, progress: float) -> None:
     if not 0.0 <= progress <= 1.0:
         raise ValueError(f"progress={progress} must lie in [0, 1]: the fraction of steps done")
     for layer in moe_layers(model):
-        layer.capacity.set_progress(progress)
+        for learner in layer.learners():
+            learner.set_progress(progress)
 
 
 @torch.no_grad()
@@ -215,11 +216,10 @@ def _add_dimensions(optimizer: Optimizer) -> None:
 
 
 def _learn(layer: MoE, stats: dict[str, Tensor]) -> None:
-    if "score_histogram" in stats:
-        layer.calibration.update(stats["score_histogram"], target_kept(stats))
-    layer.capacity.after_step(stats, layer.calibration.affinity_p99)
-    layer.state.previous_load.copy_(stats["num_choices_per_expert"])
-    layer.state.step += 1
+    p99, number = layer.calibration.affinity_p99, layer.state.step + 1
+    step = Step(counters=stats, affinity_p99=p99, number=number)
+    for learner in layer.learners():
+        learner.after_step(step)
 
 
 def _reduced(found: list[dict[str, Tensor]], group: ProcessGroup) -> list[dict[str, Tensor]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from etr.moe.capacity.base import CapacityConfig, CapacityPolicy
+from etr.moe.learner import Seen, Step
 from etr.moe.routing import Limit, Routing
 from etr.moe.select import mass_prefix
 
@@ -59,12 +60,13 @@ class _AffinityMassPolicy(CapacityPolicy):
     def observes_choosers(self) -> bool:
         return self.config.mode == "common"
 
-    def observe(self, routing: Routing) -> dict[str, Tensor]:
+    def observe(self, seen: Seen) -> dict[str, Tensor]:
         if self.config.mode == "ragged":
             return {}
-        return {"mass_prefix_sum": mass_prefix(routing, self.config.rho).sum()}
+        return {"mass_prefix_sum": mass_prefix(seen.kept.choosers, self.config.rho).sum()}
 
-    def after_step(self, stats: dict[str, Tensor], affinity_p99: Tensor) -> None:
+    def after_step(self, step: Step) -> None:
+        stats = step.counters
         if "mass_prefix_sum" not in stats:
             return
         # sum_e n_e / (E * T k / E), over all tokens of the step

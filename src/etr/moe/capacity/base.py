@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from etr.moe.checked import check_types
+from etr.moe.learner import Learner
 from etr.moe.lower_bound import erfc_bound
 from etr.moe.routing import Limit, Routing
-from etr.moe.state import GlobalState
 
 
 @overload
@@ -69,7 +69,7 @@ class CapacityConfig:
         raise NotImplementedError
 
 
-class CapacityPolicy(GlobalState):
+class CapacityPolicy(Learner):
     """Base of the policies: applies `min_capacity` and `floor` to what `_limit` returns.
 
     Args:
@@ -88,11 +88,6 @@ class CapacityPolicy(GlobalState):
     def needs_probs(self) -> bool:
         """Whether it sums choosers' probabilities."""
         return self.config.needs_probs
-
-    @property
-    def observes_choosers(self) -> bool:
-        """Whether `observe` must see every chooser of an expert, those of other ranks too."""
-        return False
 
     def limit(self, routing: Routing, threshold: Tensor, affinity_p99: Tensor) -> Limit:
         """What experts may keep of `routing`.
@@ -126,16 +121,6 @@ class CapacityPolicy(GlobalState):
 
     def _limit(self, routing: Routing, threshold: Tensor) -> Limit:
         raise NotImplementedError
-
-    def observe(self, routing: Routing) -> dict[str, Tensor]:
-        """Statistics that `after_step` needs, summable over micro-batches and ranks."""
-        return {}
-
-    def after_step(self, stats: dict[str, Tensor], affinity_p99: Tensor) -> None:
-        """Take in the summed statistics of one optimizer step."""
-
-    def set_progress(self, progress: float) -> None:
-        """Learn the fraction of optimizer steps done, in [0, 1]."""
 
     def _tokens(self, factor: float | Tensor, routing: Routing) -> Tensor:
         """Capacity from the valid tokens, int64 [] on the device."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from etr.moe.capacity.base import CapacityConfig, CapacityPolicy, check_factor
+from etr.moe.learner import Step
 from etr.moe.lower_bound import erfc_bound
 from etr.moe.routing import Limit, Routing
 
@@ -57,11 +58,12 @@ class _LocMoEPolicy(CapacityPolicy):
         self.register_state("raw_bound", (), math.nan)
         self.register_state("num_updates", (), 0, torch.int64)
 
-    def after_step(self, stats: dict[str, Tensor], affinity_p99: Tensor) -> None:
-        if int(self.num_updates) > 0 or int(stats["num_valid_tokens"]) == 0:
+    def after_step(self, step: Step) -> None:
+        if int(self.num_updates) > 0 or int(step.counters["num_valid_tokens"]) == 0:
             return
-        bound = erfc_bound(self.hidden_size, self.num_experts, affinity_p99)
-        tokens = stats["num_valid_tokens"].float() / stats["num_forwards"]
+        bound = erfc_bound(self.hidden_size, self.num_experts, step.affinity_p99)
+        counters = step.counters
+        tokens = counters["num_valid_tokens"].float() / counters["num_forwards"]
         factor = bound * self.num_experts / (tokens * self.top_k)
         self.raw_bound.copy_(bound)
         self.frozen_factor.copy_(factor.clamp(self.config.min_factor, self.config.max_factor))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from etr.moe.capacity.base import CapacityConfig, CapacityPolicy, check_factor
+from etr.moe.learner import Step
 from etr.moe.notice import warn
 from etr.moe.routing import Limit, Routing
 
@@ -96,7 +97,7 @@ class _SchedulePolicy(CapacityPolicy):
         self.set_on_host("progress", self.config.stage(rounded))
         self._steps_without_progress = 0
 
-    def after_step(self, stats: dict[str, Tensor], affinity_p99: Tensor) -> None:
+    def after_step(self, step: Step) -> None:
         self.step += 1
         if self.config.steps is not None:
             self.set_progress(min(1.0, int(self.step) / self.config.steps))

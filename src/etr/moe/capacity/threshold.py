@@ -11,6 +11,7 @@ from etr.moe.capacity.affinity_mass import AffinityMass
 from etr.moe.capacity.base import CapacityConfig, CapacityPolicy
 from etr.moe.capacity.factor import Factor
 from etr.moe.capacity.schedule import Schedule
+from etr.moe.learner import Seen, Step
 from etr.moe.routing import Limit, Routing
 from etr.moe.select import select
 
@@ -63,15 +64,16 @@ class _ThresholdPolicy(CapacityPolicy):
         return True
 
     @torch.no_grad()
-    def observe(self, routing: Routing) -> dict[str, Tensor]:
-        kept = select(routing, self._target_limit(routing), rank_by="score").num_tokens_per_expert
-        return {"num_target_tokens_per_expert": kept, **self.target.observe(routing)}
+    def observe(self, seen: Seen) -> dict[str, Tensor]:
+        choosers = seen.kept.choosers
+        kept = select(choosers, self._target_limit(choosers), rank_by="score").num_tokens_per_expert
+        return {"num_target_tokens_per_expert": kept, **self.target.observe(seen)}
 
     def imitated_limit(self, routing: Routing, threshold: Tensor, affinity_p99: Tensor) -> Limit:
         return self._target_limit(routing)
 
-    def after_step(self, stats: dict[str, Tensor], affinity_p99: Tensor) -> None:
-        self.target.after_step(stats, affinity_p99)
+    def after_step(self, step: Step) -> None:
+        self.target.after_step(step)
         self.num_updates += 1
         self.set_on_host("num_updates", True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from etr.moe.context import RouterInput
+from etr.moe.learner import Learner, Step
 from etr.moe.routers.base import Router, RouterConfig, RouterTraits, one_best
 from etr.moe.routing import Scores
 from etr.moe.score_scale import OddsScale
 from etr.moe.select import top_experts
-from etr.moe.state import GlobalState
+
+BiasUpdate = Literal["none", "sign", "proportional", "decaying"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +37,16 @@ class TokenChoice(RouterConfig):
     """Add a learned bias to the logits."""
     selection_bias: bool = False
     """Add a bias to the scores by which tokens choose, not to the combine weights. It is state
-    outside the gradient that checkpoints bring along (arXiv 2412.19437); nothing here changes it.
+    outside the gradient, which checkpoints bring along (arXiv 2412.19437) or `bias_update` moves.
     """
+    bias_update: BiasUpdate = "none"
+    """How the selection bias moves after each optimizer step, so that loads even out without a loss
+    (arXiv 2408.15664). none: it stands still. sign: by bias_rate, up where an expert has less than
+    the mean load and down where it has more. proportional: by bias_rate for each choice that it has
+    too few or too many (arXiv 2512.03915). decaying: the same over the square root of the steps
+    done. Any but none adds the bias by itself."""
+    bias_rate: float = 0.001
+    """Step of the selection bias, in units of the scores (for each choice, unless by sign)."""
     num_groups: int = 1
     """Groups of neighbouring experts, of which a token chooses some before it chooses experts."""
     top_groups: int = 1
@@ -45,6 +56,8 @@ class TokenChoice(RouterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 < self.bias_rate < math.inf:
+            raise ValueError(f"bias_rate={self.bias_rate} must be > 0 and finite")
         if not 1 <= self.top_groups <= self.num_groups:
             raise ValueError(
                 f"top_groups={self.top_groups} must lie between 1 and num_groups={self.num_groups}"
@@ -90,14 +103,35 @@ class Baseline(TokenChoice):
         one_best(self.name, top_k)
 
 
-class SelectionBias(GlobalState):
-    """What makes an expert more or less likely to be chosen, float32 [E]."""
+class SelectionBias(Learner):
+    """What makes an expert more or less likely to be chosen, float32 [E].
+
+    Args:
+        num_experts: E.
+        update, rate: how it moves, see `TokenChoice`.
+    """
 
     bias: Tensor
 
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self, num_experts: int, update: BiasUpdate = "none", rate: float = 0.0) -> None:
         super().__init__()
+        self.update, self.rate = update, rate
         self.register_state("bias", (num_experts,), 0.0)
+
+    @property
+    def moves(self) -> bool:
+        return self.update != "none"
+
+    def after_step(self, step: Step) -> None:
+        if self.update == "none":
+            return
+        load = step.counters["num_choices_per_expert"].double()
+        missing = load.mean() - load
+        if self.update == "sign":
+            missing = missing.sign()
+        elif self.update == "decaying":
+            missing = missing / step.number.double().sqrt()
+        self.bias.copy_(self.bias + self.rate * missing)
 
 
 class LinearRouter(Router):
@@ -110,7 +144,9 @@ class LinearRouter(Router):
         self.score_scale = OddsScale(1 / num_experts if config.gate == "softmax" else 0.5)
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.bias = nn.Parameter(torch.empty(num_experts)) if config.bias else None
-        self.selection = SelectionBias(num_experts) if config.selection_bias else None
+        self.selection: SelectionBias | None = None
+        if config.selection_bias or config.bias_update != "none":
+            self.selection = SelectionBias(num_experts, config.bias_update, config.bias_rate)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
