@@ -94,7 +94,9 @@ def test_an_assistant_in_training_mode() -> None:
 def test_with_activation_checkpointing_on() -> None:
     model, x = dropping(), tokens(2, 8)
     model.gradient_checkpointing_enable()
-    assert_same(generated(model, x), generated(model.eval(), x))
+    found = generated(model, x)
+    assert model.is_gradient_checkpointing
+    assert_same(found, generated(model.eval(), x))
 
 
 def test_nothing_is_counted() -> None:

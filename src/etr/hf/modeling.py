@@ -260,11 +260,17 @@ class EtrForCausalLM(PreTrainedModel, GenerationMixin):
         def select(context: RoutingContext) -> RoutingContext:
             return replace(context, selection=layers[0].eval_selection)
 
+        # Earlier transformers checkpoint without gradients too, and drop the cache for it.
+        checkpointed = [m for m in self.modules() if getattr(m, "gradient_checkpointing", False)]
+        for module in checkpointed:
+            setattr(module, "gradient_checkpointing", False)  # noqa: B010
         self.prepare_context.append(select)
         try:
             yield
         finally:
             self.prepare_context.remove(select)
+            for module in checkpointed:
+                setattr(module, "gradient_checkpointing", True)  # noqa: B010
 
     def _set_gradient_checkpointing(  # type: ignore[override]
         self,
