@@ -77,9 +77,10 @@ def test_the_selection_bias_moves_towards_an_even_load(update: str, want: list[f
 
 
 @pytest.mark.parametrize(
-    ("update", "rate"), [("sign", 0.003), ("proportional", 2e-5), ("decaying", 1e-4)]
+    ("update", "rate", "steps"),
+    [("sign", 1e-3, 600), ("proportional", 2e-5, 300), ("decaying", 1e-4, 300)],
 )
-def test_a_moving_bias_evens_out_skewed_loads(update: str, rate: float) -> None:
+def test_a_moving_bias_evens_out_skewed_loads(update: str, rate: float, steps: int) -> None:
     """MaxVio falls from above 2 to below 0.25, while no weight changes."""
     torch.manual_seed(0)
     router = TokenChoice(bias_update=update, bias_rate=rate)  # type: ignore[arg-type]
@@ -87,7 +88,7 @@ def test_a_moving_bias_evens_out_skewed_loads(update: str, rate: float) -> None:
     layer = MoE(MoEConfig(**sizes, router=router, capacity="none"))  # type: ignore[arg-type]
     skew = torch.nn.functional.normalize(layer.router.weight[:2].sum(0).detach(), dim=0)
     found = []
-    for _ in range(300):
+    for _ in range(steps):
         with Collector(layer):
             output = layer(torch.randn(1024, H) + 4 * skew)
         found.append(float(max_violation(output.stats["num_choices_per_expert"])))
