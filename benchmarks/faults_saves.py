@@ -202,9 +202,5 @@ def losses() -> list[float]:
 def inside(folder: Path) -> Iterator[None]:
     """With a folder as the current one; it is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
+    with contextlib.chdir(folder):
         yield
-    finally:
-        os.chdir(before)

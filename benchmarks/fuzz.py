@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import random
 import resource
 import signal
@@ -94,11 +93,11 @@ def fuzz(kind: Kind, folder: Path, cases: int = CASES) -> Found:
     kind.make(folder)
     path = folder / kind.file
     whole = path.read_bytes()
-    with inside(folder):
+    with contextlib.chdir(folder):
         expected = kind.read(folder)
     outcomes: Counter[str] = Counter()
     examples: list[tuple[int, str, str]] = []
-    with inside(folder), _stdin_that_agrees():
+    with contextlib.chdir(folder), _stdin_that_agrees():
         for number in range(cases):
             damaged = kind.damage(whole, random.Random(f"{kind.name} {number}"))
             if damaged == whole:
@@ -191,16 +190,6 @@ def _stdin_that_agrees() -> Iterator[None]:
         yield
     finally:
         sys.stdin = before
-
-
-@contextlib.contextmanager
-def inside(folder: Path) -> Iterator[None]:
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
 
 
 def table(found: list[Found]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from benchmarks.fuzz import Kind, OtherWeights, inside
+from benchmarks.fuzz import Kind, OtherWeights
 from benchmarks.fuzz_mutations import (
     damage_bytes,
     damage_header,
@@ -125,7 +126,7 @@ def _runs() -> Path:
     for number in range(20):
         words = " ".join(str(number * i % 7) for i in range(200))
         (folder / "text" / f"{number}.txt").write_text(words)
-    with inside(folder):
+    with contextlib.chdir(folder):
         compare(_comparison())
         main(["trace", str(RUN), "--max-tokens", "64"])
     return folder
@@ -200,7 +201,7 @@ def _gone_on(folder: Path) -> str:
 
 @functools.cache
 def _text() -> OpenedData:
-    with inside(_runs()):
+    with contextlib.chdir(_runs()):
         return open_data(_comparison().run.data)
 
 
