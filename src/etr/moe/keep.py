@@ -110,19 +110,6 @@ def keep(
     )
 
 
-def token_offset(index: Tensor, traffic: Traffic | None) -> Tensor | int:
-    """How many tokens stand before this rank's in its selection group, int64 [].
-
-    Args:
-        index: numbers of this rank's tokens, int64 [T].
-    """
-    peers = None if traffic is None else traffic.parallel.selection_peers
-    if traffic is None or peers is None:
-        return 0
-    own = index.new_full((peers.size, 1), len(index))
-    return exchange_evenly(own, peers, traffic)[: peers.rank].sum()
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Choosers(Routing):
     """The group's pairs for the experts that this rank owns; the tables are elsewhere.

@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from etr.moe import losses as loss_fns
 from etr.moe.calibration import Calibration
 from etr.moe.collector import Collected, Collector
 from etr.moe.config import MoEConfig
-from etr.moe.context import EVAL_SELECTIONS, EvalSelection, RouterInput, RoutingContext
+from etr.moe.context import EvalSelection, RoutingContext
 from etr.moe.dispatch import DISPATCHERS, Permute
-from etr.moe.exchange import Traffic, meet
+from etr.moe.exchange import Traffic
 from etr.moe.expert_parallel import dispatcher_across, shard_experts
 from etr.moe.experts import (
     EXPERT_BACKENDS,
@@ -29,9 +28,12 @@ from etr.moe.experts import (
     ExpertBackend,
     ExpertParams,
     ExpertWeights,
+    SharedGate,
     auto_backend,
+    run_shared,
 )
-from etr.moe.keep import Order, keep, token_offset
+from etr.moe.inputs import check_finite, check_input, local_bonus, router_input
+from etr.moe.keep import Order, keep
 from etr.moe.learner import LayerState, Learner, Seen, learners_in
 from etr.moe.notice import warn
 from etr.moe.ranks import ExpertParallel
@@ -128,7 +130,9 @@ class MoE(Collected):
         if self.parallel is not None:
             checked = f"MoE layer {self.layer_index}" if self.config.debug else None
             context, traffic = self.parallel.fill(context), Traffic(self.parallel, checked)
-        self._check(hidden_states, context)
+        check_input(hidden_states, context, self.config.hidden_size)
+        if self.config.debug:
+            check_finite(hidden_states, context, self.layer_index, ranks=self.parallel is not None)
         x = hidden_states.reshape(-1, self.config.hidden_size)
         if context.valid_mask is not None:
             # Whatever padding holds, even NaN, must not reach a sum in the backward pass.
@@ -164,9 +168,18 @@ class MoE(Collected):
             context: as in `forward`.
             traffic: the ranks whose tokens compete; None for this rank's alone.
         """
-        inputs = self._router_input(x, context, traffic)
+        learns, bonus = self.learns_from(context), self.config.local_bonus
+        inputs = router_input(
+            x,
+            context,
+            traffic,
+            position_free=self.traits.position_free,
+            step=self.state.step,
+            layer_index=self.layer_index,
+            bonus=local_bonus(x, context, bonus, self.config.num_experts) if learns else None,
+        )
         serving = context.selection or self.eval_selection
-        if self.learns_from(context) or serving == "batch":
+        if learns or serving == "batch":
             return self.router(x, inputs), None
         if serving == "threshold" and self.ranks_by_score:
             # Thresholds that nothing was learned for are -inf, which keeps every choice. Where
@@ -218,20 +231,8 @@ class MoE(Collected):
 
             y = self.experts(x, x.dtype, run)
             if self.shared_experts is not None:
-                y = y + self._run_shared(x, selection)
-        return y
-
-    def _run_shared(self, x: Tensor, selection: Selection) -> Tensor:
-        """What every token gets, [T, H]."""
-        assert self.shared_experts is not None
-        counts = selection.num_tokens_per_expert  # not read by a padded backend
-
-        def run(x: Tensor, params: ExpertParams) -> Tensor:
-            return EXPERT_BACKENDS["bmm"].run(x[None], counts, params)[0]
-
-        y: Tensor = self.shared_experts(x, x.dtype, run)
-        if self.shared_gate is not None:
-            y = y * self.shared_gate(x).sigmoid()
+                counts = selection.num_tokens_per_expert
+                y = y + run_shared(x, self.shared_experts, self.shared_gate, counts)
         return y
 
     @property
@@ -312,39 +313,6 @@ class MoE(Collected):
             f"rank_by={self.rank_by}"
         )
 
-    def _router_input(
-        self, x: Tensor, context: RoutingContext, traffic: Traffic | None
-    ) -> RouterInput:
-        num_tokens, device = x.shape[0], x.device
-        mask = context.valid_mask
-        index = torch.arange(num_tokens, device=device)
-        if self.traits.position_free or context.global_token_offset is not None:
-            index = index + (context.global_token_offset or 0)
-        else:
-            index = index + token_offset(index, traffic)
-        replay = context.replay and context.replay.get(self.layer_index)
-        return RouterInput(
-            valid_mask=torch.ones(num_tokens, dtype=torch.bool, device=device)
-            if mask is None
-            else mask.reshape(-1),
-            token_ids=None if context.token_ids is None else context.token_ids.reshape(-1),
-            token_index=index,
-            step=self.state.step,
-            layer_index=self.layer_index,
-            bonus=self._bonus(x, context),
-            replay=replay or None,
-        )
-
-    def _bonus(self, x: Tensor, context: RoutingContext) -> Tensor | None:
-        if not self.config.local_bonus or not self.learns_from(context):
-            return None
-        if context.placement is None:
-            return None
-        node = context.placement.node_of_rank[context.rank]
-        bonus = torch.zeros(self.config.num_experts, dtype=torch.float32, device=x.device)
-        bonus[list(context.placement.experts_on_node(node))] = self.config.local_bonus
-        return bonus
-
     def _backend(self, routing: Routing, selection: Selection) -> ExpertBackend:
         name = self.config.backend
         if name == "auto":
@@ -376,49 +344,3 @@ class MoE(Collected):
         else:
             reason = "it drops by position in training, for which no causal threshold exists"
         warn(f"MoE layer evaluates dropless: {reason}")
-
-    def _check(self, hidden_states: Tensor, context: RoutingContext) -> None:
-        if not isinstance(hidden_states, Tensor):
-            raise TypeError(
-                f"hidden_states is {type(hidden_states).__name__}; it must be a floating tensor"
-            )
-        if not hidden_states.is_floating_point():
-            raise ValueError(f"hidden_states has dtype {hidden_states.dtype}; it must be floating")
-        if hidden_states.shape[-1:] != (self.config.hidden_size,):
-            raise ValueError(
-                f"hidden_states has shape {tuple(hidden_states.shape)}; its last dimension must be "
-                f"hidden_size={self.config.hidden_size}"
-            )
-        context.check(hidden_states.shape[:-1])
-        if context.selection not in (None, *EVAL_SELECTIONS):
-            raise ValueError(
-                f"context.selection={context.selection!r} must be one of "
-                f"{', '.join(EVAL_SELECTIONS)}, or None"
-            )
-        if self.config.debug:
-            self._check_finite(hidden_states, context)
-
-    def _check_finite(self, hidden_states: Tensor, context: RoutingContext) -> None:
-        bad = ~torch.isfinite(hidden_states).all(-1)
-        if context.valid_mask is not None:
-            bad = bad & context.valid_mask
-        counts = [(int(bad.sum()), bad.numel())]
-        if self.parallel is not None:
-            counts = meet(f"forward, start of MoE layer {self.layer_index}", counts[0])
-        if any(count for count, _ in counts):
-            found = [
-                f"{count} of {total} tokens" + (f" on rank {rank}" if self.parallel else "")
-                for rank, (count, total) in enumerate(counts)
-                if count
-            ]
-            raise ValueError(
-                f"hidden_states of MoE layer {self.layer_index} holds NaN or infinite values in "
-                f"{', '.join(found)}"
-            )
-
-
-class SharedGate(nn.Linear):
-    """A linear layer that computes in the dtype of its input, [..., H] to [..., 1]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
