@@ -21,6 +21,8 @@ VERBS = {
     "export": "write a model for engines that know only linear routers",
     "calibrate": "set a trained model's selection thresholds from text",
     "trace": "record which token goes to which expert, as a Parquet file",
+    "plan": "place experts on ranks by a trace",
+    "cache": "replay a trace in a memory that holds a few experts",
     "watch": "follow a run while it trains",
     "routers": "list routers, capacity policies, and what goes with what",
     "theory": "success rates, capacities and crossover of the routing theorems",

@@ -13,6 +13,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from etr.cli import main
 from etr.data import byte_tokenizer
+from etr.systems import CACHES, PLANNERS, Demand, Plan, replay, travel
 from etr.trace import read_trace
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
@@ -143,3 +144,62 @@ def test_options_are_checked(option, mixtral, capsys):
     with pytest.raises(SystemExit):
         main(["trace", str(mixtral), option, "0"])
     assert "must be at least 1" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def traced(mixtral: Path, options: list[str]) -> Path:
+    out = mixtral / "for plans.parquet"
+    arguments = ["trace", str(mixtral), "--out", str(out), "--max-tokens", "320", *options]
+    assert main(arguments) == 0
+    return out
+
+
+@pytest.mark.parametrize("name", [*PLANNERS, "round_robin:by_load=true"])
+def test_experts_are_placed_by_a_trace(name, traced, capsys):
+    assert main(["plan", name, str(traced), "--ranks", "2", "--nodes", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "plan.json" in out
+    plan = Plan.from_dict(json.loads((traced.parent / "plan.json").read_text()))
+    assert (plan.rank_of_expert.shape, plan.devices.num_nodes) == ((2, 4), 2)
+    demand = Demand.of(*map(torch.from_numpy, read_trace(traced).choices()), num_experts=4)
+    for placed in (plan, PLANNERS["consecutive"]().plan(demand, plan.devices)):
+        found = travel(demand, placed)
+        assert found.pairs == demand.counts.sum()
+        assert f"{found.pairs_between_ranks / found.pairs:.1%}" in out
+        assert f"{found.hops_between_nodes / found.hops:.1%}" in out
+        assert f"{found.max_over_mean:.2f} of mean" in out
+
+
+def test_a_trace_is_replayed_in_memories(traced, capsys):
+    assert main(["cache", str(traced), "--expert-bytes", "1000"]) == 0
+    out = capsys.readouterr().out
+    choices = torch.from_numpy(read_trace(traced).choices()[0])
+    rows = [line.split() for line in out.splitlines() if line.split()[1:2] in ([n] for n in CACHES)]
+    assert [row[:2] for row in rows] == [[str(n), name] for n in (1, 2, 4) for name in CACHES]
+    for size, name, hits, moved in rows:
+        found = replay(choices, CACHES[name](), int(size), num_experts=4)
+        assert (hits, moved) == (f"{found.hit_rate:.1%}", f"{found.loads / 1000:,.1f}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "nonsense", "{trace}", "--ranks", "2"], "planner='nonsense' is unknown; choose"),
+        (["plan", "consecutive", "{trace}", "--ranks", "3"], "num_experts=4 is not a multiple"),
+        (
+            ["plan", "consecutive", "no.parquet", "--ranks", "2"],
+            "trace 'no.parquet' does not exist",
+        ),
+        (["plan", "consecutive", "{trace}", "--ranks", "4", "--nodes", "3"], "num_nodes=3"),
+        (["cache", "{trace}", "--caches", "nonsense"], "cache='nonsense' is unknown; choose"),
+        (["cache", "{trace}", "--sizes", "0"], "must be at least 1, not 0"),
+    ],
+)
+def test_what_plan_and_cache_refuse(arguments, message, traced, capsys):
+    try:
+        code = main([word.format(trace=traced) for word in arguments])
+    except SystemExit as end:  # an option that is wrong by itself
+        code = end.code
+    assert code == 2
+    output = capsys.readouterr()
+    assert message in " ".join((output.out + output.err).replace("│", " ").split())

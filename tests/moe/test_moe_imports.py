@@ -5,7 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 EXTRAS = ("transformers", "tokenizers", "safetensors", "tyro", "rich", "matplotlib", "scipy")
+FLOORS = {"etr.moe", "etr.table"}
+WINGS = ("etr.systems",)
+"""Packages beside the layer that need torch alone too."""
 
 
 def test_the_layer_imports_and_runs_without_any_extra() -> None:
@@ -24,8 +29,8 @@ for _ in range(2):
     optimizer.step()
 layer.eval()
 layer(torch.randn(8, 16))
-loaded = [name for name in sys.modules if name.startswith("etr.")]
-assert all(name == "etr.moe" or name.startswith("etr.moe.") for name in loaded), loaded
+loaded = {{".".join(name.split(".")[:2]) for name in sys.modules if name.startswith("etr.")}}
+assert loaded <= {FLOORS!r}, loaded
 print("ran")
 """
     done = subprocess.run(
@@ -33,3 +38,18 @@ print("ran")
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "ran\n"
+
+
+@pytest.mark.parametrize("package", WINGS)
+def test_what_stands_beside_the_layer_imports_without_any_extra(package: str) -> None:
+    script = f"""
+import sys
+for name in {(*EXTRAS, "numpy", "pyarrow")!r}:
+    sys.modules[name] = None
+import {package}
+print("imported")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "imported\n", done.stderr

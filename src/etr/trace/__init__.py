@@ -3,7 +3,7 @@
     SCHEMA           columns and metadata                        etr.trace.schema
     read_trace       file -> Trace, a layer as arrays            etr.trace.reader
     TraceWriter      tokens and routing -> file                  etr.trace.writer
-    SRP, SCH         do neighbouring tokens use the same experts etr.trace.consistency
+    SRP, SCH         do neighbouring tokens use the same experts etr.systems.consistency
     RoutingRecorder  what a model's routers decide               etr.trace.recorder
     SampledRows      which held-out text                         etr.trace.sampling
     record_trace     model, text -> file                         etr.trace.record
@@ -12,7 +12,7 @@ What is imported here needs pyarrow and NumPy; import the last three, which run 
 full names.
 """
 
-from etr.trace.consistency import (
+from etr.systems.consistency import (
     segment_cache_best_hit_rate,
     segment_routing_best_performance,
 )

@@ -100,6 +100,23 @@ class Trace:
             kept=_grid(rows["kept"], place, False),
         )
 
+    def choices(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """Experts of every token in every layer, and each token's sequence, for `etr.systems`.
+
+        Returns:
+            int64 [L, N, K], filled up with `NO_EXPERT`; int32 [N].
+        Raises:
+            ValueError: layers have other tokens.
+        """
+        layers = [self.layer(index) for index in range(self.info.num_layers)]
+        widest = max(layer.experts.shape[1] for layer in layers)
+        found = np.full((len(layers), self.num_tokens, widest), NO_EXPERT, dtype=np.int64)
+        for into, layer in zip(found, layers, strict=True):
+            if not np.array_equal(layer.sequence, layers[0].sequence):
+                raise ValueError("layers of the trace have different tokens; write it again")
+            into[:, : layer.experts.shape[1]] = layer.experts
+        return found, layers[0].sequence
+
 
 def read_trace(path: str | Path) -> Trace:
     """Read a trace that `etr trace` wrote.

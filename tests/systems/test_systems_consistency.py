@@ -7,8 +7,8 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 
-from etr.trace import segment_cache_best_hit_rate as sch
-from etr.trace import segment_routing_best_performance as srp
+from etr.systems import segment_cache_best_hit_rate as sch
+from etr.systems import segment_routing_best_performance as srp
 
 
 def one_sequence(experts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:

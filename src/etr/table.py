@@ -1,0 +1,102 @@
+"""Tables of configs by name, and the same configs as text and as plain values."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Collection, Iterable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Table(dict[str, type[T]]):
+    """Classes of frozen configs by their `name`, in the order given; fields are options.
+
+    Args:
+        field: what holds one of them, as errors call it.
+        kinds: the classes.
+        others: names that stand for no class here, and that errors tell of too.
+        wrapped: the option that a bare ``name`` among options means.
+    """
+
+    def __init__(
+        self,
+        field: str,
+        kinds: Iterable[Any],
+        *,
+        others: tuple[str, ...] = (),
+        wrapped: str | None = None,
+    ) -> None:
+        super().__init__((kind.name, kind) for kind in kinds)
+        self.field, self.others, self.wrapped = field, others, wrapped
+
+    def parse(self, text: str) -> T:
+        """Read ``name`` or ``name:option=value,option=value``; values are JSON, or else text.
+
+        Raises:
+            ValueError: the name or an option is unknown, or a value is refused.
+        """
+        name, _, options = text.partition(":")
+        values: dict[str, Any] = {"name": name}
+        for option in filter(None, options.split(",")):
+            key, equals, value = option.partition("=")
+            if not equals and self.wrapped is None:
+                raise ValueError(
+                    f"{self.field} option {option!r} in {text!r} must read option=value"
+                )
+            key, value = (key, value) if equals else (str(self.wrapped), key)
+            values[key] = {"name": value} if key == self.wrapped else _value(value)
+        return self.from_dict(values)
+
+    def from_dict(self, values: dict[str, Any], field: str | None = None) -> T:
+        """Inverse of `config_to_dict`.
+
+        Args:
+            field: what errors call it, if not the table's own word.
+        Raises:
+            ValueError: the name or an option is unknown, or a value is refused.
+        """
+        values = dict(values)
+        name = values.pop("name", None)
+        check_name(field or self.field, name, self, self.others)
+        known = [entry.name for entry in dataclasses.fields(self[name])]  # type: ignore[arg-type]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(
+                f"{field or self.field} {name!r} has no option {', '.join(unknown)}; it has "
+                f"{', '.join(known) or 'none'}"
+            )
+        for key, value in values.items():
+            if isinstance(value, dict):
+                values[key] = self.from_dict(value, None if key == self.wrapped else key)
+        return self[name](**values)
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """A config of a table as plain values with its `name`."""
+    values: dict[str, Any] = {"name": config.name}
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        values[entry.name] = config_to_dict(value) if dataclasses.is_dataclass(value) else value
+    return values
+
+
+def check_name(field: str, value: Any, known: Collection[str], others: Iterable[str] = ()) -> None:
+    """Refuse a name that there is not.
+
+    Args:
+        others: names to tell of too, which the caller knows what to do with.
+    Raises:
+        ValueError: lists those that there are.
+    """
+    if value not in known:
+        names = ", ".join((*others, *known))
+        raise ValueError(f"{field}={value!r} is unknown; choose one of {names}")
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
