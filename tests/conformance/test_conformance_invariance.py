@@ -177,7 +177,6 @@ def test_leading_shapes_and_packed_batches(cell: Cell) -> None:
         ctx_shaped = RoutingContext(
             valid_mask=mask.view(shape),
             token_ids=ctx.token_ids.view(shape),
-            sequence_ids=torch.arange(12).div(5, rounding_mode="floor").view(shape),
         )
         shaped = layer(x.view(*shape, H), ctx_shaped)
         assert shaped.hidden_states.shape == (*shape, H)

@@ -242,7 +242,7 @@ def layer(**options: Any) -> MoE:
         (torch.ones(2, 3, 16), {"valid_mask": torch.ones(6) > 0}, r"valid_mask.*\(6,\).*\(2, 3\)"),
         (torch.ones(3, 16), {"valid_mask": torch.ones(3)}, "valid_mask has dtype torch.float32"),
         (torch.ones(3, 16), {"token_ids": torch.ones(3, 1)}, r"token_ids has shape \(3, 1\)"),
-        (torch.ones(3, 16), {"sequence_ids": torch.ones(2)}, r"sequence_ids has shape \(2,\)"),
+        (torch.ones(3, 16), {"token_ids": torch.ones(2)}, r"token_ids has shape \(2,\)"),
     ],
 )
 def test_mistakes_in_an_input(x: torch.Tensor, context: dict[str, Any], message: str) -> None:

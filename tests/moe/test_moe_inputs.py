@@ -33,7 +33,7 @@ def test_a_bare_mask_is_told_where_it_belongs(given: Any) -> None:
         ("valid_mask", MASK[0], ValueError, r"has shape \(3,\); it must be \(2, 3\)"),
         ("token_ids", IDS.float(), ValueError, "has dtype torch.float32; it must be integers"),
         ("token_ids", IDS.tolist(), TypeError, "is list; it must be a tensor of integers"),
-        ("sequence_ids", MASK, ValueError, "has dtype torch.bool; it must be integers"),
+        ("token_ids", MASK, ValueError, "has dtype torch.bool; it must be integers"),
         ("replay", IDS, TypeError, "is Tensor; it must be a dictionary from the index"),
     ],
 )

@@ -105,7 +105,6 @@ def test_placement() -> None:
     assert (placement.num_experts, placement.num_nodes) == (8, 2)
     assert placement.experts_on_node(1) == (4, 5, 6, 7)
     assert [placement.node_of_expert(e) for e in range(8)] == [0] * 4 + [1] * 4
-    assert placement.ranks_on_node(0) == 2
 
 
 @pytest.mark.parametrize(

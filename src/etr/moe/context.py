@@ -91,7 +91,6 @@ class RoutingContext:
     Args:
         valid_mask: True = real token, bool, shape of the input without its last dimension.
         token_ids: vocabulary ids, int64, same shape; needed by the `hash` router.
-        sequence_ids: document number of each token in a packed batch, int64, same shape.
         global_token_offset: index of this call's first token in the global batch (rank-major).
             None: counted over the layer's selection group, 0 without one.
         placement: where experts live; needed by the locality loss and `local_bonus`. A layer that
@@ -107,7 +106,6 @@ class RoutingContext:
 
     valid_mask: Tensor | None = None
     token_ids: Tensor | None = None
-    sequence_ids: Tensor | None = None
     global_token_offset: int | None = None
     placement: ExpertPlacement | None = None
     rank: int = 0
@@ -140,7 +138,7 @@ class RoutingContext:
             TypeError: names the field, its type and what would be right.
             ValueError: names the field, its shape or dtype and what would be right.
         """
-        for name in ("valid_mask", "token_ids", "sequence_ids"):
+        for name in ("valid_mask", "token_ids"):
             value = getattr(self, name)
             if value is None:
                 continue

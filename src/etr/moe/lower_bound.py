@@ -22,14 +22,6 @@ def erfc_bound(hidden_size: int, num_experts: int, affinity: Tensor) -> Tensor:
     Returns:
         Tensor of the same shape; inf where erfc underflows.
     """
-    return 1.0 / (num_experts * _z(hidden_size, affinity).erfc())
-
-
-def exponential_bound(hidden_size: int, num_experts: int, affinity: Tensor) -> Tensor:
-    """``exp(z^2) / E``: the simpler form, never above `erfc_bound`. Same arguments."""
-    return _z(hidden_size, affinity).square().exp() / num_experts
-
-
-def _z(hidden_size: int, affinity: Tensor) -> Tensor:
     square = affinity.clamp(0.0, 1.0).double().square()
-    return (hidden_size * square / (2.0 - square)).sqrt()
+    z = (hidden_size * square / (2.0 - square)).sqrt()
+    return 1.0 / (num_experts * z.erfc())

@@ -99,7 +99,3 @@ class ExpertPlacement:
     def experts_on_node(self, node: int) -> tuple[int, ...]:
         """Experts whose rank is on `node`."""
         return tuple(e for e in range(self.num_experts) if self.node_of_expert(e) == node)
-
-    def ranks_on_node(self, node: int) -> int:
-        """Number of ranks on `node`."""
-        return sum(n == node for n in self.node_of_rank)

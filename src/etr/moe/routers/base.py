@@ -33,7 +33,6 @@ class RouterTraits:
         expert_pool: whom experts rank: their choosers, or all tokens.
         default_capacity: policy used when none is named, perhaps with options.
         position_free: the choice does not depend on where the token stands in the batch.
-        needs_token_ids: the context must hold token ids.
         padded: the preset pads its buffers, so backend "auto" picks a padded one.
     """
 
@@ -47,7 +46,6 @@ class RouterTraits:
     expert_pool: ExpertPool = "choosers"
     default_capacity: str = "factor"
     position_free: bool = True
-    needs_token_ids: bool = False
     padded: bool = False
 
     @property
