@@ -86,7 +86,7 @@ def test_rows() -> None:
     assert capacity_of(0.6, 128, 8) == 10
     assert capacity_of(0.001, 128, 8) == 1
     rows = success_rows([0.6], 128, 8, 1.5)
-    assert {row.choice: row.paper is not None for row in rows} == {
+    assert {choice: paper is not None for _, _, choice, _, paper, _ in rows} == {
         "token": True,
         "expert": True,
         "both": False,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -13,19 +12,17 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 
 from etr.cli._options import parse
 from etr.cli._tables import make_table
-from etr.files import write_bytes
-from etr.report.figure import add_legend, direct_label, house_style, new_figure
-from etr.report.style import CARD, LineStyle, variant_style
-from etr.theory import Bounds, geometric_success
-from etr.theory.geometric import CHOICES, Choice
+from etr.report.figure import house_style, save_svg
+from etr.report.figures.theory import draw_capacity, draw_check, draw_crossover, draw_success
+from etr.theory import Bounds
+from etr.theory.geometric import CHOICES
 from etr.theory.lower_bound import FORMS, capacity_lower_bound
 from etr.theory.tables import (
     CheckRow,
-    capacity_of,
+    agrees,
     capacity_rows,
     check_rows,
     crossover_rows,
@@ -34,13 +31,10 @@ from etr.theory.tables import (
 )
 
 FACTORS = (0.1, 0.3, 0.6, 1.0, 1.1, 1.5, 2.0, 4.0)
-TICKS = (0.05, 0.1, 0.3, 0.6, 1.0, 2.0, 4.0, 8.0)
-STYLES: dict[Choice, LineStyle] = {
-    choice: variant_style(number + 1) for number, choice in enumerate(CHOICES)
-}
-ENTRIES = [
-    (f"{choice} choice" if choice != "both" else "both", STYLES[choice]) for choice in CHOICES
-]
+WORDS = ("choice", "score", "statement", "here", "agrees")
+"""Columns of text."""
+Printed = tuple[str, Sequence[str], Iterable[Sequence[str]], str]
+"""A table's title, heading and cells, and the line below it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +55,19 @@ class SizeConfig:
         if self.figure is not None and self.figure.suffix != ".svg":
             raise ValueError(f"figure={str(self.figure)!r} must end in .svg")
 
+    @property
+    def sizes(self) -> str:
+        """The sizes in words."""
+        return f"{self.num_tokens} tokens, {self.num_experts} experts"
+
+    def tables(self) -> Iterator[Printed]:
+        """What is printed."""
+        raise NotImplementedError
+
+    def draw(self) -> Figure:
+        """The figure that goes with the tables; inside `house_style`."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, kw_only=True)
 class SuccessConfig(SizeConfig):
@@ -73,36 +80,25 @@ class SuccessConfig(SizeConfig):
     capacity_factors: tuple[float, ...] = FACTORS
     """Capacities, in mean loads."""
 
-    def run(self, console: Console) -> int:
+    def tables(self) -> Iterator[Printed]:
         rows = success_rows(
             self.capacity_factors, self.num_tokens, self.num_experts, self.signal, self.noisy
         )
-        table = _table(
-            f"Success, {_sizes(self)}, signal {self.signal:g}",
+        yield (
+            f"Success, {self.sizes}, signal {self.signal:g}",
             ("factor", "C", "choice", "exact", "paper", "tighter"),
+            (
+                (
+                    *(f"{factor:g}", str(c), choice, f"{exact:.4f}"),
+                    *(_interval(paper), _interval(tighter)),
+                )
+                for factor, c, choice, exact, paper, tighter in rows
+            ),
+            "-: no statement for this case; vacuous: excludes nothing; *: one side only",
         )
-        for row in rows:
-            exact = f"{row.exact:.4f}"
-            bounds = (_interval(row.paper), _interval(row.tight))
-            table.add_row(f"{row.factor:g}", str(row.capacity), row.choice, exact, *bounds)
-        console.print(table)
-        print("-: no statement for this case; vacuous: excludes nothing; *: one side only")
-        return 0
 
     def draw(self) -> Figure:
-        """Success by capacity factor."""
-        factor = np.geomspace(0.05, 8, 200)
-        c = capacity_of(factor, self.num_tokens, self.num_experts)
-        figure = new_figure()
-        axes = figure.axes[0]
-        for choice in CHOICES:
-            rate = geometric_success(
-                choice, c, self.num_tokens, self.num_experts, self.signal, self.noisy
-            )
-            _line(axes, factor, rate, choice)
-        axes.set(xscale="log", xlabel="capacity factor", ylabel="success rate", ylim=(0, 1.02))
-        axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
-        return figure
+        return draw_success(self.num_tokens, self.num_experts, self.signal, self.noisy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,45 +116,36 @@ class CapacityConfig(SizeConfig):
     affinities: tuple[float, ...] = (0.0, 0.1, 0.135, 0.2, 0.3, 0.4, 0.5)
     """Cosines, for the lower bound."""
 
-    def run(self, console: Console) -> int:
-        table = _table(
-            f"Capacity in tokens (and factor), {_sizes(self)}, signal {self.signal:g}",
-            ("wanted", *(choice for choice in CHOICES)),
+    def tables(self) -> Iterator[Printed]:
+        sizes = (self.num_tokens, self.num_experts)
+        rows = capacity_rows(self.wanted, *sizes, self.signal, self.noisy)
+        mean_load = self.num_tokens / self.num_experts
+        yield (
+            f"Capacity in tokens (and factor), {self.sizes}, signal {self.signal:g}",
+            ("wanted", *CHOICES),
+            (
+                (
+                    f"{rate:g}",
+                    *("-" if c is None else f"{c} ({c / mean_load:.2f})" for c in needed.values()),
+                )
+                for rate, needed in zip(self.wanted, rows, strict=True)
+            ),
+            "-: out of reach; tokens that choose another expert are lost at any capacity",
         )
-        for rate, needed in zip(self.wanted, self._needed(self.wanted), strict=True):
-            cells = [
-                "-" if c is None else f"{c} ({c * self.num_experts / self.num_tokens:.2f})"
-                for c in needed.values()
-            ]
-            table.add_row(f"{rate:g}", *cells)
-        console.print(table)
-        print("-: out of reach; tokens that choose another expert are lost at any capacity")
-        table = _table(
+
+        def bound(affinity: float, form: Any) -> float:
+            return float(capacity_lower_bound(self.hidden_size, self.num_experts, affinity, form))
+
+        yield (
             f"Lower bound in tokens, H {self.hidden_size}, {self.num_experts} experts "
-            f"(mean load {self.num_tokens / self.num_experts:g})",
-            ("affinity", "exact", "erfc", "exponential"),
+            f"(mean load {mean_load:g})",
+            ("affinity", *FORMS),
+            ((f"{d:g}", *(f"{bound(d, form):.4g}" for form in FORMS)) for d in self.affinities),
+            "",
         )
-        for d in self.affinities:
-            bounds = (capacity_lower_bound(self.hidden_size, self.num_experts, d, f) for f in FORMS)
-            table.add_row(f"{d:g}", *(f"{float(bound):.4g}" for bound in bounds))
-        console.print(table)
-        return 0
 
     def draw(self) -> Figure:
-        """Capacity by wanted rate."""
-        wanted = np.linspace(0.01, 0.99, 99)
-        rows = self._needed(wanted.tolist())
-        figure = new_figure()
-        axes = figure.axes[0]
-        for choice in CHOICES:
-            tokens = [row[choice] for row in rows]
-            factor = np.array([np.nan if c is None else c for c in tokens], dtype=np.float64)
-            _line(axes, wanted, factor * self.num_experts / self.num_tokens, choice)
-        axes.set(xlabel="wanted success rate", ylabel="capacity factor")
-        return figure
-
-    def _needed(self, wanted: Sequence[float]) -> list[dict[Choice, int | None]]:
-        return capacity_rows(wanted, self.num_tokens, self.num_experts, self.signal, self.noisy)
+        return draw_capacity(self.num_tokens, self.num_experts, self.signal, self.noisy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,34 +155,21 @@ class CrossoverConfig(SizeConfig):
     capacity_factors: tuple[float, ...] = FACTORS
     """Capacities, in mean loads."""
 
-    def run(self, console: Console) -> int:
-        table = _table(
-            f"Crossover, {_sizes(self)}",
+    def tables(self) -> Iterator[Printed]:
+        rows = crossover_rows(self.capacity_factors, self.num_tokens, self.num_experts)
+        yield (
+            f"Crossover, {self.sizes}",
             ("factor", "C", "fixed score", "success there", "noisy score"),
+            (
+                (f"{factor:g}", str(c), *("none" if np.isnan(x) else f"{x:.3f}" for x in signals))
+                for factor, c, *signals in rows
+            ),
+            "signals in standard deviations; 0: expert choice is never behind",
         )
-        for row in crossover_rows(self.capacity_factors, self.num_tokens, self.num_experts):
-            cells = ("none" if np.isnan(x) else f"{x:.3f}" for x in row[2:])
-            table.add_row(f"{row.factor:g}", str(row.capacity), *cells)
-        console.print(table)
-        print("signals in standard deviations; 0: expert choice is never behind")
-        return 0
 
     def draw(self) -> Figure:
-        """Success by signal, for a fixed and for a noisy score, at the middle capacity."""
-        factor = self.capacity_factors[(len(self.capacity_factors) - 1) // 2]
-        c = int(capacity_of(factor, self.num_tokens, self.num_experts))
-        signal = np.linspace(0, 5, 201)
-        figure = new_figure(1, 2)
-        for axes, noisy in zip(figure.axes, (False, True), strict=True):
-            for choice in CHOICES:
-                rate = geometric_success(
-                    choice, c, self.num_tokens, self.num_experts, signal, noisy
-                )
-                _line(axes, signal, rate, choice)
-            direct_label(axes, f"{'noisy' if noisy else 'fixed'} score, factor {factor:g}")
-            axes.set(xlabel="signal", ylim=(0, 1.02))
-        figure.axes[0].set_ylabel("success rate")
-        return figure
+        middle = self.capacity_factors[(len(self.capacity_factors) - 1) // 2]
+        return draw_crossover(self.num_tokens, self.num_experts, middle)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,51 +187,6 @@ class CheckConfig(SizeConfig):
     confidence: float = 0.999
     """That all intervals hold at once."""
 
-    def run(self, console: Console) -> int:
-        rows = self.rows
-        table = _table(
-            f"Samples against exact forms ({self.samples:,} per signal)",
-            ("score", "signal", "choice", "exact", "sampled", "interval", "agrees"),
-        )
-        for row in rows:
-            table.add_row(
-                "noisy" if row.noisy else "fixed",
-                f"{row.signal:g}",
-                row.choice,
-                f"{row.exact:.4f}",
-                f"{row.sampled:.4f}",
-                f"{row.low:.4f} to {row.high:.4f}",
-                "yes" if row.agrees else "NO",
-            )
-        console.print(table)
-        middle = self.signals[(len(self.signals) - 1) // 2]
-        table = _table(f"What the statements say here, signal {middle:g}", ("statement", "here"))
-        for statement, here in findings(self.num_tokens, self.num_experts, middle):
-            table.add_row(statement, here)
-        console.print(table)
-        wrong = sum(not row.agrees for row in rows)
-        print(f"{len(rows) - wrong} of {len(rows)} agree")
-        return 1 if wrong else 0
-
-    def draw(self) -> Figure:
-        """Sampled against exact rates, with intervals."""
-        figure = new_figure()
-        axes = figure.axes[0]
-        axes.plot([0, 1], [0, 1], color=CARD.dark, linewidth=0.7)
-        for row in self.rows:
-            ends = [[row.sampled - row.low], [row.high - row.sampled]]
-            style = STYLES[row.choice]
-            axes.errorbar(
-                row.exact,
-                row.sampled,
-                yerr=np.maximum(ends, 0),
-                color=style.color,
-                marker=style.marker,
-                markersize=4.5,
-            )
-        axes.set(xlabel="exact success rate", ylabel="sampled, with interval")
-        return figure
-
     @cached_property
     def rows(self) -> list[CheckRow]:
         """The samples, drawn once for table and figure."""
@@ -271,6 +200,32 @@ class CheckConfig(SizeConfig):
             self.confidence,
         )
 
+    def tables(self) -> Iterator[Printed]:
+        yield (
+            f"Samples against exact forms ({self.samples:,} per signal)",
+            ("score", "signal", "choice", "exact", "sampled", "interval", "agrees"),
+            (
+                (
+                    "noisy" if noisy else "fixed",
+                    *(f"{signal:g}", choice, f"{exact:.4f}", f"{sampled:.4f}"),
+                    f"{low:.4f} to {high:.4f}",
+                    "yes" if low <= exact <= high else "NO",
+                )
+                for noisy, signal, choice, exact, sampled, low, high in self.rows
+            ),
+            "",
+        )
+        middle = self.signals[(len(self.signals) - 1) // 2]
+        yield (
+            f"What the statements say here, signal {middle:g}",
+            ("statement", "here"),
+            findings(self.num_tokens, self.num_experts, middle),
+            f"{sum(map(agrees, self.rows))} of {len(self.rows)} agree",
+        )
+
+    def draw(self) -> Figure:
+        return draw_check(self.rows)
+
 
 Command = (
     Annotated[SuccessConfig, tyro.conf.subcommand("success")]
@@ -283,27 +238,19 @@ Command = (
 def run(arguments: list[str]) -> int:
     """Print the tables, draw the figure if one is asked for."""
     config = parse(cast(Any, Command), "theory", arguments)
-    code = int(config.run(Console()))
+    console = Console()
+    for title, head, rows, note in config.tables():
+        table = make_table(*head, words=WORDS, title=title)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        if note:
+            print(note)
     if config.figure is not None:
         with house_style():
-            figure = config.draw()
-            sampled = isinstance(config, CheckConfig)
-            add_legend(figure, ENTRIES, lines=not sampled, markers=sampled)
-            content = BytesIO()
-            metadata = {"Creator": None, "Date": None, "Format": None, "Type": None}
-            figure.savefig(content, format="svg", facecolor=CARD.light, metadata=metadata)
-        write_bytes(config.figure, content.getvalue())
+            save_svg(config.draw(), config.figure)
         print(f"figure: {config.figure}")
-    return code
-
-
-def _sizes(config: SizeConfig) -> str:
-    return f"{config.num_tokens} tokens, {config.num_experts} experts"
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    words = ("choice", "score", "statement", "here", "agrees")
-    return make_table(*columns, words=words, title=title)
+    return int(isinstance(config, CheckConfig) and not all(map(agrees, config.rows)))
 
 
 def _interval(bounds: Bounds | None) -> str:
@@ -312,8 +259,3 @@ def _interval(bounds: Bounds | None) -> str:
     if bounds.vacuous:
         return "vacuous"
     return f"{bounds.lower:.4f} to {bounds.upper:.4f}{'' if bounds.valid else ' *'}"
-
-
-def _line(axes: Any, x: Any, y: Any, choice: Choice) -> None:
-    style = STYLES[choice]
-    axes.plot(x, y, color=style.color, linestyle=style.linestyle)

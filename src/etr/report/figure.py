@@ -116,6 +116,13 @@ def direct_label(axes: Axes, text: str) -> None:
     axes.set_title(clipped(text, 40), fontsize=8.5, color=SOFT.light, pad=4)
 
 
+def save_svg(figure: Figure, path: Path) -> None:
+    """Write a figure alone, without title and caption; inside `house_style`."""
+    content = BytesIO()
+    figure.savefig(content, format="svg", facecolor=CARD.light, metadata=_NO_METADATA)
+    write_bytes(path, content.getvalue())
+
+
 def inline_svg(drawing: Drawing) -> str:
     """The drawing as an `<svg>` element for an HTML page; its colours are CSS variables.
 
@@ -154,11 +161,10 @@ def save_files(drawing: Drawing, folder: Path) -> tuple[Path, Path]:
     """Write the drawing with title and caption as KEY.svg and KEY.png; returns both paths."""
     paths = folder / f"{drawing.key}.svg", folder / f"{drawing.key}.png"
     with house_style(), _framed(drawing) as figure:
-        svg, png = BytesIO(), BytesIO()
-        figure.savefig(svg, format="svg", facecolor=CARD.light, metadata=_NO_METADATA)
+        png = BytesIO()
+        save_svg(figure, paths[0])
         figure.savefig(png, format="png", facecolor=CARD.light, dpi=PNG_DOTS_PER_INCH)
-    for path, content in zip(paths, (svg, png), strict=True):
-        write_bytes(path, content.getvalue())
+    write_bytes(paths[1], png.getvalue())
     return paths
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,44 +29,21 @@ from etr.theory.lower_bound import capacity_lower_bound
 from etr.theory.monte_carlo import GeometricModel, simulate
 from etr.theory.success import expert_choice_success, required_capacity
 
-
-class SuccessRow(NamedTuple):
-    """Success of one choice at one capacity in tokens, and intervals of the rate, if any."""
-
-    factor: float
-    capacity: int
-    choice: Choice
-    exact: float
-    paper: Bounds | None
-    tight: Bounds | None
-
-
-class CrossoverRow(NamedTuple):
-    """The signals, in standard deviations, from which expert choice is ahead, at one capacity in
-    tokens; `success` is both rates at the fixed one, NaN if there is none."""
-
-    factor: float
-    capacity: int
-    fixed: float
-    success: float
-    noisy: float
+SuccessRow = tuple[float, int, Choice, float, Bounds | None, Bounds | None]
+"""Capacity factor, capacity in tokens, choice, exact rate, the paper's interval of the rate and a
+tighter one, where there is one."""
+CrossoverRow = tuple[float, int, float, float, float]
+"""Capacity factor, capacity in tokens, the signal in standard deviations from which expert choice
+is ahead with a fixed score, both rates there, and that signal with a noisy score; NaN for none."""
+CheckRow = tuple[bool, float, Choice, float, float, float, float]
+"""Noisy score or not, signal, choice, exact rate, share of samples that succeeded, and both ends of
+its Wilson interval."""
 
 
-class CheckRow(NamedTuple):
-    """An exact rate against the share of samples that succeeded, with its Wilson interval."""
-
-    noisy: bool
-    signal: float
-    choice: Choice
-    exact: float
-    sampled: float
-    low: float
-    high: float
-
-    @property
-    def agrees(self) -> bool:
-        """Whether the interval holds the exact rate."""
-        return self.low <= self.exact <= self.high
+def agrees(row: CheckRow) -> bool:
+    """Whether the interval holds the exact rate."""
+    *_, exact, _, low, high = row
+    return low <= exact <= high
 
 
 def capacity_of(factor: ArrayLike, num_tokens: int, num_experts: int) -> NDArray[np.int64]:
@@ -87,7 +63,7 @@ def success_rows(
     """Exact rates and bounds; expert choice has no bounds with a noisy score."""
     p = np.full(num_experts, true_positive(signal, num_experts, noisy))
     q = np.full(num_experts, false_positive(signal, noisy))
-    rows = []
+    rows: list[SuccessRow] = []
     for factor in factors:
         c = int(capacity_of(factor, num_tokens, num_experts))
         paper: dict[Choice, Bounds] = {"token": token_choice_paper(c, num_tokens, p)}
@@ -97,8 +73,7 @@ def success_rows(
             tight["expert"] = expert_choice_tight(c, num_tokens, q)
         for choice in CHOICES:
             exact = geometric_success(choice, c, num_tokens, num_experts, signal, noisy)
-            intervals = (paper.get(choice), tight.get(choice))
-            rows.append(SuccessRow(factor, c, choice, float(exact), *intervals))
+            rows.append((factor, c, choice, float(exact), paper.get(choice), tight.get(choice)))
     return rows
 
 
@@ -128,7 +103,7 @@ def crossover_rows(
     rate = geometric_success("token", c, num_tokens, num_experts, np.nan_to_num(fixed))
     rate = np.where(np.isnan(fixed), np.nan, rate)
     columns = (c.tolist(), fixed.tolist(), rate.tolist(), noisy.tolist())
-    return [CrossoverRow(*row) for row in zip(factors, *columns, strict=True)]
+    return list(zip(factors, *columns, strict=True))
 
 
 def check_rows(
@@ -144,7 +119,7 @@ def check_rows(
     c = int(capacity_of(factor, num_tokens, num_experts))
     cases = [(noisy, signal) for noisy in (False, True) for signal in signals]
     each = 1 - (1 - confidence) / max(1, len(cases) * len(CHOICES))  # Bonferroni
-    rows = []
+    rows: list[CheckRow] = []
     for number, (noisy, signal) in enumerate(cases):
         model = GeometricModel(
             num_tokens=num_tokens,
@@ -159,7 +134,7 @@ def check_rows(
             exact = geometric_success(choice, c, num_tokens, num_experts, signal, noisy)
             low, high = estimates[choice].interval(each)
             rate = estimates[choice].rate
-            rows.append(CheckRow(noisy, signal, choice, float(exact), rate, low, high))
+            rows.append((noisy, signal, choice, float(exact), rate, low, high))
     return rows
 
 
