@@ -172,7 +172,7 @@ def _shown(paths: list[Path]) -> str:
 
 def _rows(folder: Path) -> Any:
     """Rows that a resumed run finds, and what the report and the view show."""
-    recorder = Recorder(RUN, 4, Alarms(aux_alpha=0.01), ())
+    recorder = Recorder(RUN, 4, Alarms({"aux": 0.01}), ())
     recorder.close()
     return [len(read_metrics(RUN / "metrics.jsonl")), _shown([RUN])]
 

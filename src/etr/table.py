@@ -31,6 +31,21 @@ class Table(dict[str, type[T]]):
         super().__init__((kind.name, kind) for kind in kinds)
         self.field, self.others, self.wrapped = field, others, wrapped
 
+    def add(self, kind: type[T]) -> None:
+        """Take in one more class.
+
+        Raises:
+            ValueError: its name is taken.
+        """
+        name: str = kind.name  # type: ignore[attr-defined]
+        if name in self:
+            taken = self[name]
+            raise ValueError(
+                f"{self.field} {name!r} is taken by {taken.__module__}.{taken.__qualname__}; "
+                "choose another name"
+            )
+        self[name] = kind
+
     def parse(self, text: str) -> T:
         """Read ``name`` or ``name:option=value,option=value``; values are JSON, or else text.
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from layouts import LAYOUTS, Batch, Layout, parallel
+from test_conformance_losses import ROWS, Coupling
 from torch import Tensor
 
 from etr.moe import (
@@ -32,13 +32,12 @@ MASKS = {
     "a rank with none": torch.arange(T).expand(WORLD, T) < torch.tensor([[T], [0]]),
     "none at all": torch.zeros(WORLD, T, dtype=torch.bool),
 }
-LOSSES = {
-    "ranks": LossConfig(aux_mode="ranks", locality_mu=0.0),
-    "previous": LossConfig(aux_mode="previous", locality_mu=0.0),
-    "z": LossConfig(aux_alpha=0.0, z_beta=0.1, locality_mu=0.0),
-    "locality": LossConfig(aux_alpha=0.0, locality_mu=0.5),
+LOSSES: dict[str, Any] = {
+    **{getattr(row, "mode", row.name): (row,) for row in ROWS if row.counts_ranks},
+    "of experts": (Coupling(weight=0.5, pull=0.0),),
     "all": LossConfig(aux_mode="ranks", z_beta=0.1, locality_mu=0.5),
 }
+"""Every row of the table, each in all its modes, one that asks for experts, and several at once."""
 POLICIES: dict[str, Any] = {
     "factor": Factor(capacity_factor=0.5),
     "affinity_mass": AffinityMass(mode="common"),
@@ -59,7 +58,7 @@ def tokens() -> Tensor:
     return x
 
 
-def layer_of(losses: LossConfig, capacity: Any = "none", router: str = "token_choice") -> MoE:
+def layer_of(losses: Any, capacity: Any = "none", router: str = "token_choice") -> MoE:
     torch.manual_seed(3)
     config = MoEConfig(
         hidden_size=H,
@@ -150,6 +149,7 @@ def test_the_average_over_ranks_equals_one_rank_with_all_tokens(
         got = sum(found["loss", name, case, past][part] for found in ranks(WORLD)) / WORLD
         torch.testing.assert_close(got, want[part].to(got), rtol=1e-9, atol=1e-12)
     nothing = case == "none at all" or (name == "previous" and not past)
+    nothing = nothing and name != "of experts"
     assert bool(want["grad"].abs().max() > 1e-12) != nothing
 
 
@@ -222,16 +222,14 @@ def layout_case(name: str, layout: Layout) -> dict[str, Tensor]:
 
 def one_rank_case(name: str, layout: Layout) -> dict[str, Tensor]:
     """The same on one rank; the locality loss is a mean over nodes, of the tokens there."""
-    layer, batch, config = layer_of(LOSSES[name]), layout_batch(layout), LOSSES[name]
+    layer, batch = layer_of(LOSSES[name]), layout_batch(layout)
     with Collector(layer):
         layer(batch.x, batch.context(placement=placement_of(layout, 0)))
     after_step(layer)
-    layer.config = dataclasses.replace(
-        layer.config, losses=dataclasses.replace(config, locality_mu=0.0)
-    )
+    rows = layer.loss_rows()
+    layer._losses = tuple(row for row in rows if row.name != "locality")
     found = measured(layer, batch)
-    only = LossConfig(aux_alpha=0.0, locality_mu=config.locality_mu)
-    layer.config = dataclasses.replace(layer.config, losses=only)
+    layer._losses = tuple(row for row in rows if row.name == "locality")
     for node in set(layout.nodes):
         parts = [batch.of(layout, r) for r in layout.holders if layout.nodes[r] == node]
         here = Batch(*(torch.cat(t) for t in zip(*(astuple(p) for p in parts), strict=True)))

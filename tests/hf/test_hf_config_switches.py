@@ -19,7 +19,7 @@ WITH_BALANCE = [name for name, family in FAMILIES.items() if family.aux_coeffici
 
 
 def alpha(config: EtrConfig) -> float:
-    return config.moe_config.resolved_aux_alpha
+    return config.moe_config.loss_weights["balance"]
 
 
 @pytest.mark.parametrize("family", WITH_BALANCE)
@@ -92,7 +92,7 @@ def test_a_change_in_the_model_takes_effect(router: str, tmp_path: Any) -> None:
 def test_a_change_reaches_copies() -> None:
     model = copy.deepcopy(make_model(losses=LossConfig(aux_alpha=0.5)))
     model.config.router_aux_loss_coef = 1.0
-    assert [layer.aux_alpha for layer in moe_layers(model)] == [2.0, 2.0]
+    assert [layer.loss_rows()[0].weight for layer in moe_layers(model)] == [2.0, 2.0]
 
 
 def test_zero_takes_effect_where_the_balance_loss_is_asked_for() -> None:

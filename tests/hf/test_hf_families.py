@@ -163,7 +163,7 @@ def test_layers_drop_nothing_and_balance_as_the_family_does(pair: tuple[Any, Any
     if family.aux_coefficient is not None:
         assert wanted == getattr(theirs.config, family.aux_coefficient) * 2
     for layer in moe_layers(mine):
-        assert layer.config.resolved_aux_alpha == wanted
+        assert layer.config.loss_weights["balance"] == wanted
         assert layer.config.capacity_config.name == "none"
 
 

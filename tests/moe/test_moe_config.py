@@ -150,15 +150,15 @@ def test_defaults_of_the_method() -> None:
     assert MoEConfig(**SIZES, top_k=2).resolved_normalize == "chosen"
     assert config.capacity_config == Schedule(start_factor=0.4, end_factor=1.1)
     assert (config.capacity_config.min_capacity, config.capacity_config.floor) == (1, "none")
-    assert config.resolved_aux_alpha == 0.01
+    assert config.loss_weights["balance"] == 0.01
     assert (config.losses.aux_mode, config.losses.z_beta) == ("ranks", 0.0)
     assert config.eval_selection == "threshold"
     assert config.resolved_rank_by == "score"
     baseline = MoEConfig(**SIZES, router="baseline")
     assert baseline.capacity_config == Factor(capacity_factor=1.1)
     assert baseline.resolved_rank_by == "position"
-    assert baseline.resolved_aux_alpha == 0.01
-    assert MoEConfig(**SIZES, router="expert_choice").resolved_aux_alpha == 0.0
+    assert baseline.loss_weights["balance"] == 0.01
+    assert MoEConfig(**SIZES, router="expert_choice").loss_weights["balance"] == 0.0
     assert AffinityMass().rho == 0.7
     assert (LocMoE().min_factor, LocMoE().max_factor) == (1.0, 1.1)
 
@@ -173,7 +173,7 @@ def test_defaults_of_the_published_method() -> None:
     assert config.capacity_config == Schedule()
     assert (config.capacity_config.min_capacity, config.capacity_config.floor) == (1, "none")
     assert config.resolved_rank_by == "score"
-    assert config.resolved_aux_alpha == 0.01
+    assert config.loss_weights["balance"] == 0.01
 
 
 ROUND_TRIP = [

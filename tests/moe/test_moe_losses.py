@@ -285,7 +285,7 @@ def test_locality_is_on_by_default_with_more_than_one_node(num_nodes: int, prese
 
 
 def test_locality_without_a_placement_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"locality_mu=0\.5 needs .*placement"):
+    with pytest.raises(ValueError, match=r"locality loss \(weight=0\.5; .* needs .*placement"):
         layer_of(locality_mu=0.5)(tokens(3))
 
 

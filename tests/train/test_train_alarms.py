@@ -68,7 +68,7 @@ def names(alarms: Alarms, rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def fresh(patience: int = 3) -> Alarms:
-    return Alarms(aux_alpha=ALPHA, patience=patience)
+    return Alarms({"aux": ALPHA}, patience=patience)
 
 
 def test_nothing_is_wrong():
@@ -110,7 +110,7 @@ def test_a_router_without_parameters_has_no_dead_gradient():
 
 
 def test_without_balance_loss_nothing_is_blind():
-    alarms = Alarms(aux_alpha=0.0, patience=2)
+    alarms = Alarms({}, patience=2)
     assert not any(names(alarms, [train_row(balance=1.0, violation=3.0)] * 5))
 
 
@@ -164,7 +164,7 @@ def test_evaluation_before_any_step_raises_nothing():
 
 def test_patience_is_checked():
     with pytest.raises(ValueError, match="patience=0"):
-        Alarms(aux_alpha=0.0, patience=0)
+        Alarms({}, patience=0)
 
 
 def test_a_dead_router_is_written_once_also_across_a_restart(make_config, data, monkeypatch):

@@ -36,10 +36,18 @@ class DenseRouter(nn.Module):
     Args:
         config: as for `MoE`; its intermediate_size does not matter.
         layer_index: number of this MoE layer in its model.
+    Raises:
+        ValueError: a loss needs the weights of the experts.
     """
 
     def __init__(self, config: MoEConfig, layer_index: int = 0) -> None:
         super().__init__()
+        for row in config.loss_rows:
+            if row.needs_experts:
+                raise ValueError(
+                    f"loss {row.name!r} needs the weights of the experts, which are another "
+                    "engine's here; leave it out"
+                )
         # One unit wide and removed at once: the engine has the experts.
         self.moe = MoE(dataclasses.replace(config, intermediate_size=1), layer_index)
         del self.moe.experts
@@ -66,7 +74,7 @@ class DenseRouter(nn.Module):
         return DenseRouting(
             probs=probs[:, : routing.num_experts],
             routing_map=kept.selection.selection_map(routing),
-            losses=moe.losses(routing, kept, context, collector) if self.training else {},
+            losses=moe.losses(x, routing, kept, context, collector) if self.training else {},
         )
 
 

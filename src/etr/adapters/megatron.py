@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from etr.adapters.dense import DenseRouter, total_loss
 from etr.moe import LossConfig, MoEConfig
 from etr.moe.config import parse_capacity, parse_router
+from etr.moe.losses import Losses
 from etr.moe.select import Normalize, RankBy
 
 
@@ -23,7 +24,7 @@ def megatron_router(
     *,
     rank_by: RankBy | None = None,
     normalize: Normalize | None = None,
-    losses: LossConfig | None = None,
+    losses: Losses | None = None,
 ) -> Callable[..., MegatronRouter]:
     """What builds the router of each layer, for the field `router` of ``MoESubmodules``.
 
@@ -48,7 +49,7 @@ def megatron_router(
             capacity=None if capacity is None else parse_capacity(capacity),
             rank_by=rank_by,
             normalize=normalize,
-            losses=losses or LossConfig(),
+            losses=LossConfig() if losses is None else losses,
         )
         return MegatronRouter(moe, config)
 

@@ -19,6 +19,7 @@ from etr.hf.config import EtrConfig
 from etr.hf.families import Family
 from etr.hf.initialize import initialize
 from etr.moe import Collector, MoE, MoEConfig, RoutingContext, moe_layers
+from etr.moe.losses import Balance, Loss, loss_rows, reweighted
 from etr.moe.notice import warn
 from etr.moe.state import GlobalState
 from etr.moe.watch import LayerView, watch
@@ -48,16 +49,17 @@ class MoEBlock(MoE):
         result = super().forward(hidden_states, context).hidden_states
         return (result, None) if family.returns_scores else result
 
-    @property
-    def aux_alpha(self) -> float:
-        """Weight of the balance loss, which a trainer may have changed in the model's config."""
+    def loss_rows(self) -> tuple[Loss, ...]:
+        """The losses, with the weight that a trainer may have given the balance loss."""
         changed = self.model_config.changed_aux_alpha()
+        if changed is None:
+            return super().loss_rows()
         if changed and not self.traits.can_balance:
             raise ValueError(
                 f"{self.model_config.family.aux_coefficient} of the config was changed, and router "
                 f"{self.config.router_config.name!r} can have no balance loss"
             )
-        return super().aux_alpha if changed is None else changed
+        return loss_rows(reweighted(super().loss_rows(), Balance.name, changed))
 
 
 class _BaseModel:

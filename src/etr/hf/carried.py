@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from etr.moe.loss_scale import LossScale
+from etr.moe.losses import Balance
 
 UNKNOWN_SCALE = (
     "a loss that is computed from logits or hidden states under float16 autocast is scaled by a "
@@ -102,7 +103,7 @@ class _Carry(torch.autograd.Function):
         own, loss, others = grads[:n], grads[n : n + plan.has_loss], grads[n + plan.has_loss :]
         router_logits = others[: plan.num_router_logits]
         joined = [
-            _joined(grad, [*loss, *(router_logits if name == "aux" else ())], weight, plan)
+            _joined(grad, [*loss, *(router_logits if name == Balance.key else ())], weight, plan)
             for name, grad in zip(plan.names, own, strict=True)
         ]
         return (None, None, *joined, *loss, *others)

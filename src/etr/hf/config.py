@@ -15,6 +15,7 @@ from etr.moe import LossConfig, MoEConfig
 from etr.moe.capacity import CapacityConfig
 from etr.moe.context import EvalSelection
 from etr.moe.experts import Activation
+from etr.moe.losses import Balance, Losses, reweighted
 from etr.moe.routers import RouterConfig
 from etr.moe.select import Normalize, RankBy
 
@@ -93,7 +94,7 @@ class EtrConfig(PreTrainedConfig):
         top_k: int | None = None,
         rank_by: RankBy | None = None,
         normalize: Normalize | None = None,
-        losses: LossConfig | None = None,
+        losses: Losses | None = None,
         activation: Activation | None = None,
         num_shared_experts: int | None = None,
         backend: str = "auto",
@@ -135,7 +136,7 @@ class EtrConfig(PreTrainedConfig):
             own = family.router(base)
             router, normalize = own["router"], normalize or own["normalize"]
             capacity = capacity or "none"
-            losses = losses or LossConfig(aux_alpha=family.aux_alpha(base))
+            losses = LossConfig(aux_alpha=family.aux_alpha(base)) if losses is None else losses
         experts: dict[str, Any] = {} if activation is None else {"activation": activation}
         if num_shared_experts is not None:
             experts["num_shared_experts"] = num_shared_experts
@@ -145,7 +146,7 @@ class EtrConfig(PreTrainedConfig):
             capacity=capacity,
             rank_by=rank_by,
             normalize=normalize,
-            losses=losses or LossConfig(),
+            losses=LossConfig() if losses is None else losses,
             backend=backend,
             dispatch=dispatch,
             eval_selection=eval_selection,
@@ -302,18 +303,21 @@ def _balanced(
         return base, config
     if coefficient is None:
         coefficient = getattr(type(base), name)
-    told = coefficient not in (getattr(type(base), name), config.resolved_aux_alpha / config.top_k)
-    if config.losses.aux_alpha is None and told:
+    rows = {row.name: row for row in config.loss_rows}
+    own = config.loss_weights.get(Balance.name, 0.0)
+    told = coefficient not in (getattr(type(base), name), own / config.top_k)
+    if Balance.name in rows and rows[Balance.name].weight is None and told:
         if coefficient and not config.router_config.traits.can_balance:
             raise ValueError(
                 f"{name}={coefficient} of the base config asks for a balance loss, which router "
                 f"{config.router_config.name!r} cannot have; give losses=LossConfig(aux_alpha=0)"
             )
-        losses = dataclasses.replace(config.losses, aux_alpha=coefficient * config.top_k)
+        own = coefficient * config.top_k
+        losses = reweighted(config.losses, Balance.name, own)
         config = dataclasses.replace(config, losses=losses)
-    if coefficient * config.top_k != config.resolved_aux_alpha:
+    if coefficient * config.top_k != own:
         base = copy.copy(base)
-        setattr(base, name, config.resolved_aux_alpha / config.top_k)
+        setattr(base, name, own / config.top_k)
     return base, config
 
 

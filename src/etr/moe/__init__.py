@@ -9,7 +9,7 @@ from etr.moe.dispatch import DISPATCHERS
 from etr.moe.experts import EXPERT_BACKENDS
 from etr.moe.layer import MoE
 from etr.moe.layers import moe_layers, selecting, set_eval_selection
-from etr.moe.losses import LossConfig
+from etr.moe.losses import LOSSES, LossConfig
 from etr.moe.notice import EtrWarning
 from etr.moe.ranks import ExpertParallel
 from etr.moe.routers import (
@@ -33,6 +33,7 @@ __all__ = [
     "CAPACITIES",
     "DISPATCHERS",
     "EXPERT_BACKENDS",
+    "LOSSES",
     "ROUTERS",
     "Baseline",
     "Collector",

@@ -11,7 +11,8 @@ from etr.moe.checked import check_types
 from etr.moe.context import EvalSelection
 from etr.moe.dispatch import DISPATCHERS
 from etr.moe.experts import EXPERT_BACKENDS, Activation
-from etr.moe.losses import LossConfig
+from etr.moe.losses import Loss, LossConfig, Losses, loss_rows
+from etr.moe.losses.rows import check_losses, losses_from_plain, losses_to_plain
 from etr.moe.moved import moved
 from etr.moe.routers import ROUTERS, RouterConfig
 from etr.moe.rules import resolve_rank_by, unsupported
@@ -44,8 +45,9 @@ class MoEConfig:
     normalize: Normalize | None = None
     """Divide combine weights by their sum over the token's chosen or kept experts. None: 'none'
     for top_k 1 or where experts choose, else 'chosen'."""
-    losses: LossConfig = field(default_factory=LossConfig)
-    """Weights of the router's losses."""
+    losses: Losses = field(default_factory=LossConfig)
+    """What is added to the loss: weights, rows of LOSSES, or their text, such as
+    balance:mode=running,z:weight=1e-3."""
     activation: Activation = "swiglu"
     """swiglu, clamped_swiglu, gelu or relu2."""
     swiglu_limit: float = 7.0
@@ -117,21 +119,7 @@ class MoEConfig:
         reason = unsupported(router, capacity, self.rank_by)
         if reason is not None:
             raise ValueError(reason)
-        self._check_losses(router)
-
-    def _check_losses(self, router: RouterConfig) -> None:
-        needs = {"aux_alpha": "has_probs", "z_beta": "has_probs", "locality_mu": "has_probs"}
-        for name, trait in needs.items():
-            if getattr(self.losses, name) and not getattr(router.traits, trait):
-                raise ValueError(
-                    f"losses.{name}={getattr(self.losses, name)}: router {router.name!r} has no "
-                    "probabilities, so the loss is undefined; use 0"
-                )
-        if self.losses.aux_alpha and not router.traits.tokens_choose:
-            raise ValueError(
-                f"losses.aux_alpha={self.losses.aux_alpha}: in router {router.name!r} experts "
-                "choose, so the load is even by construction; use 0"
-            )
+        check_losses(self.losses, router)
         if self.local_bonus and not router.traits.has_scores:
             raise ValueError(
                 f"local_bonus={self.local_bonus}: router {router.name!r} has no scores to add to"
@@ -170,18 +158,22 @@ class MoEConfig:
         return self.num_shared_experts * (self.shared_intermediate_size or self.intermediate_size)
 
     @property
-    def resolved_aux_alpha(self) -> float:
-        """Weight of the balance loss."""
-        if self.losses.aux_alpha is not None:
-            return self.losses.aux_alpha
-        return 0.01 if self.router_config.traits.can_balance else 0.0
+    def loss_rows(self) -> tuple[Loss, ...]:
+        """The losses, whatever their weights."""
+        return loss_rows(self.losses)
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each loss by name, as it is without a placement of experts."""
+        traits = self.router_config.traits
+        return {row.name: row.weight_for(traits) for row in self.loss_rows}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready values; `from_dict` restores an equal config."""
         result = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         result["router"] = config_to_dict(self.router_config)
         result["capacity"] = config_to_dict(self.capacity_config)
-        result["losses"] = dataclasses.asdict(self.losses)
+        result["losses"] = losses_to_plain(self.losses)
         return result
 
     @classmethod
@@ -195,8 +187,8 @@ class MoEConfig:
             values["router"] = ROUTERS.from_dict(values["router"])
         if isinstance(values.get("capacity"), dict):
             values["capacity"] = CAPACITIES.from_dict(values["capacity"])
-        if isinstance(values.get("losses"), dict):
-            values["losses"] = LossConfig(**values["losses"])
+        if "losses" in values:
+            values["losses"] = losses_from_plain(values["losses"])
         return cls(**values)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from etr.moe import losses as loss_fns
 from etr.moe.calibration import Calibration
 from etr.moe.collector import Collected, Collector
 from etr.moe.config import MoEConfig
@@ -35,6 +34,7 @@ from etr.moe.experts import (
 from etr.moe.inputs import check_finite, check_input, local_bonus, router_input
 from etr.moe.keep import Order, keep
 from etr.moe.learner import LayerState, Learner, Seen, learners_in
+from etr.moe.losses import Loss, LossInput, scaled_losses
 from etr.moe.notice import warn
 from etr.moe.ranks import ExpertParallel
 from etr.moe.routers import Router
@@ -90,6 +90,7 @@ class MoE(Collected):
         self.dispatcher = Permute() if auto else DISPATCHERS.parse(config.dispatch)
         self.parallel: ExpertParallel | None = None
         self.traits = config.router_config.traits
+        self._losses = config.loss_rows
         self.rank_by = config.resolved_rank_by
         self.normalize = config.resolved_normalize
         self.eval_selection: EvalSelection = config.eval_selection
@@ -146,7 +147,7 @@ class MoE(Collected):
         for watcher in self.watchers:
             watcher(LayerView(layer=self, x=x.detach(), routing=routing, selection=kept.selection))
         y = self.run_experts(x, routing, kept.selection, traffic)
-        losses = self.losses(routing, kept, context, collector) if learns else {}
+        losses = self.losses(x, routing, kept, context, collector) if learns else {}
         stats = self.stats(routing, kept, learns=learns)
         stats |= {f"loss_{name}": loss.detach() for name, loss in losses.items()}
         output = MoEOutput(
@@ -235,28 +236,36 @@ class MoE(Collected):
                 y = y + run_shared(x, self.shared_experts, self.shared_gate, counts)
         return y
 
-    @property
-    def aux_alpha(self) -> float:
-        """Weight of the balance loss."""
-        return self.config.resolved_aux_alpha
-
     def learns_from(self, context: RoutingContext) -> bool:
         """Whether a call trains: the training policy selects, and losses and counters are taken."""
         return self.training and context.selection is None
 
+    def loss_rows(self) -> tuple[Loss, ...]:
+        """The losses, whatever their weights."""
+        return self._losses
+
     def losses(
-        self, routing: Routing, kept: Kept, context: RoutingContext, collector: Collector | None
+        self,
+        x: Tensor,
+        routing: Routing,
+        kept: Kept,
+        context: RoutingContext,
+        collector: Collector | None,
     ) -> dict[str, Tensor]:
         """Scaled losses of one forward; those with weight 0 are left out."""
-        return loss_fns.scaled_losses(
-            self.config.losses,
-            self.aux_alpha,
-            routing,
-            context,
+        given = LossInput(
+            routing=routing,
+            selection=kept.selection,
+            context=context,
             choices=kept.num_choices_per_expert,
             past=self.state.previous_load,
             earlier=None if collector is None else collector.earlier_choices(self),
+            router=self.router,
+            x=x,
+            expert_group=None if self.parallel is None else self.parallel.expert_peers.group,
         )
+        experts = self._modules.get("experts")  # those of another engine are not here
+        return scaled_losses(self.loss_rows(), given, self.traits, experts)
 
     @torch.no_grad()
     def stats(
@@ -287,7 +296,7 @@ class MoE(Collected):
         return (
             not self.traits.position_free  # draws anew in each step
             or (self.ranks_by_score and config.capacity_config.name != "none")  # thresholds
-            or (config.losses.aux_mode == "previous" and bool(config.resolved_aux_alpha))
+            or any(row.needs_past and row.weight_for(self.traits) for row in self.loss_rows())
             or any(learner.moves for learner in (self.capacity, *learners_in(self.router)))
         )
 

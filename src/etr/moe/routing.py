@@ -176,7 +176,7 @@ class MoEOutput:
 
     Args:
         hidden_states: same shape and dtype as the input.
-        losses: already scaled scalars by name (aux, z, locality, ...); add their sum to the loss.
+        losses: already scaled scalars by name, see `etr.moe.losses`; add their sum to the loss.
         stats: detached counters on the device by name; see `etr.moe.stats`.
     """
 

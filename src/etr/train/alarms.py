@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,14 +52,14 @@ class Alarms:
     reads those it has and goes on.
 
     Args:
-        aux_alpha: weight of the balance loss, 0 where there is none.
+        even_losses: weights of the losses that are 1 where the load is even, by name.
         patience: steps for which a condition must hold; evaluations need one.
     """
 
-    def __init__(self, *, aux_alpha: float, patience: int = 20) -> None:
+    def __init__(self, even_losses: Mapping[str, float], *, patience: int = 20) -> None:
         if patience < 1:
             raise ValueError(f"patience={patience} must be at least 1 step")
-        self._aux_alpha, self._patience = aux_alpha, patience
+        self._even_losses, self._patience = even_losses, patience
         self._switches: dict[tuple[Any, ...], _Switch] = {}
         self._drops = _ExcessDrop(patience)
         self._kept: deque[float] = deque(maxlen=RECENT_STEPS)
@@ -89,7 +90,7 @@ class Alarms:
                 names = ", ".join(map(str, experts))
                 message = (
                     f"layer {layer}: no token reached expert {names} for {self._patience} steps; "
-                    "raise aux_alpha, or try another seed"
+                    "raise the balance loss's weight, or try another seed"
                 )
                 found.append(Alarm(name="collapsed_expert", layer=layer, message=message))
         return found
@@ -123,21 +124,23 @@ class Alarms:
         return [Alarm(name="rising_drop_rate", layer=None, message=message)]
 
     def _blind(self, row: Row) -> list[Alarm]:
-        if not self._aux_alpha or "aux" not in row["losses"]:
-            return []
-        loss, violation = row["losses"]["aux"] / self._aux_alpha, row["max_violation"]
-        if not self._rises(
-            ("blind",),
-            abs(loss - 1) < EVEN_LOSS and violation > UNEVEN_LOAD,
-            abs(loss - 1) > EVEN_LOSS / REARM or violation < REARM * UNEVEN_LOAD,
-        ):
-            return []
-        message = (
-            f"the balance loss is {loss:.2f}, as if the load were even, but the most loaded expert "
-            f"has {1 + violation:.1f} times the mean: probabilities are too flat for the loss to "
-            "see it; raise aux_alpha or the router's temperature"
-        )
-        return [Alarm(name="balance_loss_blind", layer=None, message=message)]
+        found = []
+        for name, weight in self._even_losses.items():
+            if name not in row["losses"]:
+                continue
+            loss, violation = row["losses"][name] / weight, row["max_violation"]
+            if self._rises(
+                ("blind", name),
+                abs(loss - 1) < EVEN_LOSS and violation > UNEVEN_LOAD,
+                abs(loss - 1) > EVEN_LOSS / REARM or violation < REARM * UNEVEN_LOAD,
+            ):
+                message = (
+                    f"the balance loss is {loss:.2f}, as if the load were even, but the most "
+                    f"loaded expert has {1 + violation:.1f} times the mean: probabilities are too "
+                    "flat for the loss to see it; raise its weight or the router's temperature"
+                )
+                found.append(Alarm(name="balance_loss_blind", layer=None, message=message))
+        return found
 
     def _outdated(self, row: Row) -> list[Alarm]:
         training = sum(self._kept) / len(self._kept)

@@ -20,6 +20,7 @@ from etr.files import write_json
 from etr.hf import EtrForCausalLM
 from etr.moe import attach, moe_layers
 from etr.moe.context import EvalSelection
+from etr.moe.losses import even_losses
 from etr.moe.notice import warn
 from etr.parallel import Ranks, gradient_norms, scale_gradients, sum_gradients
 from etr.train.alarms import Alarms
@@ -313,8 +314,9 @@ class Trainer:
         if self.ranks.is_first:
             self.run.mkdir(parents=True, exist_ok=True)
             write_json(self.run / CONFIG, config.to_dict())
-            alpha = moe_layers(self.model)[0].config.resolved_aux_alpha
-            self._recorder = Recorder(self.run, self.step, Alarms(aux_alpha=alpha), config.trackers)
+            layer = moe_layers(self.model)[0]
+            alarms = Alarms(even_losses(layer.config.loss_rows, layer.traits))
+            self._recorder = Recorder(self.run, self.step, alarms, config.trackers)
 
     def _start_again(self) -> None:
         """The run was killed before its first checkpoint, or has lost them all."""

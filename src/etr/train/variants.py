@@ -44,9 +44,10 @@ class Variant:
 def parse_variant(text: str) -> Variant:
     """Read ``[NAME=]ROUTER[:options][/field=value]...``.
 
-    A field is one of RoutingOptions or LossConfig, or `steps`; ``capacity`` may carry its own
-    options. Examples: ``baseline``, ``etr``,
-    ``etr-0.6=etr:frame=orthonormal/capacity=factor:capacity_factor=0.6``.
+    A field is one of RoutingOptions or LossConfig, or `steps`; ``capacity`` and ``losses`` may
+    carry their own options. Examples: ``baseline``, ``etr``,
+    ``etr-0.6=etr:frame=orthonormal/capacity=factor:capacity_factor=0.6``,
+    ``etr/losses=balance:mode=running,z:weight=1e-3``.
 
     Raises:
         ValueError: an unknown field, or a part that does not read field=value.
@@ -56,7 +57,7 @@ def parse_variant(text: str) -> Variant:
     name, equals, _ = before_options.partition("=")
     router = head[len(name) + 1 :] if equals else head
     allowed = {f.name for cls in (RoutingOptions, LossConfig) for f in dataclasses.fields(cls)}
-    allowed = (allowed | {"steps"}) - {"losses", "router"}
+    allowed = (allowed | {"steps"}) - {"router"}
     changes: dict[str, Any] = {"router": router}
     for part in parts:
         field, equals, value = part.partition("=")
@@ -65,10 +66,11 @@ def parse_variant(text: str) -> Variant:
                 f"variant {text!r}: {part!r} must read field=value with a field of "
                 f"{', '.join(sorted(allowed))}"
             )
-        changes[field] = value if field == "capacity" else _value(value)
+        changes[field] = value if field in ("capacity", "losses") else _value(value)
     steps = changes.pop("steps", None)
     try:
         RoutingOptions(**{k: v for k, v in changes.items() if k in ("router", "capacity")})
+        LossConfig(losses=changes.get("losses"))
     except ValueError as error:
         raise ValueError(f"variant {text!r}: {error}") from error
     return Variant(
