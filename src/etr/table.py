@@ -46,9 +46,11 @@ class Table(dict[str, type[T]]):
             )
         self[name] = kind
 
-    def parse(self, text: str) -> T:
+    def parse(self, text: str, field: str | None = None) -> T:
         """Read ``name`` or ``name:option=value,option=value``; values are JSON, or else text.
 
+        Args:
+            field: what errors call it, if not the table's own word.
         Raises:
             ValueError: the name or an option is unknown, or a value is refused.
         """
@@ -58,11 +60,11 @@ class Table(dict[str, type[T]]):
             key, equals, value = option.partition("=")
             if not equals and self.wrapped is None:
                 raise ValueError(
-                    f"{self.field} option {option!r} in {text!r} must read option=value"
+                    f"{field or self.field} option {option!r} in {text!r} must read option=value"
                 )
             key, value = (key, value) if equals else (str(self.wrapped), key)
             values[key] = {"name": value} if key == self.wrapped else _value(value)
-        return self.from_dict(values)
+        return self.from_dict(values, field)
 
     def from_dict(self, values: dict[str, Any], field: str | None = None) -> T:
         """Inverse of `config_to_dict`.
@@ -95,6 +97,16 @@ def config_to_dict(config: Any) -> dict[str, Any]:
         value = getattr(config, entry.name)
         values[entry.name] = config_to_dict(value) if dataclasses.is_dataclass(value) else value
     return values
+
+
+def config_to_text(config: Any) -> str:
+    """Inverse of `Table.parse` for a config of plain values; leaves out what is at its default."""
+    options = [
+        f"{entry.name}={value if isinstance(value, str) else json.dumps(value)}"
+        for entry in dataclasses.fields(config)
+        if (value := getattr(config, entry.name)) != entry.default
+    ]
+    return ":".join(filter(None, (config.name, ",".join(options))))
 
 
 def check_name(field: str, value: Any, known: Collection[str], others: Iterable[str] = ()) -> None:

@@ -12,10 +12,9 @@ from transformers import GenerationMixin
 
 import etr
 from etr.hf import EtrForCausalLM
-from etr.moe import RoutingContext, capacity, moe_layers
+from etr.moe import SERVING, RoutingContext, capacity, moe_layers
 from etr.moe.collector import Collector
 from etr.moe.config import MoEConfig
-from etr.moe.context import EVAL_SELECTIONS
 from etr.moe.layer import MoE
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
@@ -68,7 +67,7 @@ def test_however_it_generates(way: str) -> None:
     assert_same(found, generated(model.eval(), x, **WAYS[way]))
 
 
-@pytest.mark.parametrize("selection", EVAL_SELECTIONS)
+@pytest.mark.parametrize("selection", SERVING)
 def test_by_the_selection_that_eval_mode_has(selection: Any) -> None:
     model, x = dropping(), tokens(3, 8)
     etr.set_eval_selection(model, selection)
@@ -165,7 +164,7 @@ def test_a_call_may_route_as_in_eval_mode() -> None:
     for _ in range(3):
         layer(x).hidden_states.sum().backward()
         optimizer.step()
-    for selection in EVAL_SELECTIONS:
+    for selection in SERVING:
         with Collector(layer) as collector:
             output = layer(x, RoutingContext(selection=selection))
         assert output.losses == {}
@@ -184,5 +183,5 @@ def test_a_call_may_route_as_in_eval_mode() -> None:
 
 def test_an_unknown_selection_is_refused() -> None:
     layer = layer_of()
-    with pytest.raises(ValueError, match=r"context\.selection='best'"):
+    with pytest.raises(ValueError, match=r"context\.serving='best' is unknown"):
         layer(torch.randn(4, 16), RoutingContext(selection="best"))  # type: ignore[arg-type]

@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from etr.moe import MoE, MoEConfig, RoutingContext
-from etr.moe.routers import ROUTERS
+from etr.moe.context import RouterInput
+from etr.moe.routers import ROUTERS, Router, TokenChoice
+from etr.moe.routers.token_choice import LinearRouter
+from etr.moe.routing import Scores
 from etr.moe.stats import add_stats
 
 SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_experts": 4}
@@ -34,6 +38,13 @@ def test_a_bare_mask_is_told_where_it_belongs(given: Any) -> None:
         ("token_ids", IDS.float(), ValueError, "has dtype torch.float32; it must be integers"),
         ("token_ids", IDS.tolist(), TypeError, "is list; it must be a tensor of integers"),
         ("token_ids", MASK, ValueError, "has dtype torch.bool; it must be integers"),
+        ("block", IDS.float(), ValueError, "has dtype torch.float32; it must be integers"),
+        ("block", IDS[0], ValueError, r"has shape \(3,\); it must be \(2, 3\)"),
+        ("task", IDS.tolist(), TypeError, "is list; it must be a tensor of integers"),
+        ("labels", MASK, ValueError, "has dtype torch.bool; it must be integers"),
+        ("time", IDS, ValueError, "has dtype torch.int64; it must be floating numbers"),
+        ("time", 0.5, TypeError, "is float; it must be a tensor of floating numbers"),
+        ("serving", 3, TypeError, "is int; it must be the name of a serving policy"),
         ("replay", IDS, TypeError, "is Tensor; it must be a dictionary from the index"),
     ],
 )
@@ -105,3 +116,102 @@ def test_debug_leaves_padding_alone(value: float) -> None:
     x[1, 1] = value
     with pytest.raises(ValueError, match="MoE layer 3 holds NaN or infinite values in 1 of 6 tok"):
         layer(x, context)
+
+
+# What a policy or a router may ask of a call, and which of a token's choices run
+
+
+class Sees(TokenChoice):
+    """Keeps what its module was given."""
+
+    name = "sees"
+
+    def build(self, hidden_size: int, num_experts: int, top_k: int) -> Router:
+        return SeeingRouter(self, hidden_size, num_experts, top_k)
+
+
+class SeeingRouter(LinearRouter):
+    seen: RouterInput
+
+    def scores(self, x: Tensor, inputs: RouterInput) -> Scores:
+        self.seen = inputs
+        return super().scores(x, inputs)
+
+
+@pytest.mark.parametrize("name", ["block", "task", "labels"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int64])
+def test_labels_reach_the_router_as_int64(name: str, dtype: torch.dtype) -> None:
+    layer = MoE(MoEConfig(**SIZES, router=Sees()))
+    layer(X, RoutingContext(**{name: IDS.to(dtype)}))
+    seen = layer.router.seen
+    assert torch.equal(getattr(seen, name), torch.arange(6))
+    rest = {"block", "task", "labels", "time"} - {name}
+    assert all(getattr(seen, other) is None for other in rest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_time_reaches_the_router_as_it_is(dtype: torch.dtype) -> None:
+    layer = MoE(MoEConfig(**SIZES, router=Sees()))
+    time = torch.linspace(0, 1, 6).view(2, 3).to(dtype)
+    layer(X, RoutingContext(time=time))
+    assert layer.router.seen.time.dtype == dtype
+    assert torch.equal(layer.router.seen.time, time.flatten())
+
+
+def chosen(layer: MoE, ranks: Any) -> list[list[int]]:
+    """Experts of each token's used pairs, in order."""
+    given = RoutingContext(token_ids=IDS.flatten(), ranks=ranks)
+    routing, _ = layer.route(X.reshape(-1, 8), given)
+    rows: list[list[int]] = [[] for _ in range(6)]
+    for token, expert in zip(routing.token.tolist(), routing.expert.tolist(), strict=True):
+        if expert < routing.num_experts:
+            rows[token].append(expert)
+    return rows
+
+
+@pytest.mark.parametrize("ranks", [(0,), (1,), (2, 0), range(1, 3), [0, 1, 2]])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_ranks_are_places_among_a_tokens_choices(router: str, training: bool, ranks: Any) -> None:
+    options = {"eval_selection": "dropless", "router": router}
+    try:
+        layer = MoE(MoEConfig(**SIZES, **options, top_k=3)).train(training)
+    except ValueError:
+        pytest.skip("defined for top_k=1")
+    whole, found = chosen(layer, None), chosen(layer, ranks)
+    if layer.traits.tokens_choose or not training:  # a token's choices are in order, best first
+        assert found == [[row[rank] for rank in sorted(ranks)] for row in whole]
+        return
+    scores = layer.route(X.reshape(-1, 8), RoutingContext())[0].scores
+    assert scores is not None
+    for token, row in enumerate(found):
+        best = sorted(range(4), key=lambda e: (-float(scores[token, e]), e))
+        assert sorted(row) == sorted(best[rank] for rank in ranks)
+
+
+def test_ranks_run_as_if_the_token_had_not_chosen_the_others() -> None:
+    """With k choices the first is what top_k=1 chooses; all of them are what no ranks are."""
+    options = {"router": "token_choice", "capacity": "none", "normalize": "none"}
+    two, one = (MoE(MoEConfig(**SIZES, **options, top_k=k)).double() for k in (2, 1))
+    one.load_state_dict(two.state_dict())
+    x = X.double()
+    first = two(x, RoutingContext(ranks=(0,)))
+    assert torch.equal(first.hidden_states, one(x).hidden_states)
+    assert int(first.stats["num_choices_per_expert"].sum()) == 6
+    both = two(x, RoutingContext(ranks=(0, 1))).hidden_states
+    assert torch.equal(both, two(x).hidden_states)
+    second = two(x, RoutingContext(ranks=(1,))).hidden_states
+    torch.testing.assert_close(first.hidden_states + second, both)
+
+
+@pytest.mark.parametrize("ranks", [(), 0, (0, 0), (-1,), (0.0,), (True,), "01"])
+def test_ranks_are_checked(ranks: Any) -> None:
+    with pytest.raises(ValueError, match=r"context\.ranks=.* must be numbers of a token's choices"):
+        MoE(MoEConfig(**SIZES))(X, RoutingContext(ranks=ranks))
+
+
+def test_a_rank_that_no_choice_has_is_refused() -> None:
+    layer = MoE(MoEConfig(**SIZES, router="token_choice", top_k=2))
+    with pytest.raises(ValueError, match=r"ranks=\(0, 2\) must lie below 2"):
+        layer(X, RoutingContext(ranks=(0, 2)))
+    layer(X[:0], RoutingContext(ranks=(0, 2)))

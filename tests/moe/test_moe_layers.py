@@ -48,7 +48,7 @@ def test_selecting_puts_back_every_layers_selection_and_every_modules_mode(
 
 def test_selecting_refuses_an_unknown_selection_and_changes_nothing() -> None:
     model = model_of()
-    refused = pytest.raises(ValueError, match="selection='best' must be one of")
+    refused = pytest.raises(ValueError, match="selection='best' is unknown; choose one of")
     with refused, selecting(model, "best"):  # type: ignore[arg-type]
         pass
     assert model.training

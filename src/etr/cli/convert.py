@@ -25,7 +25,6 @@ from etr.hf.convert import Direction, write_model
 from etr.hf.swap_router import SwapReport, set_temperatures, swap_router
 from etr.moe import moe_layers
 from etr.moe.config import parse_capacity
-from etr.moe.context import EvalSelection
 from etr.train.checkpoint_folder import find_model
 from etr.train.folders import making
 
@@ -168,9 +167,7 @@ def _arguments(batch: Batch) -> dict[str, torch.Tensor]:
     return {"input_ids": batch.input_ids, "attention_mask": batch.valid_mask.long()}
 
 
-def _loss(
-    model: EtrForCausalLM, data: OpenedData, config: ConvertConfig, selection: EvalSelection
-) -> float:
+def _loss(model: EtrForCausalLM, data: OpenedData, config: ConvertConfig, selection: str) -> float:
     batches = held_out_batches(
         data.dataset,
         config.sequence_length,

@@ -30,7 +30,7 @@ from etr.evaluate.comparison import columns, held_out_result, score_rows
 from etr.evaluate.harness import check_named, run_named
 from etr.evaluate.tasks import HELD_OUT
 from etr.files import write_json, write_text
-from etr.moe.context import EvalSelection
+from etr.moe.serving import serving_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,8 +46,10 @@ class EvaluateConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """Text; its held-out documents are used. That of the run by default. The tokenizer is the
     model's own."""
-    selection: EvalSelection = "threshold"
-    """How experts select; batch lets later tokens change earlier ones and is no honest loss."""
+    selection: str = "threshold"
+    """How experts select: threshold, dropless, batch or another name in SERVING, perhaps with
+    options. batch lets
+    later tokens change earlier ones, which is not an honest loss."""
     max_tokens_per_domain: int | None = None
     """Most held-out tokens of each domain; all by default."""
     json: str | None = None
@@ -56,6 +58,7 @@ class EvaluateConfig:
     """Also write the table to this file."""
 
     def __post_init__(self) -> None:
+        serving_of(self.selection, "selection")
         if not self.models:
             raise ValueError("models=() must name a checkpoint or a run's folder")
         limit = self.max_tokens_per_domain
@@ -80,8 +83,11 @@ def run(arguments: list[str]) -> int:
         results.append(result)
         print(f"{result.model} ({result.folder}): {result.selection}")
     Console().print(screen_table(results))
-    if config.selection == "batch":
-        print("batch selection: later tokens change earlier ones; do not report this as a loss")
+    if not serving_of(config.selection).causal:
+        print(
+            f"{config.selection} selection: later tokens change earlier ones; do not report this "
+            "as a loss"
+        )
     if config.json is not None:
         settings = dataclasses.asdict(config)
         write_json(Path(config.json), comparison_json(results, settings))

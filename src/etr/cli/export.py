@@ -20,7 +20,6 @@ from etr.evaluate.held_out import effective_selection
 from etr.hf.loading import load_causal
 from etr.hf.plain import divides_by_norm, export_plain, mean_inverse_norms
 from etr.moe import moe_layers, set_eval_selection
-from etr.moe.context import EvalSelection
 from etr.train.diagnose import mixed_batches
 from etr.train.folders import making
 
@@ -84,7 +83,7 @@ def _say(model: Any, served: Any, batches: list[Batch]) -> None:
     """Held-out losses of the model as it is, dropless, and as it is served."""
     selection = effective_selection(model, "threshold")
     logits: dict[str, list[Tensor]] = {}
-    ways: tuple[EvalSelection, ...] = (selection, "dropless")
+    ways: tuple[str, ...] = (selection, "dropless")
     for way in ways:
         set_eval_selection(model, way)
         logits[way] = [model(input_ids=batch.input_ids).logits for batch in batches]

@@ -14,7 +14,7 @@ from etr.cli._options import parse
 from etr.data import encode_prompt
 from etr.hf import EtrForCausalLM
 from etr.moe import set_eval_selection
-from etr.moe.context import EvalSelection
+from etr.moe.serving import serving_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,10 +36,12 @@ class GenerateConfig:
     """Sample from the likeliest tokens that hold this much probability."""
     seed: int = 0
     """Of the sampling."""
-    selection: EvalSelection = "threshold"
-    """How experts select."""
+    selection: str = "threshold"
+    """How experts select: threshold, dropless, batch or another name in SERVING, perhaps with
+    options."""
 
     def __post_init__(self) -> None:
+        serving_of(self.selection, "selection")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
         if self.temperature < 0:

@@ -18,7 +18,7 @@ from etr.cli._progress import track
 from etr.cli._tables import make_table
 from etr.data import DataConfig, open_data
 from etr.hf import FAMILIES
-from etr.moe.context import EvalSelection
+from etr.moe.serving import serving_of
 from etr.moe.stats import max_violation
 from etr.trace import (
     Trace,
@@ -41,8 +41,9 @@ class TraceConfig:
     """File to write; by default trace.parquet in the model's folder as given."""
     max_tokens: int | None = 32_768
     """Most tokens, in rows spread evenly over the held-out text; None for all of it."""
-    selection: EvalSelection = "threshold"
-    """How experts select; layers of this library only."""
+    selection: str = "threshold"
+    """How experts select: threshold, dropless, batch or another name in SERVING, perhaps with
+    options; layers of this library only."""
     segment: int = 16
     """Window of the routing consistency (SRP, SCH) that is printed, tokens."""
     device: str = "auto"
@@ -52,6 +53,7 @@ class TraceConfig:
     model's own."""
 
     def __post_init__(self) -> None:
+        serving_of(self.selection, "selection")
         for name in ("max_tokens", "segment"):
             value = getattr(self, name)
             if value is not None and value < 1:

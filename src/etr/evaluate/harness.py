@@ -13,7 +13,6 @@ from etr.data.chat import ChatTemplate
 from etr.data.tokenizer import encode_prompt
 from etr.evaluate.tasks.base import ALL, Exam, Score, TaskResult, by_category, require
 from etr.moe import selecting
-from etr.moe.context import EvalSelection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +28,7 @@ def run_tasks(
     *,
     batch_size: int = 8,
     chat: bool = False,
-    selection: EvalSelection = "threshold",
+    selection: str = "threshold",
 ) -> list[TaskResult]:
     """Put every question of every task to a model; its mode and selection are restored.
 
@@ -63,7 +62,7 @@ def run_named(
     limit: int | None = None,
     batch_size: int = 8,
     chat: bool = False,
-    selection: EvalSelection = "threshold",
+    selection: str = "threshold",
 ) -> list[TaskResult]:
     """Run tasks that the harness knows by name, or by YAML files of one's own.
 
@@ -135,7 +134,7 @@ def _simple_evaluate(
     tasks: list[Any],
     batch_size: int,
     chat: bool,
-    selection: EvalSelection,
+    selection: str,
     *,
     include_defaults: bool,
     include_path: str | None = None,

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from etr.data import IGNORED, Batch
 from etr.moe import moe_layers, selecting
-from etr.moe.context import EvalSelection
+from etr.moe.layers import effective_serving
 from etr.moe.stats import kept_share
 from etr.parallel import Ranks
 
@@ -30,7 +30,7 @@ class EvalResult:
         tokens_by_domain: tokens that were predicted.
         kept_fraction: kept pairs over those that could have been kept (`routing_shares`), all
             layers together; 1 without layers.
-        selection: how experts selected: threshold, dropless or batch.
+        selection: how experts selected: a serving policy as text, e.g. threshold.
         error: standard error of `loss` over rows of text; None for one row.
         error_by_domain: the same for each domain.
         kept_per_choice: kept pairs over valid tokens * top_k, all layers together.
@@ -40,7 +40,7 @@ class EvalResult:
     loss_by_domain: dict[str, float]
     tokens_by_domain: dict[str, int]
     kept_fraction: float
-    selection: EvalSelection
+    selection: str
     error: float | None = None
     error_by_domain: dict[str, float | None] = field(default_factory=dict)
     kept_per_choice: float = 1.0
@@ -53,21 +53,17 @@ class EvalResult:
         }
 
 
-def effective_selection(model: nn.Module, asked: EvalSelection) -> EvalSelection:
+def effective_selection(model: nn.Module, asked: str) -> str:
     """The selection that evaluation really uses: threshold needs calibrated thresholds."""
-    if asked == "threshold" and not all(layer.has_thresholds() for layer in moe_layers(model)):
-        return "dropless"
-    return asked
+    return effective_serving(model, asked)[0].text
 
 
-def describe_selection(model: nn.Module, asked: EvalSelection) -> str:
+def describe_selection(model: nn.Module, asked: str) -> str:
     """How experts select in evaluation, in words; says where it is not what was asked for."""
     if not moe_layers(model):
         return "no experts that select"
-    used = effective_selection(model, asked)
-    if used == asked:
-        return f"{used} selection"
-    return f"{used} selection, since the model has no calibrated thresholds"
+    used, reason = effective_serving(model, asked)
+    return f"{used.text} selection" + ("" if reason is None else f": {reason}")
 
 
 @torch.no_grad()
@@ -75,7 +71,7 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
     domains: tuple[str, ...],
-    selection: EvalSelection = "threshold",
+    selection: str = "threshold",
     *,
     ranks: Ranks | None = None,
 ) -> EvalResult:
@@ -86,8 +82,8 @@ def evaluate(
             on its own device.
         batches: held-out batches, each of one domain's rows.
         domains: names by the batches' domain numbers.
-        selection: threshold, dropless, or batch (in which later tokens change earlier ones: not a
-            language-model loss).
+        selection: name in `etr.moe.SERVING`, perhaps with options: threshold, dropless, or batch
+            (in which later tokens change earlier ones: not a language-model loss).
         ranks: each runs its rows of every batch; the result is that of one process, on all of them.
     Raises:
         ValueError: there is no held-out token.

@@ -13,7 +13,6 @@ from etr.hf.families.base import GATED_ACTIVATIONS
 from etr.hf.versions import CACHE_NAMES
 from etr.moe import LossConfig, MoEConfig
 from etr.moe.capacity import CapacityConfig
-from etr.moe.context import EvalSelection
 from etr.moe.experts import Activation
 from etr.moe.losses import Balance, Losses, reweighted
 from etr.moe.routers import RouterConfig
@@ -99,7 +98,7 @@ class EtrConfig(PreTrainedConfig):
         num_shared_experts: int | None = None,
         backend: str = "auto",
         dispatch: str = "auto",
-        eval_selection: EvalSelection = "threshold",
+        eval_selection: str = "threshold",
         local_bonus: float = 0.0,
         debug: bool = False,
     ) -> EtrConfig:

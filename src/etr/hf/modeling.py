@@ -258,7 +258,8 @@ class EtrForCausalLM(PreTrainedModel, GenerationMixin):
             layer.warn_about_eval()
 
         def select(context: RoutingContext) -> RoutingContext:
-            return replace(context, selection=layers[0].eval_selection)
+            own = context.serving
+            return replace(context, serving=layers[0].serving if own is None else own)
 
         # Earlier transformers checkpoint without gradients too, and drop the cache for it.
         checkpointed = [m for m in self.modules() if getattr(m, "gradient_checkpointing", False)]

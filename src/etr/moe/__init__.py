@@ -25,6 +25,7 @@ from etr.moe.routers import (
 )
 from etr.moe.routing import MoEOutput, Routing, Selection
 from etr.moe.rules import support_table
+from etr.moe.serving import SERVING
 from etr.moe.state import reset_states
 from etr.moe.topology import ExpertPlacement, Topology
 from etr.moe.training import after_step, attach, set_progress
@@ -35,6 +36,7 @@ __all__ = [
     "EXPERT_BACKENDS",
     "LOSSES",
     "ROUTERS",
+    "SERVING",
     "Baseline",
     "Collector",
     "EtrPaper",

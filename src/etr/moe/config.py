@@ -8,7 +8,6 @@ from typing import Any
 
 from etr.moe.capacity import CAPACITIES, CapacityConfig
 from etr.moe.checked import check_types
-from etr.moe.context import EvalSelection
 from etr.moe.dispatch import DISPATCHERS
 from etr.moe.experts import EXPERT_BACKENDS, Activation
 from etr.moe.losses import Loss, LossConfig, Losses, loss_rows
@@ -17,10 +16,11 @@ from etr.moe.moved import moved
 from etr.moe.routers import ROUTERS, RouterConfig
 from etr.moe.rules import resolve_rank_by, unsupported
 from etr.moe.select import Normalize, RankBy
+from etr.moe.serving import serving_of
 from etr.moe.table import check_name, config_to_dict
 
 __getattr__ = moved(
-    __name__, {"EVAL_SELECTIONS": "etr.moe.context", "support_table": "etr.moe.rules"}
+    __name__, {"EVAL_SELECTIONS": "etr.moe.serving", "support_table": "etr.moe.rules"}
 )
 
 
@@ -70,9 +70,10 @@ class MoEConfig:
     dispatch: str = "auto"
     """Name in DISPATCHERS, perhaps with options (chunked:all_to_all,chunks=4), or auto: permute on
     one rank, all_to_all on several, group_wise where ranks hold the same tokens."""
-    eval_selection: EvalSelection = "threshold"
-    """Selection in eval mode. threshold: causal, calibrated in training. dropless: nothing is
-    dropped. batch: the training policy, in which later tokens change earlier ones."""
+    eval_selection: str = "threshold"
+    """Name in SERVING, perhaps with options: how the layer routes in eval mode. threshold: causal,
+    calibrated in training. dropless: nothing is dropped. batch: the training policy, in which later
+    tokens change earlier ones."""
     local_bonus: float = 0.0
     """Added in training to the selection score of experts on the token's node, not to weights."""
     debug: bool = False
@@ -109,6 +110,7 @@ class MoEConfig:
         check_name("backend", self.backend, ("auto", *EXPERT_BACKENDS))
         if self.dispatch != "auto":
             DISPATCHERS.parse(self.dispatch)
+        serving_of(self.eval_selection, "eval_selection")
         if self.top_k == 1 and self.normalize not in (None, "none"):
             raise ValueError(
                 f"normalize={self.normalize!r} with top_k=1 makes every weight 1, so the router "

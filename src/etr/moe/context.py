@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from etr.moe.collector import Collector
+from etr.moe.moved import moved
 from etr.moe.topology import ExpertPlacement
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-EvalSelection = Literal["threshold", "dropless", "batch"]
-EVAL_SELECTIONS: tuple[EvalSelection, ...] = ("threshold", "dropless", "batch")
+__getattr__ = moved(
+    __name__, dict.fromkeys(("EVAL_SELECTIONS", "EvalSelection"), "etr.moe.serving")
+)
 
 _INTEGERS = (
     torch.uint8,
@@ -27,6 +29,22 @@ _INTEGERS = (
     torch.int32,
     torch.int64,
 )
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PER_TOKEN = {
+    "valid_mask": ((torch.bool,), "bool, True = real token"),
+    **dict.fromkeys(("token_ids", "block", "task", "labels"), (_INTEGERS, "integers")),
+    "time": (_FLOATS, "floating numbers"),
+}
+"""Fields of a context with one value per token: their dtypes, also in words."""
+
+
+def _are_ranks(ranks: Any) -> bool:
+    whole = isinstance(ranks, Sequence) and not isinstance(ranks, str)
+    if not whole or not all(type(rank) is int and rank >= 0 for rank in ranks):
+        return False
+    return 0 < len(ranks) == len(set(ranks))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +109,11 @@ class RoutingContext:
     Args:
         valid_mask: True = real token, bool, shape of the input without its last dimension.
         token_ids: vocabulary ids, int64, same shape; needed by the `hash` router.
+        block: number of the block of each token, int64, same shape; what decides for several tokens
+            together does so for those of a block.
+        task: number of the task of each token, int64, same shape.
+        time: how far each token's example is noised, or another time, float, same shape.
+        labels: class of each token's example, int64, same shape.
         global_token_offset: index of this call's first token in the global batch (rank-major).
             None: counted over the layer's selection group, 0 without one.
         placement: where experts live; needed by the locality loss and `local_bonus`. A layer that
@@ -99,21 +122,35 @@ class RoutingContext:
         data_group: ranks that share the balance statistics (aux mode `ranks`).
         node_group: ranks of this node (locality loss).
         replay: choices by MoE layer index, to use instead of the router's own.
-        selection: route as eval mode does, by this selection, whatever the layer's mode and its own
-            `eval_selection`; nothing is learned from the call. None: as the mode says.
+        ranks: which of a token's choices run, 0 for the best, e.g. ``(0,)`` or ``range(1, k)``; the
+            others are as if the token had not chosen them. Where experts choose, a token's ranks
+            go by its scores. None for all.
+        serving: route as eval mode does, by this policy (or its text), whatever the layer's mode
+            and its own `serving`; nothing is learned from the call. None: as the mode says.
+        selection: the old name of `serving`.
         collector: receives losses and statistics; closes when the model's forward returns.
     """
 
     valid_mask: Tensor | None = None
     token_ids: Tensor | None = None
+    block: Tensor | None = None
+    task: Tensor | None = None
+    time: Tensor | None = None
+    labels: Tensor | None = None
     global_token_offset: int | None = None
     placement: ExpertPlacement | None = None
     rank: int = 0
     data_group: ProcessGroup | None = None
     node_group: ProcessGroup | None = None
     replay: dict[int, Replay] | None = None
-    selection: EvalSelection | None = None
+    ranks: Sequence[int] | None = None
+    serving: Any = None  # str | Serving | None; serving stands above the context
     collector: Collector | None = None
+    selection: InitVar[Any] = None
+
+    def __post_init__(self, selection: Any) -> None:
+        if selection is not None:
+            object.__setattr__(self, "serving", selection)
 
     @classmethod
     def of(cls, given: RoutingContext | None) -> RoutingContext:
@@ -138,12 +175,10 @@ class RoutingContext:
             TypeError: names the field, its type and what would be right.
             ValueError: names the field, its shape or dtype and what would be right.
         """
-        for name in ("valid_mask", "token_ids"):
+        for name, (dtypes, what) in _PER_TOKEN.items():
             value = getattr(self, name)
             if value is None:
                 continue
-            dtypes = (torch.bool,) if name == "valid_mask" else _INTEGERS
-            what = "bool, True = real token" if name == "valid_mask" else "integers"
             if not isinstance(value, Tensor):
                 raise TypeError(
                     f"context.{name} is {type(value).__name__}; it must be a tensor of {what}"
@@ -160,6 +195,12 @@ class RoutingContext:
                 f"context.replay is {type(self.replay).__name__}; it must be a dictionary from the "
                 "index of a MoE layer to a Replay"
             )
+        ranks = self.ranks
+        if ranks is not None and not _are_ranks(ranks):
+            raise ValueError(
+                f"context.ranks={ranks!r} must be numbers of a token's choices, each once, 0 for "
+                "the best, e.g. (0,) or range(1, 3)"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +210,8 @@ class RouterInput:
     Args:
         valid_mask: bool [T].
         token_ids: int64 [T] or None.
+        block, task, labels: int64 [T] or None, see `RoutingContext`.
+        time: float [T] or None.
         token_index: global index of each token, int64 [T].
         step: optimizer steps done, int64 [] on the device.
         layer_index: number of the MoE layer in the model.
@@ -183,3 +226,7 @@ class RouterInput:
     layer_index: int
     bonus: Tensor | None = None
     replay: Replay | None = None
+    block: Tensor | None = None
+    task: Tensor | None = None
+    time: Tensor | None = None
+    labels: Tensor | None = None

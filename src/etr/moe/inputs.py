@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from etr.moe.context import EVAL_SELECTIONS, RouterInput, RoutingContext
+from etr.moe.context import RouterInput, RoutingContext
 from etr.moe.exchange import Traffic, exchange_evenly, meet
 
 
@@ -27,11 +27,6 @@ def check_input(hidden_states: Tensor, context: RoutingContext, hidden_size: int
             f"hidden_size={hidden_size}"
         )
     context.check(hidden_states.shape[:-1])
-    if context.selection not in (None, *EVAL_SELECTIONS):
-        raise ValueError(
-            f"context.selection={context.selection!r} must be one of "
-            f"{', '.join(EVAL_SELECTIONS)}, or None"
-        )
 
 
 def check_finite(
@@ -81,17 +76,26 @@ def router_input(
         index = index + (offset or 0)
     else:
         index = index + _token_offset(index, traffic)
+    if mask is None:
+        mask = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+    labels = {name: getattr(context, name) for name in ("block", "task", "labels", "time")}
     return RouterInput(
-        valid_mask=torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
-        if mask is None
-        else mask.reshape(-1),
+        valid_mask=mask.reshape(-1),
         token_ids=None if ids is None else ids.reshape(-1),
+        **{name: _flat(value) for name, value in labels.items()},
         token_index=index,
         step=step,
         layer_index=layer_index,
         bonus=bonus,
         replay=(context.replay and context.replay.get(layer_index)) or None,
     )
+
+
+def _flat(value: Tensor | None) -> Tensor | None:
+    """One value a token, [T]; integers as int64."""
+    if value is None:
+        return None
+    return value.reshape(-1) if value.is_floating_point() else value.reshape(-1).long()
 
 
 def local_bonus(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from etr.moe.calibration import Calibration
 from etr.moe.collector import Collected, Collector
 from etr.moe.config import MoEConfig
-from etr.moe.context import EvalSelection, RoutingContext
+from etr.moe.context import RoutingContext
 from etr.moe.dispatch import DISPATCHERS, Permute
 from etr.moe.exchange import Traffic
 from etr.moe.expert_parallel import dispatcher_across, shard_experts
@@ -39,6 +39,9 @@ from etr.moe.notice import warn
 from etr.moe.ranks import ExpertParallel
 from etr.moe.routers import Router
 from etr.moe.routing import Kept, Limit, MoEOutput, Routing, Selection
+from etr.moe.select import run_ranks
+from etr.moe.serving import LayerFacts, Serving, serving_of
+from etr.moe.serving.dropless import Dropless
 from etr.moe.state import keep_state
 from etr.moe.stats import routing_stats, target_kept
 from etr.moe.view import LayerView, Watcher
@@ -93,7 +96,7 @@ class MoE(Collected):
         self._losses = config.loss_rows
         self.rank_by = config.resolved_rank_by
         self.normalize = config.resolved_normalize
-        self.eval_selection: EvalSelection = config.eval_selection
+        self.serving = serving_of(config.eval_selection, "eval_selection")
         self.watchers: list[Watcher] = []
         self.register_load_state_dict_pre_hook(keep_state)
 
@@ -164,6 +167,8 @@ class MoE(Collected):
     ) -> tuple[Routing, Limit | None]:
         """What tokens want, and what experts may keep of it if not what the capacity policy says.
 
+        In training that is for the policy to say, else for the serving policy.
+
         Args:
             x: tokens, float [T, H].
             context: as in `forward`.
@@ -179,16 +184,12 @@ class MoE(Collected):
             layer_index=self.layer_index,
             bonus=local_bonus(x, context, bonus, self.config.num_experts) if learns else None,
         )
-        serving = context.selection or self.eval_selection
-        if learns or serving == "batch":
-            return self.router(x, inputs), None
-        if serving == "threshold" and self.ranks_by_score:
-            # Thresholds that nothing was learned for are -inf, which keeps every choice. Where
-            # experts choose they would take every token: the device then lets tokens choose.
-            unknown = False if self.traits.tokens_choose else self.calibration.num_updates == 0
-            routing = self.router(x, inputs, tokens_choose=unknown)
-            return routing, Limit(min_score=self.calibration.threshold)
-        return self.router(x, inputs, tokens_choose=True), Limit()
+        if learns:
+            routing, limit = self.router(x, inputs), None
+        else:
+            serving = self._serving_for(context)
+            routing, limit = serving.route(self.router, x, inputs, self.calibration)
+        return routing if context.ranks is None else run_ranks(routing, context.ranks), limit
 
     def keep(
         self,
@@ -238,7 +239,7 @@ class MoE(Collected):
 
     def learns_from(self, context: RoutingContext) -> bool:
         """Whether a call trains: the training policy selects, and losses and counters are taken."""
-        return self.training and context.selection is None
+        return self.training and context.serving is None
 
     def loss_rows(self) -> tuple[Loss, ...]:
         """The losses, whatever their weights."""
@@ -295,7 +296,8 @@ class MoE(Collected):
         config = self.config
         return (
             not self.traits.position_free  # draws anew in each step
-            or (self.ranks_by_score and config.capacity_config.name != "none")  # thresholds
+            # thresholds
+            or (self.facts(wait=False).ranks_by_score and config.capacity_config.name != "none")
             or any(row.needs_past and row.weight_for(self.traits) for row in self.loss_rows())
             or any(learner.moves for learner in (self.capacity, *learners_in(self.router)))
         )
@@ -332,24 +334,40 @@ class MoE(Collected):
         return EXPERT_BACKENDS[name]
 
     @property
-    def ranks_by_score(self) -> bool:
-        """Whether experts rank tokens by a score, on which a threshold can be put."""
-        return self.rank_by == "score" and self.traits.has_scores
+    def eval_selection(self) -> str:
+        """The serving policy as text. Setting it sets `serving`."""
+        return self.serving.text
+
+    @eval_selection.setter
+    def eval_selection(self, text: str | Serving) -> None:
+        self.serving = serving_of(text, "eval_selection")
 
     def has_thresholds(self) -> bool:
         """Whether eval mode can select by calibrated thresholds. Waits for the device."""
-        return self.ranks_by_score and self.calibration.is_calibrated
+        facts = self.facts()
+        return facts.ranks_by_score and bool(facts.calibrated)
+
+    def facts(self, *, wait: bool = True) -> LayerFacts:
+        """What a serving policy may ask of the layer.
+
+        Args:
+            wait: also whether thresholds were learned, for which the host waits for the device.
+        """
+        known = self.calibration.is_calibrated if wait else None
+        return LayerFacts(traits=self.traits, rank_by=self.rank_by, calibrated=known)
+
+    def _serving_for(self, context: RoutingContext) -> Serving:
+        serving = self.serving
+        if context.serving is not None:
+            serving = serving_of(context.serving, "context.serving")
+        return serving if serving.refuses(self.facts(wait=False)) is None else Dropless()
 
     def warn_about_eval(self) -> None:
         """Say in warnings what makes selection in eval mode another one than it looks."""
         for module in self.router.modules():
             for text in module.report() if isinstance(module, Router) else ():
                 warn(text)
-        dropless = self.config.capacity_config.name == "none"
-        if self.eval_selection != "threshold" or dropless or self.has_thresholds():
-            return
-        if self.ranks_by_score:
-            reason = "its thresholds are not calibrated (train it, or run `etr calibrate`)"
-        else:
-            reason = "it drops by position in training, for which no causal threshold exists"
-        warn(f"MoE layer evaluates dropless: {reason}")
+        if self.config.capacity_config.name != "none":
+            reason = self.serving.refuses(self.facts())
+            if reason is not None:
+                warn(f"MoE layer evaluates dropless: {reason}")

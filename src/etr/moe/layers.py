@@ -1,4 +1,4 @@
-"""The MoE layers of a model: which there are, and how they select while it is evaluated."""
+"""The MoE layers of a model: which there are, and how they route while it is evaluated."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from etr.moe.context import EVAL_SELECTIONS, EvalSelection
 from etr.moe.layer import MoE
+from etr.moe.serving import Serving, serving_of
+from etr.moe.serving.dropless import Dropless
 
 
 def moe_layers(model: nn.Module) -> list[MoE]:
@@ -16,26 +17,43 @@ def moe_layers(model: nn.Module) -> list[MoE]:
     return [module for module in model.modules() if isinstance(module, MoE)]
 
 
-def set_eval_selection(model: nn.Module, selection: EvalSelection) -> None:
-    """Choose how the MoE layers of `model` select in eval mode."""
-    if selection not in EVAL_SELECTIONS:
-        raise ValueError(f"selection={selection!r} must be one of {', '.join(EVAL_SELECTIONS)}")
+def set_eval_selection(model: nn.Module, selection: str | Serving) -> None:
+    """Choose how the MoE layers of `model` route in eval mode.
+
+    Args:
+        selection: a serving policy, or its text: a name in `SERVING`, perhaps with options.
+    """
+    serving = serving_of(selection, "selection")
     for layer in moe_layers(model):
-        layer.eval_selection = selection
+        layer.serving = serving
+
+
+def effective_serving(model: nn.Module, asked: str | Serving) -> tuple[Serving, str | None]:
+    """The policy by which the MoE layers of `model` route when asked to route by `asked`.
+
+    Waits for the device.
+
+    Returns:
+        That policy and None; or, where it refuses any of the layers, dropless and why.
+    """
+    serving = serving_of(asked, "selection")
+    reasons = (serving.refuses(layer.facts()) for layer in moe_layers(model))
+    reason = next(filter(None, reasons), None)
+    return (serving, None) if reason is None else (Dropless(), reason)
 
 
 @contextmanager
-def selecting(model: nn.Module, selection: EvalSelection) -> Iterator[None]:
-    """Eval mode with a selection; each module's mode and each layer's selection are put back."""
+def selecting(model: nn.Module, selection: str | Serving) -> Iterator[None]:
+    """Eval mode with a serving policy; each module's mode and each layer's policy are put back."""
     layers, modes = moe_layers(model), [(module, module.training) for module in model.modules()]
-    before = [layer.eval_selection for layer in layers]
+    before = [layer.serving for layer in layers]
     set_eval_selection(model, selection)
     model.eval()
     try:
         yield
     finally:
         for layer, old in zip(layers, before, strict=True):
-            layer.eval_selection = old
+            layer.serving = old
         model.train(modes[0][1])
         for module, training in modes:
             module.training = training

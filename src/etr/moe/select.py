@@ -6,6 +6,8 @@ ties between tokens to the lower token index.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -138,6 +140,29 @@ def select(
         num_tokens_per_expert=counts,
         buffer_size=routing.num_tokens if limit.buffer_size is None else limit.buffer_size,
     )
+
+
+def run_ranks(routing: Routing, ranks: Sequence[int]) -> Routing:
+    """The routing with those of each token's choices alone that have one of these ranks.
+
+    Tokens rank their choices in the order in which they made them, best first; where experts
+    choose, a token's ranks go by its scores, and ties to the lower expert.
+
+    Args:
+        ranks: from 0.
+    Raises:
+        ValueError: no token can have that many choices.
+    """
+    most = routing.token.shape[0] // max(routing.num_tokens, 1)
+    if routing.num_tokens and max(ranks) >= most:
+        raise ValueError(
+            f"ranks={tuple(ranks)} must lie below {most}, the most choices that a token can have"
+        )
+    queue = torch.where(routing.valid, routing.token, routing.num_tokens)
+    score = None if routing.tokens_choose else routing.score
+    place = queue_positions(queue, score, routing.num_tokens)
+    runs = torch.stack([place == rank for rank in ranks]).any(0)
+    return replace(routing, expert=torch.where(runs, routing.expert, routing.num_experts))
 
 
 def selection_of(

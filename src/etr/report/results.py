@@ -16,7 +16,6 @@ from etr.report.observations import label, number
 
 FORMAT = 1
 TRACE = "trace.parquet"
-SELECTIONS = ("threshold", "dropless")
 # The numeric fields of a row; every one may be null.
 VALUES = (
     "steps",
@@ -191,8 +190,8 @@ def parse_row(raw: Any, where: str, metrics_root: Path, notes: Notes) -> Row:
         raise ValueError(f"{where}: name must be a text that is not empty, got {name!r}")
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise ValueError(f"{where}: seed must be an integer, got {seed!r}")
-    if selection not in SELECTIONS:
-        raise ValueError(f"{where}: selection must be one of {SELECTIONS}, got {selection!r}")
+    if not isinstance(selection, str) or not label(selection):
+        raise ValueError(f"{where}: selection must be a text that is not empty, got {selection!r}")
     if not isinstance(raw["causal"], bool):
         raise ValueError(f"{where}: causal must be true or false, got {raw['causal']!r}")
     path = metrics_root / str(raw["metrics"]) if raw.get("metrics") else None
@@ -202,7 +201,7 @@ def parse_row(raw: Any, where: str, metrics_root: Path, notes: Notes) -> Row:
         router=label(raw["router"]),
         capacity="none" if raw["capacity"] is None else label(raw["capacity"]),
         seed=seed,
-        selection=selection,
+        selection=label(selection),
         causal=raw["causal"],
         values={field: number(raw.get(field), f"{where}: {field}") for field in VALUES},
         val_loss_by_domain={

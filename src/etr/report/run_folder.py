@@ -11,7 +11,6 @@ from etr.files import read_json
 from etr.report.metrics import Metrics
 from etr.report.observations import Array, label
 from etr.report.results import (
-    SELECTIONS,
     VALUES,
     Notes,
     Row,
@@ -50,7 +49,7 @@ def _from_metrics(folder: Path, name: str, notes: Notes) -> Row:
     metrics = find_metrics(folder / METRICS, METRICS, name, notes)
     asked = routing.get("eval_selection")
     selections = {evaluation.selection for evaluation in metrics.evaluations} if metrics else set()
-    selection = asked if asked in SELECTIONS and asked in selections else "dropless"
+    selection = asked if isinstance(asked, str) and asked in selections else "dropless"
     return Row(
         name=name,
         router=_named(routing.get("router")),

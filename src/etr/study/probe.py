@@ -11,7 +11,6 @@ from torch import nn
 
 from etr.evaluate.held_out import effective_selection
 from etr.moe import moe_layers, selecting
-from etr.moe.context import EvalSelection
 from etr.moe.watch import LayerView, watch
 from etr.train.tasks import Task
 
@@ -36,13 +35,11 @@ class HeldOut:
     dropped_share: float
     dropped_loss: float | None
     kept_loss: float | None
-    selection: EvalSelection
+    selection: str
 
 
 @torch.no_grad()
-def evaluate(
-    task: Task, model: nn.Module, batches: Iterable[Any], selection: EvalSelection
-) -> HeldOut:
+def evaluate(task: Task, model: nn.Module, batches: Iterable[Any], selection: str) -> HeldOut:
     """Mean loss over held-out batches; the model's mode and selection are restored."""
     layers = moe_layers(model)
     losses, domains, dropped = [], [], []

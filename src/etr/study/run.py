@@ -15,7 +15,6 @@ import torch
 
 from etr.files import whole_file, write_json
 from etr.moe import attach
-from etr.moe.context import EvalSelection
 from etr.study.probe import evaluate
 from etr.study.tasks import TASKS, open_task
 from etr.train import TrainConfig, parse_variant
@@ -28,7 +27,7 @@ from etr.train.tasks import Task, backward
 FORMAT = 1
 EVALUATIONS = 5
 """Evaluations along a run of 100 steps or more, the last at its end; shorter runs have one."""
-SELECTIONS: tuple[EvalSelection, ...] = ("threshold", "dropless")
+SELECTIONS: tuple[str, ...] = ("threshold", "dropless")
 LAST_SHARE = 0.1
 """Share of the steps at the end over which kept shares are averaged."""
 

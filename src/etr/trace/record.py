@@ -14,7 +14,7 @@ from torch import nn
 from etr.data import Batch
 from etr.hf import family_of
 from etr.moe import moe_layers, selecting
-from etr.moe.context import EvalSelection
+from etr.moe.layers import effective_serving
 from etr.trace.recorder import RoutingRecorder, routers_of
 from etr.trace.schema import TokenRows, TraceInfo
 from etr.trace.writer import TraceWriter
@@ -43,15 +43,12 @@ def describe(model: nn.Module, source: str = "") -> TraceInfo:
             affinity="logit",
             source=source,
         )
-    selection = layers[0].eval_selection
-    if selection == "threshold" and not all(layer.has_thresholds() for layer in layers):
-        selection = "dropless"
     return TraceInfo(
         num_experts=max(layer.config.num_experts for layer in layers),
         num_layers=len(layers),
         top_k=max(layer.config.top_k for layer in layers),
         router=layers[0].config.router_config.name,
-        selection=selection,
+        selection=effective_serving(model, layers[0].serving)[0].text,
         affinity="score" if layers[0].traits.has_scores else "none",
         source=source,
     )
@@ -65,7 +62,7 @@ def record_trace(
     *,
     domains: Sequence[str],
     tokenizer: PreTrainedTokenizerBase | None = None,
-    selection: EvalSelection = "threshold",
+    selection: str = "threshold",
     source: str = "",
 ) -> TraceInfo:
     """Run a model over batches in eval mode and write its routing; mode and selection are restored.
@@ -76,8 +73,8 @@ def record_trace(
         path: the file to write, see `etr.trace.schema`.
         domains: names by the batches' domain numbers.
         tokenizer: turns token ids into text; None leaves the column empty.
-        selection: how experts select: threshold (dropless where there are none), dropless, batch.
-            Layers of this library only.
+        selection: how experts select, a name in `etr.moe.SERVING`, perhaps with options; dropless
+            where that refuses. Layers of this library only.
         source: where the model came from, for the file's metadata.
     Returns:
         What the trace is of.

@@ -246,10 +246,10 @@ def _summary(name: str, run: TrainConfig, result: TrainResult) -> Row:
             f"{result.run / 'metrics.jsonl'} lost its rows of training, or the evaluation of step "
             f"{run.steps}: train {name!r} again in another folder"
         )
-    final = evals.get(run.model.routing.eval_selection) or evals["dropless"]
     last = steps[-LAST_STEPS:]
     parameters, active = count_parameters(result.model)
     layer = moe_layers(result.model)[0]
+    final = evals.get(layer.eval_selection) or evals["dropless"]
     few = islice(LanguageTask(result.data).held_out_batches(run), 0, None, 4)
 
     def mean(key: str) -> float:

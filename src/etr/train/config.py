@@ -13,7 +13,6 @@ from etr.files import read_json
 from etr.moe import LossConfig, MoEConfig
 from etr.moe.checked import check_types
 from etr.moe.config import parse_capacity, parse_router
-from etr.moe.context import EvalSelection
 from etr.moe.experts import Activation
 from etr.moe.select import Normalize, RankBy
 from etr.parallel import ParallelConfig
@@ -46,7 +45,7 @@ class RoutingOptions:
     """Expert backend."""
     dispatch: str = "auto"
     """How rows travel to experts on other ranks, e.g. dedup, or chunked:all_to_all,chunks=4."""
-    eval_selection: EvalSelection = "threshold"
+    eval_selection: str = "threshold"
     """Selection in evaluation."""
     losses: LossConfig = field(default_factory=LossConfig)
     """Weights of the router's losses."""

@@ -19,7 +19,6 @@ from etr.evaluate import EvalResult, evaluate
 from etr.files import write_json
 from etr.hf import EtrForCausalLM
 from etr.moe import attach, moe_layers
-from etr.moe.context import EvalSelection
 from etr.moe.losses import even_losses
 from etr.moe.notice import warn
 from etr.parallel import Ranks, gradient_norms, scale_gradients, sum_gradients
@@ -272,7 +271,7 @@ class Trainer:
             "profile", **profile_pass(self.model, lambda: self.objective.local_loss(batch))
         )
 
-    def evaluate_as(self, selection: EvalSelection) -> EvalResult:
+    def evaluate_as(self, selection: str) -> EvalResult:
         """Held-out loss with a given selection."""
         batches = self.task.held_out_batches(self.config)
         return evaluate(self.model, batches, self.task.domains, selection, ranks=self.ranks)
