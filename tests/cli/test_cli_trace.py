@@ -161,7 +161,7 @@ def test_experts_are_placed_by_a_trace(name, traced, capsys):
     assert "plan.json" in out
     plan = Plan.from_dict(json.loads((traced.parent / "plan.json").read_text()))
     assert (plan.rank_of_expert.shape, plan.devices.num_nodes) == ((2, 4), 2)
-    demand = Demand.of(*map(torch.from_numpy, read_trace(traced).choices()), num_experts=4)
+    demand = Demand.of(*map(torch.tensor, read_trace(traced).choices()), num_experts=4)
     for placed in (plan, PLANNERS["consecutive"]().plan(demand, plan.devices)):
         found = travel(demand, placed)
         assert found.pairs == demand.counts.sum()

@@ -64,7 +64,7 @@ def test_linear_routers_are_served_exactly(
 ) -> None:
     model = save(tmp_path / "etr", LINEAR[router], family, normalize=normalize)
     report = export_plain(tmp_path / "etr", tmp_path / "plain")
-    assert (report.exact, report.reason) == (True, "")
+    assert (report.same_function, report.reason) == (True, "")
     assert report.family == FAMILY_OF[family, normalize]
     served, x = serve(tmp_path / "plain"), tokens()
     assert type(served).__module__.startswith("transformers.")
@@ -79,7 +79,7 @@ def test_the_norm_of_each_token_is_what_a_plain_router_lacks(tmp_path: Path) -> 
     model = save(tmp_path / "etr", etr.EtrRouter(), normalize="none")
     norms = mean_inverse_norms(model, [{"input_ids": x}])
     report = export_plain(tmp_path / "etr", tmp_path / "plain", inverse_norms=norms)
-    assert not report.exact
+    assert not report.same_function
     assert "norm" in report.reason
     export_plain(tmp_path / "etr", tmp_path / "crude")
     exact = logits(model, x)

@@ -9,7 +9,7 @@ import pytest
 
 EXTRAS = ("transformers", "tokenizers", "safetensors", "tyro", "rich", "matplotlib", "scipy")
 FLOORS = {"etr.moe", "etr.table"}
-WINGS = ("etr.systems",)
+WINGS = ("etr.systems", "etr.model")
 """Packages beside the layer that need torch alone too."""
 
 

@@ -129,3 +129,10 @@ def test_too_short_sequences_and_no_experts():
 def test_arguments_are_checked(arguments, message):
     with pytest.raises(ValueError, match=message):
         sch(*arguments)
+
+
+@pytest.mark.filterwarnings("error")
+def test_arrays_of_a_file_cannot_be_written_to():
+    experts, sequence = one_sequence([[2, 0]] * 8)
+    experts.flags.writeable = sequence.flags.writeable = False
+    assert srp(experts, sequence, 4, 2) == 1

@@ -20,8 +20,8 @@ from etr.cli._progress import bytes_progress, track
 from etr.cli._tables import make_table
 from etr.data import Batch, DataConfig, OpenedData, TokenLoader, held_out_batches, open_data
 from etr.evaluate import calibrate, evaluate
-from etr.hf import ConvertReport, EtrForCausalLM, convert, load_pretrained
-from etr.hf.convert import Direction, write_model
+from etr.hf import EtrForCausalLM, convert, load_pretrained
+from etr.hf.convert import Direction, TransformReport, write_model
 from etr.hf.swap_router import SwapReport, set_temperatures, swap_router
 from etr.moe import moe_layers
 from etr.moe.config import parse_capacity
@@ -104,7 +104,7 @@ def _into(target: Path, source: Path, config: ConvertConfig) -> int:
     return 0
 
 
-def _convert(config: ConvertConfig, source: Path, target: Path) -> ConvertReport:
+def _convert(config: ConvertConfig, source: Path, target: Path) -> TransformReport:
     with bytes_progress("converting") as progress:
         return convert(
             source,
@@ -116,7 +116,7 @@ def _convert(config: ConvertConfig, source: Path, target: Path) -> ConvertReport
         )
 
 
-def _say(report: ConvertReport) -> None:
+def _say(report: TransformReport) -> None:
     if report.ignored:
         print(
             f"left out, as transformers does: {len(report.ignored)} tensors such as "

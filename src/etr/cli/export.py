@@ -73,7 +73,7 @@ def _export(config: ExportConfig) -> int:
         )
     served = load_causal(report.target)
     _say(model, served, batches)
-    exact = "computes what the model does dropless" if report.exact else report.reason
+    exact = "computes what the model does dropless" if report.same_function else report.reason
     print(f"{exact}\nsaved: {report.target} ({report.family})")
     return 0
 

@@ -47,7 +47,7 @@ def run(arguments: list[str]) -> int:
     config = parse(PlanConfig, "plan", arguments)
     planner = PLANNERS.parse(config.name)
     trace = read_trace(config.trace)
-    choices, sequence = (torch.from_numpy(array) for array in trace.choices())
+    choices, sequence = map(torch.tensor, trace.choices())
     demand = Demand.of(choices, sequence, trace.info.num_experts)
     devices = Devices(num_ranks=config.ranks, num_nodes=config.nodes)
     log.info("placing %d layers of %d experts", trace.info.num_layers, trace.info.num_experts)
@@ -59,6 +59,8 @@ def run(arguments: list[str]) -> int:
         summary([("consecutive", travel(demand, before)), ("plan", travel(demand, plan))])
     )
     print(f"{config.name} for {config.ranks} ranks: {out}")
+    if plan.is_even:
+        print(f"carry it out: etr transform renumber SOURCE NEW_FOLDER --plan {out}")
     return 0
 
 

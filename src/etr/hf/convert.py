@@ -70,15 +70,17 @@ class Difference:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertReport:
-    """What a conversion did.
+class TransformReport:
+    """What was made of a folder.
 
     Args:
         target: the new folder.
         family: model type of the family.
-        to: what the folder was turned into.
+        to: whose folder it is, this library's ("etr") or transformers' own ("hf").
         num_tensors: written.
         num_bytes: of the weights.
+        same_function: whether it computes what the source does, dropless.
+        reason: why not, or empty.
         ignored: keys that were left out, since transformers does not load them either.
         difference: of the logits of both folders, if they were compared.
     """
@@ -88,8 +90,14 @@ class ConvertReport:
     to: Direction
     num_tensors: int
     num_bytes: int
+    same_function: bool = True
+    reason: str = ""
     ignored: tuple[str, ...] = ()
     difference: Difference | None = None
+
+
+ConvertReport = TransformReport
+"""Its old name, for one release."""
 
 
 def convert(
@@ -100,7 +108,7 @@ def convert(
     max_shard_bytes: int = 4 * 10**9,
     progress: Callable[[int, int], None] = lambda done, total: None,
     compare: bool = False,
-) -> ConvertReport:
+) -> TransformReport:
     """Turn a model folder of a known family into one of this library with the same function.
 
     The router stays what it is, and nothing is dropped. Or back: a folder of this library whose
@@ -129,7 +137,7 @@ def convert(
         )
     config = _config(reader)
     model = skeleton(config)
-    ignored = _ignored(config, reader.keys()) if found == "etr" else ()
+    ignored = ignored_keys(config, reader.keys()) if found == "etr" else ()
     tensors = to_ours(reader, model, ignored) if found == "etr" else to_theirs(reader, model)
     recipe = {"convert": found, "source": reader.fingerprint()}
     writer = ShardWriter(target, recipe, max_shard_bytes)
@@ -138,7 +146,7 @@ def convert(
     comparison = Comparison(source)
     new = folder_config(config, found, reader.config)
     writer.finish(new, comparison if compare else lambda folder: None)
-    return ConvertReport(
+    return TransformReport(
         target=Path(target),
         family=config.family.model_type,
         to=found,
@@ -228,8 +236,18 @@ def _config(reader: ShardReader) -> EtrConfig:
     model_type = reader.config.get("model_type")
     if model_type == "etr":
         config = read_config(reader)
-        _check_same_function(config)
+        check_same_function(config)
         return config
+    return family_config(reader)
+
+
+def family_config(reader: ShardReader) -> EtrConfig:
+    """Config of ours that routes as the family of a folder does.
+
+    Raises:
+        ValueError: an unknown family.
+    """
+    model_type = reader.config.get("model_type")
     if model_type not in FAMILIES:
         raise ValueError(
             f"{reader.folder / 'config.json'} has model_type={model_type!r}, which is not a known "
@@ -238,7 +256,12 @@ def _config(reader: ShardReader) -> EtrConfig:
     return EtrConfig.from_base(from_local(AutoConfig, reader.folder), "keep")
 
 
-def _check_same_function(config: EtrConfig) -> None:
+def check_same_function(config: EtrConfig) -> None:
+    """Refuse what the family of the base config cannot hold.
+
+    Raises:
+        ValueError: names the options in which they differ.
+    """
     family = EtrConfig.from_base(config.base_config, "keep")
     ours, own = ({**c.moe, "normalize": c.moe_config.resolved_normalize} for c in (config, family))
     wrong = [
@@ -257,7 +280,8 @@ def _short(value: Any) -> str:
     return repr(value["name"] if isinstance(value, dict) and "name" in value else value)
 
 
-def _ignored(config: EtrConfig, keys: list[str]) -> tuple[str, ...]:
+def ignored_keys(config: EtrConfig, keys: list[str]) -> tuple[str, ...]:
+    """Keys of a family's folder that transformers does not load either."""
     patterns = [re.compile(pattern) for pattern in config.family.ignored]
     return tuple(
         key

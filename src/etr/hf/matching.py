@@ -78,6 +78,24 @@ def match_keys(model: EtrForCausalLM) -> list[Match]:
     ]
 
 
+def of_ours(reader: ShardReader, model: EtrForCausalLM) -> list[LazyTensor]:
+    """Every tensor of a folder of this library, as it stands there.
+
+    Args:
+        reader: our folder.
+        model: what its config makes.
+    Raises:
+        ValueError: tensors are unknown or missing, or differ in shape.
+    """
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    optional = _tied(model) | model.state_keys()
+    present = [name for name in shapes if name in reader]
+    missing = [name for name in shapes if name not in reader and name not in optional]
+    _check_complete(reader, missing, set(reader.keys()) - set(shapes))
+    _check_shapes(reader, present, [shapes[name] for name in present])
+    return [*map(reader.lazy, present), *initial_state(model, set(present))]
+
+
 def to_ours(reader: ShardReader, model: EtrForCausalLM, ignored: Iterable[str]) -> list[LazyTensor]:
     """Every tensor of our folder, from one of the family's.
 

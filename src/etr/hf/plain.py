@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, Qwen2MoeConfig
 
 from etr.hf.config import EtrConfig
-from etr.hf.convert import ROUTING, folder_config, write_tensors
+from etr.hf.convert import ROUTING, TransformReport, folder_config, write_tensors
 from etr.hf.loading import read_config
 from etr.hf.matching import skeleton, to_theirs
 from etr.hf.modeling import EtrForCausalLM
@@ -33,21 +32,8 @@ FOLDED = ("router", "normalize", "routed_scale")
 """Options of the layer that the export takes care of; the others must be the family's own."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlainReport:
-    """What was written.
-
-    Args:
-        target: the new folder.
-        family: its model type.
-        exact: whether it computes what the model does when nothing is dropped.
-        reason: why not, or empty.
-    """
-
-    target: Path
-    family: str
-    exact: bool
-    reason: str
+PlainReport = TransformReport
+"""Its old name, for one release."""
 
 
 def export_plain(
@@ -57,7 +43,7 @@ def export_plain(
     inverse_norms: Sequence[float] | None = None,
     max_shard_bytes: int = 4 * 10**9,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> PlainReport:
+) -> TransformReport:
     """Write a model of this library as one of transformers' own with a linear router.
 
     Choices of a token's experts stay the same always: a token's norm scales all its logits. Their
@@ -90,10 +76,13 @@ def export_plain(
     writer.copy_beside(source)
     writer.finish(folder_config(new, "hf", plain.config))
     exact = not divides_by_norm(config.moe_config.router_config)
-    return PlainReport(
+    return TransformReport(
         target=Path(target),
         family=new.base_config.model_type,
-        exact=exact,
+        to="hf",
+        num_tensors=len(tensors),
+        num_bytes=sum(tensor.num_bytes for tensor in tensors),
+        same_function=exact,
         reason="" if exact else "the router divides by each token's norm, and a plain one cannot",
     )
 

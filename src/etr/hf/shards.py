@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from etr.model.transform import LazyTensor
 from etr.pretrained import check_links
 
 WEIGHTS = "model.safetensors"
@@ -37,30 +37,9 @@ _DTYPE_OF = {name: dtype for dtype, name in DTYPES.items()}
 KEPT_WITH_WEIGHTS = (
     *("config.json", "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.gguf"),
     *("manifest.json", "train_state.json"),  # of a run's checkpoint
+    "transform.json",  # of what was made by one
 )
 """Files that do not travel with the tokenizer and generation options."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LazyTensor:
-    """A tensor to write, made when its turn comes.
-
-    Args:
-        name: key in the folder.
-        shape: of the tensor.
-        dtype: one of `DTYPES`.
-        make: gives the tensor; called once.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[], Tensor]
-
-    @property
-    def num_bytes(self) -> int:
-        """Size in the file."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 class ShardReader:

@@ -20,7 +20,13 @@ from transformers import (
 )
 
 from etr.hf.config import EtrConfig
-from etr.hf.convert import Comparison, Difference, folder_config, is_beyond, write_tensors
+from etr.hf.convert import (
+    Comparison,
+    TransformReport,
+    folder_config,
+    is_beyond,
+    write_tensors,
+)
 from etr.hf.matching import initial_state, skeleton
 from etr.hf.modeling import EtrForCausalLM
 from etr.hf.shards import LazyTensor, ShardReader, ShardWriter
@@ -141,23 +147,8 @@ class UpcycleConfig:
         return None  # each weight is 1 / E, times routed_scale = E
 
 
-@dataclass(frozen=True, kw_only=True)
-class UpcycleReport:
-    """What was written.
-
-    Args:
-        target: the new folder.
-        same_function: whether the new model computes what the dense one does, dropless.
-        reason: why not, or empty.
-        num_bytes: of the weights.
-        difference: of the logits of both folders, if they were compared.
-    """
-
-    target: Path
-    same_function: bool
-    reason: str
-    num_bytes: int
-    difference: Difference | None = None
+UpcycleReport = TransformReport
+"""Its old name, for one release."""
 
 
 def upcycle(
@@ -168,7 +159,7 @@ def upcycle(
     max_shard_bytes: int = 4 * 10**9,
     progress: Callable[[int, int], None] = lambda done, total: None,
     compare: bool = False,
-) -> UpcycleReport:
+) -> TransformReport:
     """Make a model of this library from a dense one; memory holds one layer's experts at a time.
 
     Attention, norms and embeddings are taken over as they are.
@@ -198,8 +189,11 @@ def upcycle(
     comparison = Comparison(source, demand=reason is None)
     new = folder_config(moe_config, "etr", reader.config)
     writer.finish(new, comparison if compare else lambda folder: None)
-    return UpcycleReport(
+    return TransformReport(
         target=Path(target),
+        family=moe_config.family.model_type,
+        to="etr",
+        num_tensors=len(tensors),
         same_function=reason is None,
         reason=reason or "",
         num_bytes=sum(tensor.num_bytes for tensor in tensors),

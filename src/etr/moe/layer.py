@@ -98,6 +98,7 @@ class MoE(Collected):
         self.normalize = config.resolved_normalize
         self.serving = serving_of(config.eval_selection, "eval_selection")
         self.watchers: list[Watcher] = []
+        self.output_watchers: list[Watcher] = []
         self.register_load_state_dict_pre_hook(keep_state)
 
     def distribute(self, parallel: ExpertParallel) -> MoE:
@@ -147,9 +148,9 @@ class MoE(Collected):
         routing, limit = self.route(x, context, traffic)
         learns = self.learns_from(context)
         kept = self.keep(routing, limit, traffic, learns=learns)
-        for watcher in self.watchers:
-            watcher(LayerView(layer=self, x=x.detach(), routing=routing, selection=kept.selection))
+        self.show(self.watchers, x, routing, kept.selection)
         y = self.run_experts(x, routing, kept.selection, traffic)
+        self.show(self.output_watchers, x, routing, kept.selection, y)
         losses = self.losses(x, routing, kept, context, collector) if learns else {}
         stats = self.stats(routing, kept, learns=learns)
         stats |= {f"loss_{name}": loss.detach() for name, loss in losses.items()}
@@ -213,6 +214,22 @@ class MoE(Collected):
         )
         gather = learns and any(learner.observes_choosers for learner in self.learners())
         return keep(routing, limit, self.capacity, self.calibration, order, traffic, gather=gather)
+
+    def show(
+        self,
+        watchers: list[Watcher],
+        x: Tensor,
+        routing: Routing,
+        selection: Selection,
+        output: Tensor | None = None,
+    ) -> None:
+        """Call watchers with what the layer did."""
+        for watcher in watchers:
+            y = None if output is None else output.detach()
+            view = LayerView(
+                layer=self, x=x.detach(), routing=routing, selection=selection, output=y
+            )
+            watcher(view)
 
     def run_experts(
         self, x: Tensor, routing: Routing, selection: Selection, traffic: Traffic | None = None

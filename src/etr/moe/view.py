@@ -19,13 +19,19 @@ class LayerView:
         layer: the layer.
         x: its input, [T, H]; detached.
         routing, selection: over the same T tokens, with whatever gradient they have.
+        output: what the layer makes of them, [T, H], shared experts included; detached. None
+            before the experts run.
+        rows: what each pair's expert makes of its token before it is weighed, [P, H]; 0 where the
+            pair was not kept. None unless it was asked for.
     """
 
     layer: Collected
     x: Tensor
     routing: Routing
     selection: Selection
+    output: Tensor | None = None
+    rows: Tensor | None = None
 
 
 Watcher = Callable[[LayerView], None]
-"""Called by a layer once its experts have selected, before they run."""
+"""Called by a layer once its experts have selected, before they run or after."""

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from etr.moe.experts import EXPERT_BACKENDS, ExpertParams
+from etr.moe.layer import MoE
 from etr.moe.layers import moe_layers
 from etr.moe.view import LayerView, Watcher
 
-__all__ = ["LayerView", "Watcher", "watch"]
+__all__ = ["LayerView", "Watcher", "expert_rows", "watch"]
 
 
 @contextmanager
-def watch(model: nn.Module, see: Callable[[int, LayerView], None]) -> Iterator[None]:
+def watch(
+    model: nn.Module, see: Callable[[int, LayerView], None], needs: Collection[str] = ()
+) -> Iterator[None]:
     """Call ``see(place, view)`` whenever a MoE layer of `model` has selected.
 
     A layer that is run again in the backward pass (activation checkpointing) is seen again.
@@ -23,15 +29,51 @@ def watch(model: nn.Module, see: Callable[[int, LayerView], None]) -> Iterator[N
     Args:
         model: holds MoE layers, which may be watched by several at once.
         see: takes the layer's place among `moe_layers(model)` and what the layer did.
+        needs: "outputs" to see a layer once its experts have run, with `LayerView.output`; "rows"
+            to see `LayerView.rows` too, for which they run a second time.
+    Raises:
+        ValueError: something else is needed.
     """
+    unknown = sorted(set(needs) - {"outputs", "rows"})
+    if unknown:
+        raise ValueError(f"needs={unknown[0]!r} is unknown; choose of outputs and rows")
+    call = (
+        (lambda place, view: see(place, replace(view, rows=expert_rows(view))))
+        if ("rows" in needs)
+        else see
+    )
     watched = [
-        (layer, partial(see, place))  # an object of its own, so that only it is removed
+        # A watcher is an object of its own, so that only it is removed.
+        (layer.output_watchers if needs else layer.watchers, partial(call, place))
         for place, layer in enumerate(moe_layers(model))
     ]
-    for layer, watcher in watched:
-        layer.watchers.append(watcher)
+    for watchers, watcher in watched:
+        watchers.append(watcher)
     try:
         yield
     finally:
-        for layer, watcher in watched:
-            layer.watchers[:] = [other for other in layer.watchers if other is not watcher]
+        for watchers, watcher in watched:
+            watchers[:] = [other for other in watchers if other is not watcher]
+
+
+@torch.no_grad()
+def expert_rows(view: LayerView) -> Tensor:
+    """What the expert of each kept pair makes of its token, before it is weighed, [P, H].
+
+    Raises:
+        ValueError: the experts are divided among ranks.
+    """
+    layer, kept = view.layer, view.selection.kept
+    assert isinstance(layer, MoE)
+    if layer.parallel is not None:
+        raise ValueError("rows of experts can be seen on one rank alone; load the model there")
+    counts = view.selection.num_tokens_per_expert
+    order = view.routing.expert[kept].argsort(stable=True)
+    x = view.x[view.routing.token[kept][order]]
+
+    def run(x: Tensor, params: ExpertParams) -> Tensor:
+        return EXPERT_BACKENDS["loop"].run(x, counts, params)
+
+    pair = kept.nonzero().squeeze(1)[order]
+    found = layer.experts(x, x.dtype, run)
+    return found.new_zeros(len(kept), x.shape[1]).index_copy(0, pair, found)

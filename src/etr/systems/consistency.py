@@ -73,7 +73,10 @@ def segment_cache_best_hit_rate(
 
 def _window_counts(experts: Any, sequence: Any, num_experts: int, segment: int) -> Iterator[Tensor]:
     """How often each expert is chosen in each window, int64 [windows, E], a sequence at a time."""
-    experts, sequence = torch.as_tensor(experts), torch.as_tensor(sequence)
+    # Copied: arrays that were read from a file cannot be written to, of which torch would warn.
+    experts, sequence = (
+        x if isinstance(x, Tensor) else torch.tensor(x) for x in (experts, sequence)
+    )
     if segment < 1:
         raise ValueError(f"segment={segment} must be at least 1, tokens")
     if experts.ndim != 2 or sequence.shape != experts.shape[:1]:

@@ -34,6 +34,8 @@ class RouterTraits:
         default_capacity: policy used when none is named, perhaps with options.
         position_free: the choice does not depend on where the token stands in the batch.
         padded: the preset pads its buffers, so backend "auto" picks a padded one.
+        numbered: an expert's number decides what comes to it, so experts cannot change numbers.
+        num_groups: equal groups of neighbouring experts that tokens choose among first.
     """
 
     causal: bool = True
@@ -47,6 +49,8 @@ class RouterTraits:
     default_capacity: str = "factor"
     position_free: bool = True
     padded: bool = False
+    numbered: bool = False
+    num_groups: int = 1
 
     @property
     def can_balance(self) -> bool:

@@ -93,6 +93,7 @@ class EtrRouter(RouterConfig):
             rank_by=("position",) if self.choice == "token" else ("score",),
             expert_pool=self.expert_pool,
             default_capacity=self.preset_capacity,
+            numbered=self.frame != "orthonormal",
         )
 
     def check(self, hidden_size: int, num_experts: int, top_k: int) -> None:

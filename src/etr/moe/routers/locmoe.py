@@ -36,7 +36,11 @@ class LocMoERouter(RouterConfig):
     @property
     def traits(self) -> RouterTraits:
         return RouterTraits(
-            has_cosine=True, rank_by=("position",), default_capacity="locmoe", padded=True
+            has_cosine=True,
+            rank_by=("position",),
+            default_capacity="locmoe",
+            padded=True,
+            numbered=True,
         )
 
     def check(self, hidden_size: int, num_experts: int, top_k: int) -> None:

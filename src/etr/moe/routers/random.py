@@ -26,7 +26,11 @@ class Random(RouterConfig):
     @property
     def traits(self) -> RouterTraits:
         return RouterTraits(
-            has_scores=False, has_probs=False, rank_by=("position",), position_free=False
+            has_scores=False,
+            has_probs=False,
+            rank_by=("position",),
+            position_free=False,
+            numbered=True,
         )
 
     def build(self, hidden_size: int, num_experts: int, top_k: int) -> Router:
