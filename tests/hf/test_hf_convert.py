@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from etr.hf import FAMILIES, EtrConfig, EtrForCausalLM, convert, load_pretrained
 from etr.hf.convert import Difference, logits_difference, write_model
 from etr.hf.layouts import LAYOUTS, Layout
-from etr.hf.shards import MARKER, WEIGHTS, ShardReader
+from etr.hf.shard_writer import MARKER
+from etr.hf.shards import WEIGHTS, ShardReader
 from etr.moe import moe_layers
 from etr.moe.capacity import Factor
 

@@ -14,7 +14,8 @@ from tiny_models import calibrated, family_model, make_model, tokens
 
 from etr.hf import FAMILIES, load_pretrained
 from etr.hf.convert import convert, logits_difference, write_model
-from etr.hf.shards import MARKER, WEIGHTS, ShardReader
+from etr.hf.shard_writer import MARKER
+from etr.hf.shards import WEIGHTS, ShardReader
 from etr.hf.transform import RECORD, measure, transform
 from etr.model import LayerTensors, Transform
 from etr.model.transform import Renumber, Stats

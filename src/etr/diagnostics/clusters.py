@@ -102,18 +102,7 @@ def kept_calinski_harabasz(
     Raises:
         ValueError: shapes do not match, H < num_clusters, or num_tokens < 1.
     """
-    _check(x, label, num_clusters)
-    if kept.shape != label.shape or kept.dtype != torch.bool:
-        raise ValueError(
-            f"kept is {kept.dtype} {tuple(kept.shape)}; it must be bool {tuple(label.shape)}"
-        )
-    if num_tokens < 1:
-        raise ValueError(f"num_tokens={num_tokens} must be at least 1")
-    if x.shape[1] < num_clusters:
-        raise ValueError(
-            f"x has {x.shape[1]} dimensions; the trimming control needs as many as there are "
-            f"clusters, {num_clusters}"
-        )
+    _check_trimming(x, label, kept, num_clusters, num_tokens)
     every = torch.arange(len(x), device=x.device)
     count = min(num_tokens, int(kept.sum()))
     rest = every[kept]
@@ -131,6 +120,23 @@ def kept_calinski_harabasz(
             size = min(count, int(survives.sum()))
             rise += (ratio(every[survives], null, size) - ratio(every, null, size)) / DRAWS
     return ClusterRatios(all=whole, kept=best, trimmed=whole + rise, num_tokens=count)
+
+
+def _check_trimming(
+    x: Tensor, label: Tensor, kept: Tensor, num_clusters: int, num_tokens: int
+) -> None:
+    _check(x, label, num_clusters)
+    if kept.shape != label.shape or kept.dtype != torch.bool:
+        raise ValueError(
+            f"kept is {kept.dtype} {tuple(kept.shape)}; it must be bool {tuple(label.shape)}"
+        )
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens={num_tokens} must be at least 1")
+    if x.shape[1] < num_clusters:
+        raise ValueError(
+            f"x has {x.shape[1]} dimensions; the trimming control needs as many as there are "
+            f"clusters, {num_clusters}"
+        )
 
 
 def _null_partition(

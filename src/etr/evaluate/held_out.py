@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from etr.data import IGNORED, Batch
-from etr.moe import moe_layers, selecting
+from etr.moe import MoE, moe_layers, selecting
 from etr.moe.layers import effective_serving
 from etr.moe.stats import kept_share
 from etr.parallel import Ranks
@@ -91,35 +91,25 @@ def evaluate(
     ranks = ranks or Ranks(None)
     device = next(model.parameters()).device
     layers = moe_layers(model)
-    nats_of_rows: list[Tensor] = []
-    tokens_of_rows: list[Tensor] = []
-    domain_of_rows: list[Tensor] = []
-    kept, slots, choices = 0, 0, 0
+    nats_of_rows, tokens_of_rows, domain_of_rows = list[Tensor](), list[Tensor](), list[Tensor]()
+    pairs = [0, 0, 0]
     with selecting(model, selection):
         for number, batch in enumerate(batches, 1):
             log.info("held-out batch %d", number)
             batch = _own_rows(batch, ranks).to(device)
             output = model(input_ids=batch.input_ids, attention_mask=batch.valid_mask.long())
-            nats = F.cross_entropy(
-                output.logits.float().transpose(1, 2),
-                batch.labels,
-                ignore_index=IGNORED,
-                reduction="none",
-            )
-            nats_of_rows.append(nats.double().sum(1).cpu())
+            nats_of_rows.append(_nats_of_rows(output.logits, batch.labels))
             tokens_of_rows.append((batch.labels != IGNORED).sum(1).cpu())
             domain_of_rows.append(batch.domain.cpu())
             for layer, stats in zip(layers, output.routing_stats if layers else [], strict=True):
-                kept += int(stats["num_tokens_per_expert"].sum())
-                slots += int(stats["num_slots"])
-                choices += int(stats["num_valid_tokens"]) * layer.config.top_k
+                pairs = [a + b for a, b in zip(pairs, _pairs(layer, stats), strict=True)]
     if not any(int(tokens.sum()) for part in ranks.gather(tokens_of_rows) for tokens in part):
         raise ValueError("no held-out tokens: the data has no held-out documents")
     nats, tokens, domain = (
         torch.cat(ranks.gather(torch.cat(rows)))
         for rows in (nats_of_rows, tokens_of_rows, domain_of_rows)
     )
-    kept, slots, choices = map(int, ranks.sum_numbers([kept, slots, choices]))
+    kept, slots, choices = map(int, ranks.sum_numbers(pairs))
     seen = {
         name: mask
         for number, name in enumerate(domains)
@@ -134,6 +124,23 @@ def evaluate(
         selection=effective_selection(model, selection),
         error=ratio_error(nats, tokens),
         error_by_domain={n: ratio_error(nats[m], tokens[m]) for n, m in seen.items()},
+    )
+
+
+def _nats_of_rows(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each row, summed over its tokens, on the CPU, [B]."""
+    nats = F.cross_entropy(
+        logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+    )
+    return nats.double().sum(1).cpu()
+
+
+def _pairs(layer: MoE, stats: dict[str, Tensor]) -> tuple[int, int, int]:
+    """Pairs that were kept, that could have been, and that tokens may choose at most."""
+    return (
+        int(stats["num_tokens_per_expert"].sum()),
+        int(stats["num_slots"]),
+        int(stats["num_valid_tokens"]) * layer.config.top_k,
     )
 
 

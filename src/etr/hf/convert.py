@@ -19,7 +19,8 @@ from etr.hf.families import FAMILIES
 from etr.hf.loading import load_causal, read_config
 from etr.hf.matching import skeleton, to_ours, to_theirs
 from etr.hf.modeling import EtrForCausalLM
-from etr.hf.shards import LazyTensor, ShardReader, ShardWriter
+from etr.hf.shard_writer import ShardWriter
+from etr.hf.shards import LazyTensor, ShardReader
 from etr.moe import set_eval_selection
 from etr.pretrained import from_local
 

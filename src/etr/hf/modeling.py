@@ -22,13 +22,13 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import can_return_tuple
 
 from etr.hf.adapter_state import routing_state, save_with_adapters
-from etr.hf.backbone import base_model_class, valid_mask
+from etr.hf.backbone import base_model_class
 from etr.hf.carried import carry
 from etr.hf.config import EtrConfig
+from etr.hf.losses import aux_loss, share_of_step
 from etr.hf.shards import INDEX, WEIGHTS, weight_map
 from etr.hf.versions import CACHE, CACHE_NAMES
 from etr.moe import Collector, RoutingContext, moe_layers
@@ -205,37 +205,39 @@ class EtrForCausalLM(PreTrainedModel, GenerationMixin):
                 **{CACHE: _one_cache(cache, past_key_values)},
                 **kwargs,
             )
-        hidden = outputs.last_hidden_state
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, keep])
-        if self.config.family.logits_divisor is not None:
-            logits = logits / getattr(self.config, self.config.family.logits_divisor)
-
+        logits = self._logits(outputs.last_hidden_state, logits_to_keep)
         losses = collector.losses()
-        loss = lm_loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-            lm_loss = loss.detach()
-            if self.training:
-                loss = loss + sum(losses.values()) * _share_of_step(labels, **kwargs)
+        loss, lm_loss = self._loss(logits, labels, losses, **kwargs)
         fields = {"loss": loss, "logits": logits, "router_losses": losses}
         for name in ("hidden_states", "attentions", "router_logits"):
             fields[name] = outputs.get(name)
         fields = carry(fields, losses, collector.layers[0].loss_scale)
-        aux_loss: Any = None
-        if fields["router_logits"] is not None:
-            sizes = self.config.family.sizes(self.config.base_config)
-            mask = valid_mask(attention_mask, input_ids, inputs_embeds)
-            aux_loss = load_balancing_loss_func(
-                fields["router_logits"], sizes["num_experts"], sizes["top_k"], mask
-            )
+        given = (attention_mask, input_ids, inputs_embeds)
         return EtrCausalLMOutput(
             **fields,
             lm_loss=lm_loss,
             routing_stats=collector.stats(),
-            aux_loss=aux_loss,
+            aux_loss=aux_loss(self.config, fields["router_logits"], *given),
             **{CACHE: outputs.get(CACHE)},
         )
+
+    def _logits(self, hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits: Tensor = self.lm_head(hidden[:, keep])
+        divisor = self.config.family.logits_divisor
+        return logits if divisor is None else logits / getattr(self.config, divisor)
+
+    def _loss(
+        self, logits: Tensor, labels: Tensor | None, losses: dict[str, Tensor], **kwargs: Any
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The loss, with the router losses while training, and the cross-entropy alone."""
+        if labels is None:
+            return None, None
+        loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        lm_loss = loss.detach()
+        if self.training:
+            loss = loss + sum(losses.values()) * share_of_step(labels, **kwargs)
+        return loss, lm_loss
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -331,16 +333,3 @@ def _align(model: nn.Module) -> None:
     for weight in model.parameters():
         if weight.device.type == "cpu" and weight.data_ptr() % 64:
             weight.data = weight.data.clone()
-
-
-def _share_of_step(
-    labels: Tensor,
-    num_items_in_batch: Tensor | int | None = None,
-    shift_labels: Tensor | None = None,
-    **_: Any,
-) -> Tensor | float:
-    """Weight of this micro-batch's router losses, so that over a step they make up a mean."""
-    if num_items_in_batch is None:
-        return 1.0
-    targets = labels[..., 1:] if shift_labels is None else shift_labels
-    return (targets != -100).sum() / num_items_in_batch

@@ -18,7 +18,8 @@ from etr.hf.convert import ROUTING, TransformReport, folder_config, write_tensor
 from etr.hf.loading import read_config
 from etr.hf.matching import skeleton, to_theirs
 from etr.hf.modeling import EtrForCausalLM
-from etr.hf.shards import LazyTensor, ShardReader, ShardWriter
+from etr.hf.shard_writer import ShardWriter
+from etr.hf.shards import LazyTensor, ShardReader
 from etr.moe import MoE, moe_layers
 from etr.moe.affinity import router_dtype, token_norm
 from etr.moe.routers import EtrRouter, Router, RouterConfig, TokenChoice

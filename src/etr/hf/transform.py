@@ -26,7 +26,8 @@ from etr.hf.convert import (
 from etr.hf.loading import read_config
 from etr.hf.matching import of_ours, skeleton, to_ours, to_theirs
 from etr.hf.modeling import EtrForCausalLM
-from etr.hf.shards import ShardReader, ShardWriter
+from etr.hf.shard_writer import ShardWriter
+from etr.hf.shards import ShardReader
 from etr.model.transform import LazyTensor, Stats, Transform, summed
 from etr.moe import MoE, MoEConfig
 from etr.moe.watch import LayerView, watch

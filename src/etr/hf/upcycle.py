@@ -11,13 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    MixtralConfig,
-    PreTrainedConfig,
-    Qwen2MoeConfig,
-    Qwen3MoeConfig,
-)
+from transformers import AutoConfig
 
 from etr.hf.config import EtrConfig
 from etr.hf.convert import (
@@ -27,64 +21,17 @@ from etr.hf.convert import (
     is_beyond,
     write_tensors,
 )
+from etr.hf.dense import DENSE
 from etr.hf.matching import initial_state, skeleton
 from etr.hf.modeling import EtrForCausalLM
-from etr.hf.shards import LazyTensor, ShardReader, ShardWriter
+from etr.hf.shard_writer import ShardWriter
+from etr.hf.shards import LazyTensor, ShardReader
 from etr.moe.config import parse_capacity, parse_router
 from etr.moe.routers import TokenChoice
 from etr.moe.table import config_to_dict
 from etr.pretrained import from_local
 
 ExpertSource = Literal["copy", "slice"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dense:
-    """A dense family, and the MoE family that has the same attention.
-
-    Args:
-        moe: config of the MoE family.
-        width: its attribute for the width inside each expert.
-        num_experts: its attribute for the number of experts.
-        fixed: further attributes of it.
-        must_be_off: attributes of the dense config that the MoE family does not have.
-    """
-
-    moe: type[PreTrainedConfig]
-    width: str
-    num_experts: str
-    fixed: dict[str, Any]
-    must_be_off: tuple[str, ...] = ()
-
-
-_EVERY_LAYER = {"decoder_sparse_step": 1, "mlp_only_layers": []}
-DENSE: dict[str, Dense] = {
-    "llama": Dense(
-        moe=MixtralConfig,
-        width="intermediate_size",
-        num_experts="num_local_experts",
-        fixed={"sliding_window": None},
-        must_be_off=("attention_bias", "mlp_bias"),
-    ),
-    "mistral": Dense(
-        moe=MixtralConfig, width="intermediate_size", num_experts="num_local_experts", fixed={}
-    ),
-    "qwen2": Dense(
-        moe=Qwen2MoeConfig,
-        width="moe_intermediate_size",
-        num_experts="num_experts",
-        fixed={**_EVERY_LAYER, "qkv_bias": True},
-        must_be_off=("use_sliding_window",),
-    ),
-    "qwen3": Dense(
-        moe=Qwen3MoeConfig,
-        width="moe_intermediate_size",
-        num_experts="num_experts",
-        fixed=_EVERY_LAYER,
-        must_be_off=("use_sliding_window",),
-    ),
-}
-"""Dense families by model type."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Training over many ranks: meshes, sharding, gradients, storage in parts."""
 
 from etr.parallel.config import ParallelConfig
-from etr.parallel.gradients import gradient_norms, local_part, scale_gradients, sum_gradients
+from etr.parallel.gradients import clip_gradients, gradient_norms, local_part, sum_gradients
 from etr.parallel.launch import is_launched, process_group
 from etr.parallel.ranks import Ranks
 from etr.parallel.sharding import build_mesh, distribute
@@ -12,11 +12,11 @@ __all__ = [
     "ParallelConfig",
     "Ranks",
     "build_mesh",
+    "clip_gradients",
     "distribute",
     "gradient_norms",
     "is_launched",
     "local_part",
     "process_group",
-    "scale_gradients",
     "sum_gradients",
 ]

@@ -51,9 +51,13 @@ def gradient_norms(groups: Sequence[Iterable[nn.Parameter]], ranks: Ranks) -> li
 
 
 @torch.no_grad()
-def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
-    """Multiply gradients in place."""
-    torch._foreach_mul_([local_part(p.grad) for p in parameters if p.grad is not None], factor)
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, ranks: Ranks) -> float:
+    """Scale a gradient down to a norm of `max_norm` at most; returns its norm before that."""
+    parameters = list(parameters)
+    (norm,) = gradient_norms([parameters], ranks)
+    gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
+    torch._foreach_mul_(gradients, min(1.0, max_norm / (norm + 1e-6)))
+    return norm
 
 
 def local_part(tensor: Tensor) -> Tensor:

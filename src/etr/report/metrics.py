@@ -110,40 +110,25 @@ def load_metrics(path: Path) -> Metrics:
     found = json_lines(path.read_bytes())
     lines: list[Mapping[str, Any]] = []
     left_out: list[str] = []
-    train: dict[int, Mapping[str, Any]] = {}
-    evaluations: dict[tuple[int, str], Evaluation] = {}
-    diagnostics: dict[int, Diagnostics] = {}
-    profiles: dict[int, Profile] = {}
-    alarms: dict[tuple[int, str, int | None], Alarm] = {}
+    by_kind: dict[str, dict[tuple[Any, ...], Any]] = {kind: {} for kind in _KNOWN}
     for line in found:
         if line.row is None:
             if line.ended or line is not found[-1]:
                 left_out.append(f"line {line.number} is not a JSON object")
             continue
-        row, where = line.row, f"line {line.number}"
-        lines.append(row)
-        kind = row.get("kind")
+        lines.append(line.row)
+        kind = line.row.get("kind")
         if not isinstance(kind, str) or kind not in _KNOWN:
             continue
         try:
-            step = _step(row, where)
-            if kind == "train":
-                train[step] = _train_values(row, where)
-            elif kind == "eval":
-                evaluation = parse_evaluation(row, step, where)
-                evaluations[step, evaluation.selection] = evaluation
-            elif kind == "diagnostics":
-                diagnostics[step] = parse_diagnostics(row, step)
-            elif kind == "profile":
-                profiles[step] = parse_profile(row, step)
-            else:
-                alarm = parse_alarm(row, step)
-                alarms[step, alarm.name, alarm.layer] = alarm
+            key, value = _parsed(kind, line.row, f"line {line.number}")
+            by_kind[kind][key] = value
         except ValueError as error:
             left_out.append(str(error))
-    rows = [train[step] for step in sorted(train)]
+    in_order = {kind: [found[key] for key in sorted(found)] for kind, found in by_kind.items()}
+    rows = in_order["train"]
     return Metrics(
-        step=np.array(sorted(train), dtype=np.int64),
+        step=np.array([step for (step,) in sorted(by_kind["train"])], dtype=np.int64),
         train={
             field: np.array([row[field] for row in rows], dtype=np.float64)
             for field in TRAIN_FIELDS
@@ -152,16 +137,37 @@ def load_metrics(path: Path) -> Metrics:
         choices=_counts([row["layers"] for row in rows], "num_choices_per_expert"),
         kept=_counts([row["layers"] for row in rows], "num_tokens_per_expert"),
         losses=tuple(dict.fromkeys(name for row in rows for name in row["losses"])),
-        evaluations=tuple(evaluations[key] for key in sorted(evaluations)),
-        diagnostics=tuple(diagnostics[step] for step in sorted(diagnostics)),
-        profiles=tuple(profiles[step] for step in sorted(profiles)),
-        alarms=tuple(alarms.values()),
+        evaluations=tuple(in_order["eval"]),
+        diagnostics=tuple(in_order["diagnostics"]),
+        profiles=tuple(in_order["profile"]),
+        alarms=tuple(by_kind["alarm"].values()),
         notes=(
             *_damage(path.name, found, left_out),
             *_unknown(lines, path.name),
             *_shortness(len(rows)),
         ),
     )
+
+
+def _parsed(kind: str, row: Mapping[str, Any], where: str) -> tuple[tuple[Any, ...], Any]:
+    """What a line of a known kind holds, and by what a later line of it takes its place.
+
+    Raises:
+        ValueError: a field is malformed.
+    """
+    step = _step(row, where)
+    match kind:
+        case "train":
+            return (step,), _train_values(row, where)
+        case "eval":
+            evaluation = parse_evaluation(row, step, where)
+            return (step, evaluation.selection), evaluation
+        case "diagnostics":
+            return (step,), parse_diagnostics(row, step)
+        case "profile":
+            return (step,), parse_profile(row, step)
+    alarm = parse_alarm(row, step)
+    return (step, alarm.name, str(alarm.layer)), alarm
 
 
 def _damage(name: str, lines: Sequence[JsonLine], left_out: Sequence[str]) -> list[str]:

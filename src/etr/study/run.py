@@ -7,7 +7,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,34 @@ class Run:
         return folder / self.task / f"{self.row}-{self.steps}-seed{self.seed}.json"
 
 
+@dataclass(kw_only=True)
+class _Course:
+    """What is measured along a run."""
+
+    seconds: list[float] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    expert_flops: float = 0.0
+
+    def evaluated(self, step: int, train_loss: float, found: dict[str, Any]) -> None:
+        spent = {"expert_flops": self.expert_flops, "cpu_seconds": sum(self.seconds)}
+        self.curve.append({"step": step, **spent, "train_loss": train_loss, **found})
+
+    def summary(self, top_k: int) -> dict[str, Any]:
+        last = self.rows[-max(1, round(LAST_SHARE * len(self.rows))) :]
+        return {
+            "expert_flops": self.expert_flops,
+            "cpu_seconds": sum(self.seconds),
+            "step_seconds_median": statistics.median(self.seconds),
+            "kept_per_token": _mean(self.rows, "kept_per_choice") * top_k,
+            "kept_per_token_last": _mean(last, "kept_per_choice") * top_k,
+            "max_violation_last": _mean(last, "max_violation"),
+            "tokens_without_expert_last": _mean(last, "tokens_without_expert"),
+            "curve": self.curve,
+            "final": self.curve[-1],
+        }
+
+
 def execute(
     run: Run,
     folder: Path,
@@ -100,23 +128,21 @@ def execute(
     def gradient() -> torch.Tensor:
         return backward(task, model, next(batches), max_norm)
 
-    seconds, flops, curve, rows = [], 0.0, [], []
+    course = _Course()
     evaluations = EVALUATIONS if config.steps >= 100 else 1
     due = {round(config.steps * (i + 1) / evaluations) for i in range(evaluations)}
     for step in range(config.steps):
         began = time.process_time()
         rate = learning_rate(config.optimizer, step, config.steps)
         loss = take_step(optimizer, gradient, rate)
-        seconds.append(time.process_time() - began)
+        course.seconds.append(time.process_time() - began)
         stats = attachment.last_stats
-        flops += expert_flops(model, stats)
-        rows.append(routing_metrics(stats, config.model.routing.top_k))
+        course.expert_flops += expert_flops(model, stats)
+        course.rows.append(routing_metrics(stats, config.model.routing.top_k))
         on_step(step + 1)
         if step + 1 in due:
-            point = {"step": step + 1, "expert_flops": flops, "cpu_seconds": sum(seconds)}
-            curve.append({**point, "train_loss": float(loss), **_evaluate(task, config, model)})
+            course.evaluated(step + 1, float(loss), _evaluate(task, config, model))
     attachment.detach()
-    last = rows[-max(1, round(LAST_SHARE * config.steps)) :]
     result = {
         "format": FORMAT,
         "run": dataclasses.asdict(run),
@@ -126,15 +152,7 @@ def execute(
         "steps": config.steps,
         "tokens_per_step": config.data.sequence_length * config.data.batch_size,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "expert_flops": flops,
-        "cpu_seconds": sum(seconds),
-        "step_seconds_median": statistics.median(seconds),
-        "kept_per_token": _mean(rows, "kept_per_choice") * config.model.routing.top_k,
-        "kept_per_token_last": _mean(last, "kept_per_choice") * config.model.routing.top_k,
-        "max_violation_last": _mean(last, "max_violation"),
-        "tokens_without_expert_last": _mean(last, "tokens_without_expert"),
-        "curve": curve,
-        "final": curve[-1],
+        **course.summary(config.model.routing.top_k),
     }
     if weights is not None:
         _save(model, weights / run.path(Path()).with_suffix(".safetensors"))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 from etr.files import ASIDE, put_back, read_json, remove_temporaries
@@ -96,3 +98,17 @@ def _put_in_order(folder: Path) -> None:
     remove_temporaries(folder / FOLDER)
     for path in (folder / FOLDER).glob(f"{ASIDE}*"):
         put_back(path.with_name(path.name.removeprefix(ASIDE)))
+
+
+def has_metrics(run: Path) -> bool:
+    """Whether a run has written metrics."""
+    path = run / METRICS
+    return path.is_file() and path.stat().st_size > 0
+
+
+def set_metrics_aside(run: Path) -> Path:
+    """Give a run's metrics a name that is free; returns it."""
+    names = (run / f"metrics.{number}.jsonl" for number in count(1))
+    kept = next(path for path in names if not path.exists())
+    os.replace(run / METRICS, kept)
+    return kept

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +20,29 @@ from etr.hf import EtrForCausalLM
 from etr.moe import attach, moe_layers
 from etr.moe.losses import even_losses
 from etr.moe.notice import warn
-from etr.parallel import Ranks, gradient_norms, scale_gradients, sum_gradients
+from etr.parallel import Ranks, clip_gradients, sum_gradients
 from etr.train.alarms import Alarms
 from etr.train.checkpoint import Snapshot, snapshot
 from etr.train.checkpoint_folder import TrainState
 from etr.train.config import TrainConfig
 from etr.train.diagnose import diagnose, mixed_batches
-from etr.train.folders import CONFIG, METRICS, refuse_unless_run, writing
+from etr.train.folders import (
+    CONFIG,
+    has_metrics,
+    refuse_unless_run,
+    set_metrics_aside,
+    writing,
+)
 from etr.train.interrupt import stop_on_interrupt
 from etr.train.metrics import (
     expert_flops,
-    layer_in_words,
     layer_metrics,
+    layers_in_words,
     memory_bytes,
-    nonfinite_in_words,
     router_grad_norms,
     routing_metrics,
 )
-from etr.train.model import find_device
+from etr.train.model import enable_checkpointing, find_device
 from etr.train.objective import Objective
 from etr.train.optimizer import build_optimizer, learning_rate
 from etr.train.profile import profile_pass
@@ -131,12 +135,7 @@ class Trainer:
         self.model = self.task.build(config)
         torch.nn.Module.to(self.model, self.device).train()
         if config.gradient_checkpointing:
-            # Renamed in later versions of transformers, which deprecate the old name.
-            model = self.model
-            enable = getattr(
-                model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
-            )
-            enable()
+            enable_checkpointing(self.model)
         self.mesh = spread(self.model, config.parallel, self.ranks)
         self.objective = Objective(self.model, self.ranks, config.precision)
         self.optimizer = build_optimizer(self.model, config.optimizer)
@@ -235,7 +234,9 @@ class Trainer:
         if self.mesh is not None:
             sum_gradients(self.model, self.mesh)
         router_norms = router_grad_norms(self.model, self.ranks)
-        return loss, losses, router_norms, self._clip()
+        max_norm = self.config.optimizer.max_grad_norm
+        norm = clip_gradients(self.model.parameters(), max_norm, self.ranks)
+        return loss, losses, router_norms, norm
 
     def evaluate(self) -> list[Row]:
         """Held-out loss in the configured selection, and dropless."""
@@ -291,13 +292,6 @@ class Trainer:
         )
         return snapshot(self.model, self.data.tokenizer, self.optimizer, state)
 
-    def _clip(self) -> float:
-        """Scale the gradient down to its largest norm; its norm before that."""
-        parameters = list(self.model.parameters())
-        norm = gradient_norms([parameters], self.ranks)[0]
-        scale_gradients(parameters, min(1.0, self.config.optimizer.max_grad_norm / (norm + 1e-6)))
-        return norm
-
     def _open_run(self) -> None:
         config, names = self.config, self.saver.names()
         if config.resume or (config.auto_resume and names):
@@ -307,7 +301,7 @@ class Trainer:
                 f"out={config.out!r} already holds a run with checkpoints; continue it with "
                 "resume, or choose another folder"
             )
-        elif self.ranks.from_first(_has_rows(self.run)):
+        elif self.ranks.from_first(has_metrics(self.run)):
             self._start_again()
         self._recorder: Recorder | None = None
         if self.ranks.is_first:
@@ -325,15 +319,9 @@ class Trainer:
                 "another folder, or begin it again with auto_resume"
             )
         if self.ranks.is_first:
-            kept = next(
-                path
-                for number in count(1)
-                if not (path := self.run / f"metrics.{number}.jsonl").exists()
-            )
-            os.replace(self.run / METRICS, kept)
             warn(
                 f"{self.run} has metrics and no checkpoint: starting at step 1 again, what there "
-                f"was is in {kept.name}"
+                f"was is in {set_metrics_aside(self.run).name}"
             )
 
     def _restore(self) -> None:
@@ -357,13 +345,7 @@ class Trainer:
         return self._recorder.write(row)
 
     def _diverged(self, loss: float) -> None:
-        good, layers = self.saver.saved or "none was saved", moe_layers(self.model)
         raise TrainingDiverged(
-            f"loss is {loss} at step {self.step + 1}; last good checkpoint: {good}; "
-            + "; ".join([nonfinite_in_words(layers, self.ranks), *map(layer_in_words, layers)])
+            f"loss is {loss} at step {self.step + 1}; last good checkpoint: "
+            f"{self.saver.saved or 'none was saved'}; {layers_in_words(self.model, self.ranks)}"
         )
-
-
-def _has_rows(run: Path) -> bool:
-    path = run / METRICS
-    return path.is_file() and path.stat().st_size > 0

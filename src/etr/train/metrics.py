@@ -184,8 +184,14 @@ def layer_metrics(layer: MoE, stats: dict[str, Tensor]) -> dict[str, float | Non
     }
 
 
-def layer_in_words(layer: MoE) -> str:
-    """One layer's weights and load in a few words, for an error; of this rank's part."""
+def layers_in_words(model: EtrForCausalLM, ranks: Ranks) -> str:
+    """Layers' scores, weights and load in a few words, for an error; all ranks ask together."""
+    layers = moe_layers(model)
+    return "; ".join([nonfinite_in_words(layers, ranks), *map(_layer_in_words, layers)])
+
+
+def _layer_in_words(layer: MoE) -> str:
+    """One layer's weights and load; of this rank's part."""
     counts = layer.pending.get("num_tokens_per_expert")
     kept = "none" if counts is None else counts.tolist()
     parts = [local_part(p.detach()).float() for p in layer.parameters()]

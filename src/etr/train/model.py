@@ -95,3 +95,10 @@ def find_device(name: str) -> torch.device:
             f"which takes {best.type} here"
         ) from error
     return torch.device(name)
+
+
+def enable_checkpointing(model: EtrForCausalLM) -> None:
+    """Recompute activations in the backward pass."""
+    # Renamed in later versions of transformers, which deprecate the old name.
+    old = model.gradient_checkpointing_enable
+    getattr(model, "activation_checkpointing_enable", old)()
