@@ -182,7 +182,7 @@ def parse_json(content: bytes) -> Any:
     """The value of a JSON text in UTF-8.
 
     Raises:
-        ValueError: it is none; completes a sentence that begins with its name.
+        ValueError: it is not JSON; the message completes a sentence that begins with its name.
     """
     try:
         return json.loads(content.decode())
@@ -205,7 +205,7 @@ class JsonLine:
     Args:
         number: of the line, from 1.
         raw: its bytes, without the newline.
-        row: the object; None where the line is none.
+        row: the object; None where the line does not hold one.
         ended: a newline follows, so that the line was written whole.
     """
 

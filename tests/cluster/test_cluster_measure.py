@@ -12,7 +12,7 @@ import torch
 from gloo_ranks import start
 
 from etr.cli.cluster import run
-from etr.cluster.measure import Curve, MeasureConfig, join_group
+from etr.cluster.measure import MeasureConfig, NetworkCurve, join_group
 
 WORLD = 3
 
@@ -37,7 +37,7 @@ def test_measure_writes_curve_and_figure(tmp_path):
         (tmp_path / "port").write_text(str(server.getsockname()[1]))
     start(worker, (str(tmp_path),), WORLD)
     found = json.loads((tmp_path / "curve" / "curve.json").read_text())
-    assert set(found) == set(Curve.__dataclass_fields__)
+    assert set(found) == set(NetworkCurve.__dataclass_fields__)
     assert found["node_of_rank"] == [0, 0, 1]
     assert found["sizes"] == [1024, 65536]
     assert min(found["seconds"]) > 0

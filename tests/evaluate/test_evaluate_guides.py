@@ -118,8 +118,8 @@ def test_blocks_run_as_shown(page: Path, block: Block) -> None:
 
 
 def test_the_tasks_are_those_of_the_table() -> None:
-    from etr.evaluate.tasks import HELD_OUT, TASKS
+    from etr.evaluate.tasks import EXAMS, HELD_OUT
 
     text = PAGES[0].read_text(encoding="utf-8")
-    for name in (HELD_OUT, *TASKS):
+    for name in (HELD_OUT, *EXAMS):
         assert f"\n| `{name}` |" in text, name

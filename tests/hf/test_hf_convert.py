@@ -16,7 +16,7 @@ from tiny_models import base_config, calibrated, family_model, make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from etr.hf import FAMILIES, EtrConfig, EtrForCausalLM, convert, load_pretrained
-from etr.hf.convert import Difference, logits_difference, write_model
+from etr.hf.convert import LogitsDifference, logits_difference, write_model
 from etr.hf.layouts import LAYOUTS, Layout
 from etr.hf.shard_writer import MARKER
 from etr.hf.shards import WEIGHTS, ShardReader
@@ -160,7 +160,7 @@ def test_a_conversion_that_computes_something_else_is_refused(
     [(0.0, 0.0, True), (9e-4, 1.0, True), (2e-3, 1.0, False), (float("nan"), 1.0, False)],
 )
 def test_what_counts_as_rounding(median: float, logit: float, same: bool) -> None:
-    difference = Difference(largest=1.0, median=median, logit=logit)
+    difference = LogitsDifference(largest=1.0, median=median, logit=logit)
     assert difference.same_function is same
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from etr.study.collection import Collection
 from etr.study.markdown import page
-from etr.study.summary import Row, difference, resolution, rows_of
+from etr.study.summary import StudyRow, difference, resolution, rows_of
 
 
 def result(name: str, seed: int, loss: float, steps: int = 100) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def result(name: str, seed: int, loss: float, steps: int = 100) -> dict[str, Any
     }
 
 
-def rows(*pairs: tuple[str, list[float]]) -> list[Row]:
+def rows(*pairs: tuple[str, list[float]]) -> list[StudyRow]:
     return rows_of(
         [result(name, seed, loss) for name, losses in pairs for seed, loss in enumerate(losses)]
     )

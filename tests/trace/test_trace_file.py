@@ -178,7 +178,7 @@ def test_damage_inside(path):
 
 def test_a_parquet_file_that_is_no_trace(tmp_path):
     pq.write_table(pa.table({"a": [1]}), tmp_path / "t")
-    with pytest.raises(ValueError, match="no routing trace"):
+    with pytest.raises(ValueError, match="not a routing trace"):
         read_trace(tmp_path / "t")
 
 

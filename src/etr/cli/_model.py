@@ -62,7 +62,7 @@ def open_any_model(
 
 
 def _model_type(folder: Path) -> str | None:
-    """As the folder's config.json says; None where it says none or is not there."""
+    """The model type in the folder's config.json; None where it has none or is not there."""
     path = folder / "config.json"
     if not path.is_file():
         return None  # `open_model` says what is wrong

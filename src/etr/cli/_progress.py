@@ -32,7 +32,6 @@ from etr.prose import prose_text
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Row = dict[str, Any]
 PLAIN_EVERY = 50
 """Steps between lines where the output is not a terminal."""
 SILENCE = 25.0
@@ -103,7 +102,7 @@ class TrainingProgress:
         self._progress, self._console, self._total = progress, console, total
         self._tasks: dict[str, Any] = {}
 
-    def step(self, name: str, row: Row) -> None:
+    def step(self, name: str, row: dict[str, Any]) -> None:
         """Show one row of metrics; diagnostics and profiles are for the report alone."""
         if row["kind"] not in ("train", "eval", "alarm"):
             return
@@ -122,7 +121,7 @@ class TrainingProgress:
         self._progress.update(self._tasks[name], completed=row["step"], text=text)
 
 
-def describe(row: Row) -> str:
+def describe(row: dict[str, Any]) -> str:
     """A row of training, evaluation or alarm in a few words."""
     if row["kind"] == "alarm":
         return f"ALARM {row['message']}"

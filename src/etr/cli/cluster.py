@@ -14,7 +14,7 @@ from etr.cli._options import parse
 from etr.cluster import EmulatedCluster, emulate, remove_leftovers
 
 if TYPE_CHECKING:
-    from etr.cluster.measure import Curve
+    from etr.cluster.measure import NetworkCurve
 
 _PARTS = {
     "emulate": "run a command on nodes with limited network rates, on this machine",
@@ -62,7 +62,7 @@ def _measure(arguments: list[str]) -> int:
     return 0
 
 
-def _write_curve(curve: Curve, out: Path) -> None:
+def _write_curve(curve: NetworkCurve, out: Path) -> None:
     from etr.cluster.figure import curve_drawing
     from etr.files import write_json
     from etr.report.figure import house_style, save_files
@@ -104,7 +104,7 @@ class BenchCommand:
     rounds: int | None = None
     """Times that all rows are timed in turn. None: the recipe's."""
     shapes: tuple[str, ...] | None = None
-    """Of 2x2 and 4x1, nodes x ranks per node. None: the recipe's."""
+    """Shapes among 2x2 and 4x1, nodes x ranks per node; None for the recipe's."""
     variants: tuple[str, ...] | None = None
     """Rows to run. None: all."""
 

@@ -31,11 +31,11 @@ class GenerateConfig:
     max_new_tokens: int = 200
     """Tokens to add."""
     temperature: float = 0.8
-    """Of the sampling; 0 takes the likeliest token."""
+    """Temperature of the sampling; 0 takes the likeliest token."""
     top_p: float = 0.95
     """Sample from the likeliest tokens that hold this much probability."""
     seed: int = 0
-    """Of the sampling."""
+    """Seed of the sampling."""
     selection: str = "threshold"
     """How experts select: threshold, dropless, batch or another name in SERVING, perhaps with
     options."""

@@ -76,7 +76,7 @@ class SuccessConfig(SizeConfig):
     signal: float = 1.5
     """Score of the telling token at its expert, standard deviations of the others' scores."""
     noisy: bool = False
-    """That score varies like the others, around the signal."""
+    """Let that score vary like the others, around the signal."""
     capacity_factors: tuple[float, ...] = FACTORS
     """Capacities, in mean loads."""
 
@@ -102,13 +102,13 @@ class SuccessConfig(SizeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CapacityConfig(SizeConfig):
+class RequiredCapacityConfig(SizeConfig):
     """The capacity that a success rate needs, and the lower bound from angles."""
 
     signal: float = 1.5
     """Score of the telling token at its expert, standard deviations of the others' scores."""
     noisy: bool = False
-    """That score varies like the others, around the signal."""
+    """Let that score vary like the others, around the signal."""
     wanted: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
     """Success rates."""
     hidden_size: int = 128
@@ -185,7 +185,7 @@ class CheckConfig(SizeConfig):
     seed: int = 0
     """Seed of the samples."""
     confidence: float = 0.999
-    """That all intervals hold at once."""
+    """Confidence that all intervals hold at once."""
 
     @cached_property
     def rows(self) -> list[CheckRow]:
@@ -229,7 +229,7 @@ class CheckConfig(SizeConfig):
 
 Command = (
     Annotated[SuccessConfig, tyro.conf.subcommand("success")]
-    | Annotated[CapacityConfig, tyro.conf.subcommand("capacity")]
+    | Annotated[RequiredCapacityConfig, tyro.conf.subcommand("capacity")]
     | Annotated[CrossoverConfig, tyro.conf.subcommand("crossover")]
     | Annotated[CheckConfig, tyro.conf.subcommand("check")]
 )

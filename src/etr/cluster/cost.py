@@ -56,11 +56,11 @@ class Links:
     """What the network of a cluster gives."""
 
     latency_seconds: float
-    """Of one exchange among all ranks, seconds."""
+    """Latency of one exchange among all ranks, seconds."""
     within_bytes_per_second: float
-    """Inside a node, shared by its ranks."""
+    """Rate inside a node, shared by its ranks."""
     between_bytes_per_second: float
-    """Of a node's uplink, in each direction."""
+    """Rate of a node's uplink, in each direction."""
 
     def exchange_seconds(self, traffic: Tensor, node_of_rank: Sequence[int]) -> float:
         """Time of an exchange: the latency, and the time of the busiest link.

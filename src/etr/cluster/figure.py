@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from etr.cluster.measure import Curve
+from etr.cluster.measure import NetworkCurve
 from etr.report.figure import Drawing, add_legend, new_figure
 from etr.report.spec import Numbers
 from etr.report.style import variant_style
 
 
-def curve_drawing(curve: Curve) -> Drawing:
+def curve_drawing(curve: NetworkCurve) -> Drawing:
     """Seconds of an exchange against bytes per rank, measured and fitted; inside `house_style`."""
     figure = new_figure()
     (axes,) = figure.axes

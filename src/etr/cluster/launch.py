@@ -15,7 +15,7 @@ from typing import IO
 from etr.cluster.network import INTERFACE, Network, NetworkConfig, network
 
 PORT = 29400
-"""Of the rendezvous on node 0."""
+"""Port of the rendezvous on node 0."""
 
 
 @dataclass(frozen=True, kw_only=True)

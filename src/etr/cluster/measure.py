@@ -44,7 +44,7 @@ class MeasureConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curve:
+class NetworkCurve:
     """What was measured.
 
     Args:
@@ -71,7 +71,7 @@ class Curve:
         return {**vars(self), **{k: v and vars(v) for k, v in lines.items()}}
 
 
-def measure_curve(config: MeasureConfig) -> Curve:
+def measure_curve(config: MeasureConfig) -> NetworkCurve:
     """Measure; every rank of the initialised process group calls it and gets the same curve.
 
     Raises:
@@ -88,7 +88,7 @@ def measure_curve(config: MeasureConfig) -> Curve:
         pair: [_message(*pair, size, config.rounds, device) for size in config.sizes]
         for pair in pairs
     }
-    return Curve(
+    return NetworkCurve(
         node_of_rank=tuple(nodes),
         sizes=config.sizes,
         seconds=tuple(seconds),

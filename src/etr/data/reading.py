@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-Row = tuple[str, Any]
+Record = tuple[str, Any]
 """Where a record stands, e.g. "talks.jsonl, line 3", and its value."""
 
 MAX_EXPANSION = 200
@@ -56,7 +56,7 @@ def read_text(file: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_rows(file: Path) -> Iterator[Row]:
+def read_rows(file: Path) -> Iterator[Record]:
     """A file's records: those of Parquet by its suffix, else JSON lines or one JSON array.
 
     Raises:
@@ -80,7 +80,7 @@ def _read_bytes(file: Path) -> bytes:
     return data
 
 
-def _json_rows(file: Path) -> Iterator[Row]:
+def _json_rows(file: Path) -> Iterator[Record]:
     text = read_text(file)
     if text.lstrip().startswith("["):
         values = _parse(text, str(file))
@@ -106,7 +106,7 @@ def _parse(text: str, where: str) -> Any:
     return value
 
 
-def _parquet_rows(file: Path) -> Iterator[Row]:
+def _parquet_rows(file: Path) -> Iterator[Record]:
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile
@@ -123,7 +123,7 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
         raise ValueError(f"{file}: damaged after row {number}, or not Parquet ({error})") from error
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".jsonl": _json_rows,
     ".ndjson": _json_rows,
     ".parquet": _parquet_rows,

@@ -5,11 +5,12 @@ from etr.evaluate.comparison import ModelResult, comparison_json, comparison_mar
 from etr.evaluate.harness import run_tasks
 from etr.evaluate.held_out import EvalResult, describe_selection, evaluate
 from etr.evaluate.scores import score_densities
-from etr.evaluate.tasks import TASKS, Exam, TaskConfig, TaskResult
+from etr.evaluate.tasks import EXAMS, Exam, TaskConfig, TaskResult
 
-Task = Exam  # its name in earlier versions
+Task, TASKS = Exam, EXAMS  # their names in earlier versions
 
 __all__ = [
+    "EXAMS",
     "TASKS",
     "EvalResult",
     "Exam",

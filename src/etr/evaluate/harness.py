@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHOICE_MEASURES = ("acc_norm", "acc")
-"""Of multiple choice: by log-likelihood over the choice's length in characters, and without."""
+"""Scores of multiple choice: log-likelihood over the choice's length in characters, and without."""
 
 
 def run_tasks(
@@ -175,7 +175,7 @@ def _simple_evaluate(
 def _write_chat(
     template: ChatTemplate, turns: list[dict[str, str]], add_generation_prompt: bool = True
 ) -> str:
-    """As the harness would, which tries without system turns where a template refuses them."""
+    """Do as the harness does: try without system turns where a template refuses them."""
     options = {
         "add_generation_prompt": add_generation_prompt,
         "continue_final_message": not add_generation_prompt,

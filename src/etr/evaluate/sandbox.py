@@ -260,7 +260,7 @@ class _Program:
 
     def _line(self, deadline: float) -> dict[str, Any]:
         """The next line of the report; empty where there is none, or what the program wrote there
-        is no report.
+        is not a report.
 
         Raises:
             TimeoutError: there was none before the deadline.

@@ -31,7 +31,7 @@ UNKNOWN_SCALE = (
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """What the tensors are that go through `_Carry`: the router losses, then these.
+    """The order of the tensors that go through `_Carry`: the router losses, then these.
 
     Args:
         names: of the router losses.

@@ -44,7 +44,7 @@ TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
+class LogitsDifference:
     """How far apart the logits of two models are, in float32 and dropless, on random tokens.
 
     Args:
@@ -94,7 +94,7 @@ class TransformReport:
     same_function: bool = True
     reason: str = ""
     ignored: tuple[str, ...] = ()
-    difference: Difference | None = None
+    difference: LogitsDifference | None = None
 
 
 ConvertReport = TransformReport
@@ -144,7 +144,7 @@ def convert(
     writer = ShardWriter(target, recipe, max_shard_bytes)
     write_tensors(writer, tensors, progress)
     writer.copy_beside(source)
-    comparison = Comparison(source)
+    comparison = LogitsComparison(source)
     new = folder_config(config, found, reader.config)
     writer.finish(new, comparison if compare else lambda folder: None)
     return TransformReport(
@@ -158,7 +158,7 @@ def convert(
     )
 
 
-class Comparison:
+class LogitsComparison:
     """A check for `ShardWriter.finish`: the new folder computes what `source` does.
 
     Args:
@@ -171,7 +171,7 @@ class Comparison:
 
     def __init__(self, source: str | Path, demand: bool = True) -> None:
         self._source, self._demand = source, demand
-        self.found: Difference | None = None
+        self.found: LogitsDifference | None = None
 
     def __call__(self, folder: Path) -> None:
         """Compare.
@@ -216,7 +216,7 @@ def write_model(model: EtrForCausalLM, target: str | Path, source: str | Path) -
 
 
 @torch.no_grad()
-def logits_difference(first: str | Path, second: str | Path) -> Difference:
+def logits_difference(first: str | Path, second: str | Path) -> LogitsDifference:
     """Compare two model folders; one model at a time is in memory."""
     logits = []
     for folder in (first, second):
@@ -227,7 +227,7 @@ def logits_difference(first: str | Path, second: str | Path) -> Difference:
         logits.append(model(input_ids=ids).logits)
         del model
     rows = (logits[0] - logits[1]).abs().amax((1, 2))
-    return Difference(
+    return LogitsDifference(
         largest=float(rows.max()), median=float(rows.median()), logit=float(logits[0].abs().max())
     )
 

@@ -13,7 +13,7 @@ from etr.hf.config import EtrConfig
 
 def aux_loss(
     config: EtrConfig,
-    router_logits: tuple[Tensor, ...] | None,
+    router_logits: Any,
     attention_mask: Tensor | None,
     input_ids: Tensor | None,
     inputs_embeds: Tensor | None,

@@ -208,7 +208,7 @@ class EtrForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self._logits(outputs.last_hidden_state, logits_to_keep)
         losses = collector.losses()
         loss, lm_loss = self._loss(logits, labels, losses, **kwargs)
-        fields = {"loss": loss, "logits": logits, "router_losses": losses}
+        fields: dict[str, Any] = {"loss": loss, "logits": logits, "router_losses": losses}
         for name in ("hidden_states", "attentions", "router_logits"):
             fields[name] = outputs.get(name)
         fields = carry(fields, losses, collector.layers[0].loss_scale)

@@ -135,8 +135,8 @@ def plain_config(config: EtrConfig) -> EtrConfig:
         fits = router == TokenChoice()
     if not fits:
         raise ValueError(
-            f"router {router!r} is no softmax over linear logits from which tokens choose, which "
-            "is all that plain engines know"
+            f"router {router!r} is not a softmax over linear logits from which tokens choose, "
+            "which is all that plain engines know"
         )
     if base.model_type not in PLAIN:
         raise ValueError(
@@ -219,7 +219,7 @@ class _PlainReader(ShardReader):
         # The state is left out, and routers are replaced.
         self._left = [
             key
-            for key in super().keys()  # noqa: SIM118  it is no dict
+            for key in super().keys()  # noqa: SIM118  it is not a dict
             if key not in state and not any(key.startswith(f"{name}.router.") for name in names)
         ]
 

@@ -134,7 +134,7 @@ class ShardReader:
     def _read_header(self, shard: str) -> None:
         try:
             with safe_open(self.folder / shard, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118  it is no dict
+                for key in file.keys():  # noqa: SIM118  it is not a dict
                     part = file.get_slice(key)
                     if key in self._shard:
                         raise ValueError(f"{key!r} stands in {self._shard[key]} and in {shard}")

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from etr.hf.config import EtrConfig
 from etr.hf.convert import (
-    Comparison,
+    LogitsComparison,
     TransformReport,
     folder_config,
     is_beyond,
@@ -53,7 +53,7 @@ class UpcycleConfig:
     capacity: str = "factor"
     """Capacity policy in training; trained experts lose by one that starts by dropping much."""
     seed: int = 0
-    """Of routers and noise."""
+    """Seed of routers and noise."""
 
     def __post_init__(self) -> None:
         if self.num_experts < 1:
@@ -133,7 +133,7 @@ def upcycle(
     write_tensors(writer, tensors, progress)
     writer.copy_beside(source)
     reason = config.changes_function()
-    comparison = Comparison(source, demand=reason is None)
+    comparison = LogitsComparison(source, demand=reason is None)
     new = folder_config(moe_config, "etr", reader.config)
     writer.finish(new, comparison if compare else lambda folder: None)
     return TransformReport(
@@ -221,7 +221,7 @@ def _tensors(reader: ShardReader, model: EtrForCausalLM, config: UpcycleConfig) 
             lacking.append(name)
     unknown = [
         name
-        for name in reader.keys()  # noqa: SIM118  it is no dict
+        for name in reader.keys()  # noqa: SIM118  it is not a dict
         if name not in found
         and name not in used
         and not name.endswith("rotary_emb.inv_freq")

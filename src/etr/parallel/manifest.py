@@ -31,7 +31,7 @@ def read_manifest(folder: Path) -> Files:
     """The files that a folder's manifest lists.
 
     Raises:
-        ValueError: there is no manifest, or it is none.
+        ValueError: there is no manifest, or it is malformed.
     """
     try:
         files = read_json(folder / NAME)

@@ -21,7 +21,7 @@ def build_mesh(config: ParallelConfig, ranks: Ranks, device_type: str) -> Device
     """The mesh ("data", "expert") over all ranks; consecutive ranks hold different experts.
 
     Raises:
-        ValueError: the number of ranks is no multiple of expert_ranks.
+        ValueError: the number of ranks is not a multiple of expert_ranks.
     """
     if ranks.size % config.expert_ranks:
         raise ValueError(

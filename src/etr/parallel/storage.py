@@ -60,7 +60,7 @@ def model_tensors(model: nn.Module) -> Tensors:
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
     """The optimizer's tensors by name, made first for a new one; they share memory with it.
 
-    Numbers such as the learning rate are no part of it: the run's config has them.
+    Numbers such as the learning rate are not part of it: the run's config has them.
     """
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
@@ -135,7 +135,7 @@ def _among(ranks: Ranks) -> dict[str, Any]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """That one process is one process is no news."""
+    """Hide the warning that one process is one process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

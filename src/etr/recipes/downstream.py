@@ -67,7 +67,7 @@ class DownstreamConfig:
     sequence_length: int = 256
     """Longest instruction, tokens; longer ones are cut."""
     learning_rate: float = 2e-5
-    """Of fine-tuning."""
+    """Learning rate of fine-tuning."""
     teleqna_questions: int = 200
     """Questions of TeleQnA."""
     mmlu_questions: int = 100
@@ -228,7 +228,7 @@ def sft_words(config: DownstreamConfig, router: str) -> list[str]:
     ]  # fmt: skip
 
 
-TASKS = (LOSS, "teleqna", "mmlu_dev", "humaneval")
+SCORED = (LOSS, "teleqna", "mmlu_dev", "humaneval")
 
 
 def evaluate(
@@ -236,7 +236,7 @@ def evaluate(
     stage: str,
     model: str,
     command: RunCommand,
-    tasks: Sequence[str] = TASKS,
+    tasks: Sequence[str] = SCORED,
     selection: str | None = None,
 ) -> None:
     """Tasks on a model, a command and a file each; with another selection, as a row of its own."""

@@ -109,7 +109,7 @@ def run(recipe: RecoverRecipe) -> dict[str, Any]:
     found = recover(model, open_data(data), config)
     result = {"format": 1, "recipe": dataclasses.asdict(recipe), **found.to_dict()}
     result["recipe"]["data"].pop("cache_dir")
-    for name in ("out", "page"):  # where it lies is no part of the result
+    for name in ("out", "page"):  # where it lies is not part of the result
         result["recipe"].pop(name)
     write_json(out / "recover.json", result)
     return result

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from etr.report.observations import Alarm
+from etr.report.observations import LoggedAlarm
 from etr.report.results import Results
 from etr.report.wording import counted
 
@@ -33,7 +33,7 @@ class Warned:
 
 def gather_alarms(results: Results) -> tuple[Warned, ...]:
     """All alarms of all runs, in the order of the runs and of their first step."""
-    groups: dict[tuple[str, str, int | None], list[Alarm]] = {}
+    groups: dict[tuple[str, str, int | None], list[LoggedAlarm]] = {}
     for row in results.rows:
         name = row.name if len(results.of(row.name)) == 1 else f"{row.name}, seed {row.seed}"
         for alarm in row.metrics.alarms if row.metrics else ():

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from etr.report.summary import Difference, Estimate, Summary, VariantSummary, Verdict
+from etr.report.summary import Difference, SeedEstimate, Summary, VariantSummary, Verdict
 from etr.report.wording import ABSENT, NBSP, between, fixed, percent, short, signed, significant
 
 Tone = Literal["plain", "good", "bad", "quiet", "alarm"]
@@ -70,7 +70,7 @@ def difference_range_cell(variant: VariantSummary, key: str = "val_loss") -> Cel
     return Cell(text=between(found.low, found.high, LOSS_DIGITS))
 
 
-def missing_seeds(value: Estimate) -> str:
+def missing_seeds(value: SeedEstimate) -> str:
     """`2 of 3 seeds` where a seed lacks the number, else nothing."""
     return f"{value.count} of {value.count + value.missing} seeds" if value.missing else ""
 

@@ -36,7 +36,7 @@ class MetricsTail:
         self.modified: float | None = None
         """When the file was last written, in seconds since the epoch."""
         self.num_damaged = 0
-        """Whole lines that were no JSON object and are left out."""
+        """Whole lines that were not JSON objects and are left out."""
         self._file: tuple[int, int] | None = None
         self._offset = 0
         self._seen = b""

@@ -35,7 +35,7 @@ class Found(Generic[T]):
 
 
 def first_of_each(results: Results, get: Callable[[Row], T | None]) -> list[Found[T]]:
-    """For each variant, the first seed that has it."""
+    """The first seed of each variant that has it."""
     found = []
     for index, name in enumerate(results.names):
         for row in results.of(name):

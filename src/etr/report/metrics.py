@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from etr.files import JsonLine, json_lines
 from etr.report.observations import (
-    Alarm,
     Array,
     Diagnostics,
     Evaluation,
+    LoggedAlarm,
     Profile,
     label,
     number,
@@ -90,7 +90,7 @@ class Metrics:
     """Diagnostics, steps ascending."""
     profiles: tuple[Profile, ...]
     """Profiles, steps ascending."""
-    alarms: tuple[Alarm, ...]
+    alarms: tuple[LoggedAlarm, ...]
     """Alarms in the order of the file."""
     notes: tuple[str, ...]
     """What was damaged, unknown or short, one sentence each."""

@@ -85,13 +85,13 @@ class Profile:
     step: int
     """Optimizer steps done."""
     seconds: Mapping[str, float]
-    """For each of `SPANS`; overlapped time is part of computation and of communication."""
+    """Seconds of each of `SPANS`; overlapped time is part of computation and of communication."""
     operators: tuple[Operator, ...]
     """The longest operators, longest first."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Alarm:
+class LoggedAlarm:
     """Something that training says went wrong."""
 
     step: int
@@ -101,7 +101,7 @@ class Alarm:
     layer: int | None
     """Which MoE layer; None for the whole model."""
     message: str
-    """In plain words."""
+    """What happened, in plain words."""
 
 
 def number(value: Any, where: str) -> float | None:
@@ -170,10 +170,10 @@ def parse_profile(line: Mapping[str, Any], step: int) -> Profile:
     )
 
 
-def parse_alarm(line: Mapping[str, Any], step: int) -> Alarm:
+def parse_alarm(line: Mapping[str, Any], step: int) -> LoggedAlarm:
     """One line of kind `alarm`."""
     layer = line.get("layer")
-    return Alarm(
+    return LoggedAlarm(
         step=step,
         name=label(line.get("name") or "alarm"),
         layer=layer if isinstance(layer, int) else None,

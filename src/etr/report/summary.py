@@ -15,7 +15,7 @@ KEPT_GAP_ALARM = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class SeedEstimate:
     """One number of one variant over its seeds."""
 
     mean: float
@@ -93,10 +93,10 @@ class VariantSummary:
     """False where later tokens may change earlier ones; None where the runs do not say."""
     seeds: tuple[int, ...]
     """Seeds, ascending."""
-    estimates: Mapping[str, Estimate]
-    """By name of the number; absent where no seed has it."""
+    estimates: Mapping[str, SeedEstimate]
+    """Estimates by name of the number; a number that no seed has is absent."""
     differences: Mapping[str, Difference]
-    """By name of the number; empty for the baseline, absent where nothing can be paired."""
+    """Differences by name of the number; empty for the baseline or where nothing can be paired."""
 
     @property
     def kept_gap(self) -> float | None:
@@ -119,7 +119,7 @@ class Summary:
     """All variants, the baseline first."""
 
     variants: tuple[VariantSummary, ...]
-    """In order of the results; never empty."""
+    """Summaries in the order of the results; never empty."""
 
     @property
     def baseline(self) -> VariantSummary:
@@ -173,12 +173,12 @@ def _summarize_variant(
     )
 
 
-def estimate(rows: Sequence[Row], key: str) -> Estimate | None:
+def estimate(rows: Sequence[Row], key: str) -> SeedEstimate | None:
     """Mean and range of one number over a variant's rows; None where no row has it."""
     values = [value for row in rows if (value := row.values[key]) is not None]
     if not values:
         return None
-    return Estimate(
+    return SeedEstimate(
         mean=mean(values),
         low=min(values),
         high=max(values),

@@ -15,7 +15,7 @@ def fixed(value: float | None, digits: int) -> str:
 
 
 def signed(value: float | None, digits: int) -> str:
-    """As `fixed`, with a plus before what is above 0."""
+    """Like `fixed`, with a plus before what is above 0."""
     return ABSENT if value is None else _minus(f"{value:+,.{digits}f}")
 
 
@@ -71,7 +71,7 @@ def clipped_inside(text: str, most: int) -> str:
 
 
 def sentence(text: str) -> str:
-    """With a capital at the start and a full stop at the end; nothing stays nothing."""
+    """Put a capital at the start and a full stop at the end; nothing stays nothing."""
     return text and text[0].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from etr.study.grid import Match
-from etr.study.summary import Result, Row, rows_of
+from etr.study.summary import RunResult, StudyRow, rows_of
 
 TIMES = "times.json"
 
@@ -23,14 +23,14 @@ class Collection:
         times: name of a task to what `step_times` returned.
     """
 
-    blocks: dict[str, tuple[str, Match, tuple[Row, ...]]]
+    blocks: dict[str, tuple[str, Match, tuple[StudyRow, ...]]]
     times: dict[str, dict[str, Any]]
 
-    def rows(self, block: str) -> tuple[Row, ...]:
+    def rows(self, block: str) -> tuple[StudyRow, ...]:
         """Rows of a block; empty where it was not run."""
         return self.blocks[block][2] if block in self.blocks else ()
 
-    def row(self, task: str, name: str) -> Row | None:
+    def row(self, task: str, name: str) -> StudyRow | None:
         """A row at equal steps: the one with most seeds, from whichever block has it."""
         found = [
             row
@@ -38,7 +38,7 @@ class Collection:
             for row in rows
             if of == task and match == "steps" and row.name == name
         ]
-        merged: dict[int, dict[int, Result]] = {}
+        merged: dict[int, dict[int, RunResult]] = {}
         for row in found:
             by_seed = merged.setdefault(row.steps, {})
             by_seed.update({result["run"]["seed"]: result for result in row.results})
@@ -46,9 +46,9 @@ class Collection:
             return None
         # Those with most seeds: a long run is another comparison.
         results = max(merged.values(), key=len)
-        return Row(name=name, results=tuple(results[seed] for seed in sorted(results)))
+        return StudyRow(name=name, results=tuple(results[seed] for seed in sorted(results)))
 
-    def base(self, block: str, reference: str) -> Row | None:
+    def base(self, block: str, reference: str) -> StudyRow | None:
         """What the rows of a block are compared with: its own reference row, or the task's."""
         task, match, rows = self.blocks[block]
         own = [row for row in rows if row.name == reference and match == "steps"]
@@ -61,7 +61,9 @@ class Collection:
         return None if row is None else float(row["mean_ratio"])
 
 
-def collect(folder: Path, blocks: Sequence[tuple[str, str, Match, Sequence[Result]]]) -> Collection:
+def collect(
+    folder: Path, blocks: Sequence[tuple[str, str, Match, Sequence[RunResult]]]
+) -> Collection:
     """Put results of blocks and the times beside them together.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 from etr.files import write_text
 from etr.report.statistics import mean, t_interval
 from etr.study.collection import Collection
-from etr.study.summary import Row
+from etr.study.summary import StudyRow
 
 MARKERS = {"steps": "o", "expert_flops": "s", "seconds": "^"}
 NAMES = {"steps": "equal steps", "expert_flops": "equal expert FLOPs", "seconds": "equal time"}
@@ -60,7 +60,7 @@ def _svg(figure: Any) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _spread(row: Row) -> tuple[float, float]:
+def _spread(row: StudyRow) -> tuple[float, float]:
     """Mean loss and half-width of its interval."""
     values = list(row.losses().values())
     interval = t_interval(values)

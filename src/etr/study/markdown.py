@@ -7,10 +7,10 @@ from collections.abc import Callable
 from etr.sheet import table
 from etr.study.collection import Collection
 from etr.study.grid import MATCHES
-from etr.study.summary import Row, difference, resolution
+from etr.study.summary import StudyRow, difference, resolution
 from etr.study.verdicts import verdicts
 
-Cell = Callable[[Row], str]
+CellOfRow = Callable[[StudyRow], str]
 
 
 def page(study: Collection, reference: str, figures: dict[str, str], notes: str) -> str:
@@ -81,18 +81,18 @@ def _blocks(study: Collection, reference: str) -> list[str]:
             continue
         flops = base.average("expert_flops")
 
-        def relative(row: Row, flops: float = flops) -> str:
+        def relative(row: StudyRow, flops: float = flops) -> str:
             return f"{row.average('expert_flops') / flops:.2f}"
 
-        def time(row: Row, task: str = task, base: Row = base) -> str:
+        def time(row: StudyRow, task: str = task, base: StudyRow = base) -> str:
             ratio = study.seconds(task, row.name)
             return "" if ratio is None else f"{ratio * row.steps / base.steps:.2f}"
 
-        def delta(row: Row, base: Row = base) -> str:
+        def delta(row: StudyRow, base: StudyRow = base) -> str:
             found = difference(row, base)
             return "" if found is None or row is base else f"{found}"
 
-        columns: dict[str, Cell] = {
+        columns: dict[str, CellOfRow] = {
             "row": lambda row: f"`{row.name}`",
             "steps": lambda row: str(row.steps),
             "seeds": lambda row: str(len(row.seeds)),
@@ -117,12 +117,12 @@ def _blocks(study: Collection, reference: str) -> list[str]:
     return parts
 
 
-def _served(row: Row, key: str) -> float | None:
+def _served(row: StudyRow, key: str) -> float | None:
     value = row.final("threshold", key)
     return row.final("dropless", key) if value is None else value
 
 
-def _dropped(row: Row) -> str:
+def _dropped(row: StudyRow) -> str:
     lost, others = row.final("threshold", "dropped_loss"), row.final("threshold", "kept_loss")
     return "" if lost is None or others is None else f"{lost:.3f} ({others:.3f})"
 

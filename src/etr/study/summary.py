@@ -9,11 +9,11 @@ from typing import Any
 
 from etr.report.statistics import mean, t_interval
 
-Result = dict[str, Any]
+RunResult = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
+class LossDifference:
     """Loss of a row less that of its reference, paired by seed.
 
     Args:
@@ -41,11 +41,11 @@ class Difference:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class StudyRow:
     """One row of a block over its seeds."""
 
     name: str
-    results: tuple[Result, ...]
+    results: tuple[RunResult, ...]
 
     @property
     def steps(self) -> int:
@@ -97,19 +97,19 @@ class Row:
         return statistics.fmean(values) if values else None
 
 
-def rows_of(results: Sequence[Result]) -> list[Row]:
+def rows_of(results: Sequence[RunResult]) -> list[StudyRow]:
     """Group results by row and steps, in the order in which rows first appear."""
-    groups: dict[tuple[str, int], list[Result]] = {}
+    groups: dict[tuple[str, int], list[RunResult]] = {}
     for result in results:
         name = result["run"]["variant"].partition("/")[0].partition(":")[0].partition("=")[0]
         groups.setdefault((name, result["steps"]), []).append(result)
     return [
-        Row(name=name, results=tuple(sorted(group, key=lambda r: r["run"]["seed"])))
+        StudyRow(name=name, results=tuple(sorted(group, key=lambda r: r["run"]["seed"])))
         for (name, _), group in groups.items()
     ]
 
 
-def difference(row: Row, reference: Row, mode: str = "served") -> Difference | None:
+def difference(row: StudyRow, reference: StudyRow, mode: str = "served") -> LossDifference | None:
     """Paired difference of losses; None where no seed is shared.
 
     Args:
@@ -119,10 +119,10 @@ def difference(row: Row, reference: Row, mode: str = "served") -> Difference | N
     pairs = [own[seed] - other[seed] for seed in own if seed in other]
     if not pairs:
         return None
-    return Difference(mean=mean(pairs), interval=t_interval(pairs), seeds=len(pairs))
+    return LossDifference(mean=mean(pairs), interval=t_interval(pairs), seeds=len(pairs))
 
 
-def resolution(rows: Sequence[Row], reference: Row) -> float | None:
+def resolution(rows: Sequence[StudyRow], reference: StudyRow) -> float | None:
     """Median half-width of the intervals: the smallest difference that could have been seen."""
     widths = []
     for row in rows:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from etr.study.collection import Collection
-from etr.study.summary import Difference, difference
+from etr.study.summary import LossDifference, difference
 
 NO_WORSE = 0.02
 """Nats by which a loss may be higher, at the interval's upper end, to be called no worse."""
@@ -49,12 +49,12 @@ def verdicts(study: Collection) -> list[Verdict]:
     return [verdict for make in makers if (verdict := make(study)) is not None]
 
 
-def _compare(study: Collection, task: str, row: str, other: str) -> Difference | None:
+def _compare(study: Collection, task: str, row: str, other: str) -> LossDifference | None:
     own, reference = study.row(task, row), study.row(task, other)
     return difference(own, reference) if own and reference else None
 
 
-def _no_worse(found: Difference, why_not: str, why: str) -> tuple[str, str]:
+def _no_worse(found: LossDifference, why_not: str, why: str) -> tuple[str, str]:
     if found.interval is None:
         return UNKNOWN, "One seed gives no interval."
     if found.interval[0] > 0:

@@ -30,11 +30,11 @@ class Bounds(NamedTuple):
     upper: Array
     """In [0, 1]."""
     valid: NDArray[np.bool_]
-    """Where the theorem says what it claims to say."""
+    """Whether the theorem says what it claims to say."""
 
     @property
     def vacuous(self) -> NDArray[np.bool_]:
-        """Where it excludes nothing."""
+        """Whether it excludes nothing."""
         return (self.lower <= 0.0) & (self.upper >= 1.0)
 
 

@@ -123,7 +123,7 @@ def read_trace(path: str | Path) -> Trace:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is cut short or damaged, is no trace, or is one of another format.
+        ValueError: the file is cut short or damaged, is not a trace, or is one of another format.
     """
     path = Path(path)
     if not path.is_file():
@@ -149,7 +149,7 @@ def _check_ends(path: Path) -> None:
         file.seek(max(size - len(_MAGIC), 0))
         ends = file.read() == _MAGIC and size > 2 * len(_MAGIC)
     if not begins:
-        raise ValueError(f"{path} is no routing trace: it is not a Parquet file")
+        raise ValueError(f"{path} is not a routing trace: it is not a Parquet file")
     if not ends:
         raise ValueError(f"{path} is cut short (its end is missing); write it again")
 

@@ -127,7 +127,7 @@ class _TokenRows:
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
-    """A token as text; a piece that is no whole character as the tokenizer writes it."""
+    """A token as text; a piece that is not a whole character as the tokenizer writes it."""
     text = str(tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
     if text and "\N{REPLACEMENT CHARACTER}" not in text:
         return text

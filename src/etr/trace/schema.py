@@ -89,11 +89,11 @@ class TraceInfo:
             metadata: of a Parquet file.
             where: name of the file, for errors.
         Raises:
-            ValueError: the file is no trace, of another format, or its metadata is malformed.
+            ValueError: the file is not a trace, is of another format, or its metadata is malformed.
         """
         if not metadata or KEY not in metadata:
             raise ValueError(
-                f"{where} is a Parquet file but no routing trace; write one by etr trace"
+                f"{where} is a Parquet file but not a routing trace; write one by etr trace"
             )
         values = _object(metadata[KEY], where)
         if values.get("format") != FORMAT:

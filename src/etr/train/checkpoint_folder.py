@@ -178,7 +178,7 @@ def read_state(checkpoint: Path) -> TrainState:
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise UnusableState(f"{STATE} cannot be used: {error!r}") from error
     if not (all(type(n) is int and n >= 0 for n in counters) and names):
-        raise UnusableState(f"{STATE} has counters that are no numbers")
+        raise UnusableState(f"{STATE} has counters that are not numbers")
     if not all(type(n) in (int, float) for n in sums):
         raise UnusableState(f"{STATE} has sums that are no numbers")
     if step_of(checkpoint) not in (-1, state.step):

@@ -24,7 +24,7 @@ from etr.moe import moe_layers
 from etr.train.config import TrainConfig, stored_config
 from etr.train.folders import METRICS, RESULTS, ROW, refuse_unless_comparison, writing
 from etr.train.interrupt import stop_on_interrupt
-from etr.train.loop import Row, Trainer, TrainResult
+from etr.train.loop import MetricsRow, Trainer, TrainResult
 from etr.train.metrics import count_parameters, read_metrics
 from etr.train.tasks import LanguageTask
 from etr.train.variants import Variant, parse_variant
@@ -33,7 +33,8 @@ FORMAT = 1
 LAST_STEPS = 100
 """Steps at the end of training over which kept shares are averaged."""
 
-OnStep = Callable[[str, int, Row], None]
+OnStep = Callable[[str, int, MetricsRow], None]
+ResultRow = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ def compare(
     out = Path(config.run.out)
     refuse_unless_comparison(out)
     _refuse_others(out, config)
-    rows: list[Row] = []
+    rows: list[ResultRow] = []
     with writing(out), stop_on_interrupt() as asked_to_stop:
         data = open_data(config.run.data)
         for seed in config.seeds:
@@ -127,7 +128,7 @@ def _round(
     asked_to_stop: Callable[[], bool],
     on_step: OnStep,
     on_result: Callable[[TrainResult], None],
-) -> list[Row] | None:
+) -> list[ResultRow] | None:
     """Train all variants of one seed in lockstep; None if asked to stop."""
     runs = {
         variant.name: dataclasses.replace(
@@ -169,7 +170,7 @@ def _is_finished(run: TrainConfig) -> bool:
     return (Path(run.out) / ROW).exists()
 
 
-def _stored_row(name: str, run: TrainConfig) -> Row:
+def _stored_row(name: str, run: TrainConfig) -> ResultRow:
     path = Path(run.out) / ROW
     stored = read_json(path)
     found = stored.get("row") if isinstance(stored, dict) else None
@@ -181,7 +182,7 @@ def _stored_row(name: str, run: TrainConfig) -> Row:
             f"{run.out} holds a finished run of another config; choose another out folder, or "
             "remove it"
         )
-    row: Row = found
+    row: ResultRow = found
     return row
 
 
@@ -216,7 +217,7 @@ def _plain(run: TrainConfig) -> dict[str, Any]:
     return values
 
 
-def _add_step_time_ratios(out: Path, rows: list[Row]) -> None:
+def _add_step_time_ratios(out: Path, rows: list[ResultRow]) -> None:
     """Median over rounds of a variant's step time over the first variant's in the same round."""
     first = rows[0]["name"]
     times = {
@@ -233,7 +234,7 @@ def _add_step_time_ratios(out: Path, rows: list[Row]) -> None:
         row["step_time_ratio_median"] = statistics.median(ratios) if ratios else None
 
 
-def _summary(name: str, run: TrainConfig, result: TrainResult) -> Row:
+def _summary(name: str, run: TrainConfig, result: TrainResult) -> ResultRow:
     rows = read_metrics(result.run / "metrics.jsonl")
     steps = [row for row in rows if row.get("kind") == "train"]
     evals = {

@@ -1,4 +1,4 @@
-"""What a folder is the folder of, and holding it while writing into it."""
+"""Tell whose folder a folder is, and hold it while writing into it."""
 
 from __future__ import annotations
 

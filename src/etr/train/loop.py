@@ -46,7 +46,7 @@ from etr.train.model import enable_checkpointing, find_device
 from etr.train.objective import Objective
 from etr.train.optimizer import build_optimizer, learning_rate
 from etr.train.profile import profile_pass
-from etr.train.recorder import Recorder, Row
+from etr.train.recorder import MetricsRow, Recorder
 from etr.train.saver import Saver
 from etr.train.spread import spread
 from etr.train.step import take_step
@@ -81,7 +81,7 @@ def train(
     config: TrainConfig,
     *,
     data: OpenedData | None = None,
-    on_step: Callable[[Row], None] = lambda row: None,
+    on_step: Callable[[MetricsRow], None] = lambda row: None,
 ) -> TrainResult:
     """Train a language model; metrics and checkpoints go to ``config.out``.
 
@@ -162,7 +162,7 @@ class Trainer:
         """Whether all steps are done."""
         return self.step >= self.config.steps
 
-    def advance(self, on_step: Callable[[Row], None] = lambda row: None) -> None:
+    def advance(self, on_step: Callable[[MetricsRow], None] = lambda row: None) -> None:
         """One step, and what is due after it: evaluation, diagnostics, profile, checkpoint."""
         for work in self._due():
             for row in work():
@@ -170,7 +170,7 @@ class Trainer:
         if self.finished or self.step % self.config.checkpoint_every == 0:
             self.save()
 
-    def _due(self) -> Iterator[Callable[[], list[Row]]]:
+    def _due(self) -> Iterator[Callable[[], list[MetricsRow]]]:
         """What this step asks for, in order."""
         diagnostics = self.config.diagnostics and self.ranks.size == 1
         if self.step == 0 and diagnostics:
@@ -195,7 +195,7 @@ class Trainer:
             stopped=not self.finished,
         )
 
-    def train_step(self) -> list[Row]:
+    def train_step(self) -> list[MetricsRow]:
         """One optimizer step; writes and returns its row of metrics, and alarms."""
         began = time.perf_counter()
         rate = learning_rate(self.config.optimizer, self.step, self.config.steps)
@@ -238,7 +238,7 @@ class Trainer:
         norm = clip_gradients(self.model.parameters(), max_norm, self.ranks)
         return loss, losses, router_norms, norm
 
-    def evaluate(self) -> list[Row]:
+    def evaluate(self) -> list[MetricsRow]:
         """Held-out loss in the configured selection, and dropless."""
         asked = self.config.model.routing.eval_selection
         rows, done = [], set[str]()
@@ -256,7 +256,7 @@ class Trainer:
                 )
         return rows
 
-    def diagnose(self) -> list[Row]:
+    def diagnose(self) -> list[MetricsRow]:
         """What routing does to held-out tokens."""
         data = self.config.data
         batches = mixed_batches(
@@ -265,7 +265,7 @@ class Trainer:
         domains = self.data.dataset.domains
         return self._write("diagnostics", **diagnose(self.model, batches, domains))
 
-    def profile(self) -> list[Row]:
+    def profile(self) -> list[MetricsRow]:
         """Where the time of a forward and backward pass over the last batch goes."""
         batch = self._last_batch
         return self._write(
@@ -330,7 +330,7 @@ class Trainer:
         self.elapsed = state.elapsed_seconds
         self.loader.load_state_dict(state.loader)
 
-    def _write(self, kind: str, **values: Any) -> list[Row]:
+    def _write(self, kind: str, **values: Any) -> list[MetricsRow]:
         """Record a row; it, and the alarms it raises. Nothing but on rank 0."""
         if self._recorder is None:
             return []

@@ -164,7 +164,7 @@ def layer_metrics(layer: MoE, stats: dict[str, Tensor]) -> dict[str, float | Non
     Returns:
         capacity: mean limit of an expert in one forward, tokens; None where nothing limits.
         capacity_lower_bound: of arXiv 2406.00023, Remark 7, at the 99th percentile of chosen
-            affinities, tokens; None where scores are no cosines.
+            affinities, tokens; None where scores are not cosines.
         kept_affinity_mass: gates of kept pairs over gates of chosen ones; None where not counted.
     """
     experts = layer.config.num_experts

@@ -11,7 +11,7 @@ from etr.train.folders import METRICS
 from etr.train.metrics import MetricsFile, read_metrics
 from etr.train.trackers import open_trackers, scalars
 
-Row = dict[str, Any]
+MetricsRow = dict[str, Any]
 COUNTERS = ("step", "tokens", "expert_flops", "elapsed_seconds")
 """What every row begins with, beside its kind."""
 
@@ -36,7 +36,7 @@ class Recorder:
             alarms.update(row)
         self._trackers = open_trackers(trackers, run, after_step)
 
-    def write(self, row: Row) -> list[Row]:
+    def write(self, row: MetricsRow) -> list[MetricsRow]:
         """Write a row, and after it a row for each alarm that it raises; returns all of them."""
         counters = {name: row[name] for name in COUNTERS}
         rows = [row] + [

@@ -49,7 +49,7 @@ class RecoverConfig:
     steps: int = 100
     """Steps in which the new router learns the old one's choices; experts stay as they are."""
     learning_rate: float = 3e-3
-    """Of these steps."""
+    """Learning rate of these steps."""
     into_fixed: int = 0
     """After them, steps in which the directions turn to the fixed frame while the whole model
     trains, and as many of a copy whose directions stay, to compare with. 0: they stay learned."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from etr.cluster.bench.plan import BenchConfig, Text, nodes_of
+from etr.cluster.bench.plan import BenchConfig, TextKind, nodes_of
 from etr.report.statistics import mean
 
-Result = dict[str, Any]
-Cell = tuple[str, Text, str]
+Timing = dict[str, Any]
+BenchCell = tuple[str, TextKind, str]
 """Shape, text, variant."""
 
 
@@ -24,7 +24,7 @@ class Book:
     def __init__(self, config: BenchConfig, results: dict[str, Any]) -> None:
         self.config, self.curves = config, results["curves"]
         self._trained = results["trained"]
-        self._timed: dict[tuple[str, str, str, str, int], list[Result]] = {}
+        self._timed: dict[tuple[str, str, str, str, int], list[Timing]] = {}
         for timed in results["timed"]:
             run = timed["run"]
             key = (
@@ -36,11 +36,11 @@ class Book:
             )
             self._timed.setdefault(key, []).append(timed)
 
-    def timings(self, cell: Cell, compute: str, seed: int) -> list[Result]:
+    def timings(self, cell: BenchCell, compute: str, seed: int) -> list[Timing]:
         """Rounds of a row."""
         return self._timed.get((*cell, compute, seed), [])
 
-    def seconds(self, cell: Cell, compute: str = "emulated") -> dict[int, float]:
+    def seconds(self, cell: BenchCell, compute: str = "emulated") -> dict[int, float]:
         """Median step time by seed."""
         found = {s: self.timings(cell, compute, s) for s in self.config.seeds}
         return {
@@ -49,27 +49,27 @@ class Book:
             if rounds
         }
 
-    def counted(self, cell: Cell, key: str) -> dict[int, float]:
+    def counted(self, cell: BenchCell, key: str) -> dict[int, float]:
         """A counter of the emulated timing by seed."""
         found = {s: self.timings(cell, "emulated", s) for s in self.config.seeds}
         return {s: mean([r[key] for r in rounds]) for s, rounds in found.items() if rounds}
 
-    def trained(self, cell: Cell, key: str) -> dict[int, Any]:
+    def trained(self, cell: BenchCell, key: str) -> dict[int, Any]:
         """A number of the training run by seed."""
         names = {s: self.config.run_of(*cell, s).name for s in self.config.seeds}
         return {s: self._trained[n][key] for s, n in names.items() if n in self._trained}
 
-    def local_share(self, cell: Cell, what: str = "kept") -> dict[int, float]:
+    def local_share(self, cell: BenchCell, what: str = "kept") -> dict[int, float]:
         """Share of kept (or `chosen`) pairs whose expert is on the token's node, by seed."""
         counts = self.trained(cell, what)
         return {seed: local_share(found, nodes_of(cell[0])) for seed, found in counts.items()}
 
-    def kept_share(self, cell: Cell) -> dict[int, float]:
+    def kept_share(self, cell: BenchCell) -> dict[int, float]:
         """Kept pairs over chosen ones by seed."""
         kept, chosen = self.trained(cell, "kept"), self.trained(cell, "chosen")
         return {seed: _total(kept[seed]) / _total(chosen[seed]) for seed in kept}
 
-    def has(self, cell: Cell) -> bool:
+    def has(self, cell: BenchCell) -> bool:
         """Whether every seed of a row is there."""
         return len(self.seconds(cell)) == len(self.config.seeds)
 
@@ -101,7 +101,7 @@ def ratios(own: dict[int, float], base: dict[int, float]) -> list[float]:
     return [own[seed] / base[seed] for seed in own if seed in base]
 
 
-def loss_differences(book: Book, cell: Cell, base: Cell) -> list[float]:
+def loss_differences(book: Book, cell: BenchCell, base: BenchCell) -> list[float]:
     """Held-out loss of a row less that of another, of each seed that both have."""
     own, other = book.trained(cell, "val_loss"), book.trained(base, "val_loss")
     return [own[seed] - other[seed] for seed in own if seed in other]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from etr.cluster.bench.book import Book, Cell, loss_differences, ratios
+from etr.cluster.bench.book import BenchCell, Book, loss_differences, ratios
 from etr.report.statistics import mean, t_interval
 
 
@@ -11,7 +11,7 @@ def ratio(own: dict[int, float], base: dict[int, float]) -> str:
     return with_interval(ratios(own, base), "{:.2f}")
 
 
-def loss_cell(book: Book, cell: Cell, base: Cell) -> str:
+def loss_cell(book: Book, cell: BenchCell, base: BenchCell) -> str:
     """Held-out loss less that of another row, with its interval."""
     return with_interval(loss_differences(book, cell, base), "{:+.3f}")
 

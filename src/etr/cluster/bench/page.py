@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from etr.cluster.bench.book import Book, Cell
+from etr.cluster.bench.book import BenchCell, Book
 from etr.cluster.bench.cells import average, loss_cell, ratio
 from etr.cluster.bench.plan import (
     EMULATED,
@@ -96,11 +96,11 @@ def _mixed(book: Book) -> str:
     )
 
 
-def _table(book: Book, cells: Iterable[Cell]) -> str:
+def _table(book: Book, cells: Iterable[BenchCell]) -> str:
     cells = [cell for cell in cells if book.has(cell)]
     if not cells:
         return ""
-    base: Cell = (cells[0][0], cells[0][1], "baseline")
+    base: BenchCell = (cells[0][0], cells[0][1], "baseline")
     rows = []
     for cell in cells:
         step = mean(list(book.seconds(cell).values()))
@@ -135,11 +135,11 @@ def _table(book: Book, cells: Iterable[Cell]) -> str:
 def _locality(book: Book) -> str:
     """The locality loss alone, on both texts and all shapes."""
     rows = []
-    cells: list[Cell] = [(shape, "own", "locality") for shape in book.config.shapes]
+    cells: list[BenchCell] = [(shape, "own", "locality") for shape in book.config.shapes]
     for cell in [*cells, (book.config.shapes[0], "mixed", "locality")]:
         if not book.has(cell):
             continue
-        base: Cell = (cell[0], cell[1], "baseline")
+        base: BenchCell = (cell[0], cell[1], "baseline")
         nodes = max(nodes_of(cell[0])) + 1
         shares, violations = book.local_share(cell, "chosen"), book.trained(cell, "max_violation")
         local, uneven = (mean(list(values.values())) for values in (shares, violations))

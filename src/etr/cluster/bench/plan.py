@@ -14,7 +14,7 @@ from etr.train import ModelConfig, OptimizerConfig, RoutingOptions, TrainConfig
 
 RANKS = 4
 """Ranks of every run; both shapes have as many."""
-Text = Literal["own", "mixed"]
+TextKind = Literal["own", "mixed"]
 EMULATED, REAL = "emulated", "real"
 PADDED, PLAIN = "all_to_all_padded", "all_to_all"
 CHUNKED = "chunked:all_to_all,chunks=4"
@@ -66,11 +66,11 @@ RECIPES: dict[str, Recipe] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class BenchRun:
     """One training run. Its shape is "any" where nodes change nothing."""
 
     recipe: str
-    text: Text
+    text: TextKind
     shape: str
     seed: int
 
@@ -175,9 +175,9 @@ class BenchConfig:
         for name in ("inter", "intra"):
             parse_rate(getattr(self, name))
 
-    def cells(self) -> list[tuple[str, Text, str]]:
+    def cells(self) -> list[tuple[str, TextKind, str]]:
         """(shape, text, variant) of every timed row; mixed text on the first shape alone."""
-        found: list[tuple[str, Text, str]] = [
+        found: list[tuple[str, TextKind, str]] = [
             (shape, "own", name)
             for shape in self.shapes
             for name in self.variants
@@ -186,18 +186,18 @@ class BenchConfig:
         mixed = [name for name in self.variants if name in MIXED_TEXT]
         return found + [(self.shapes[0], "mixed", name) for name in mixed]
 
-    def run_of(self, shape: str, text: Text, variant: str, seed: int) -> Run:
+    def run_of(self, shape: str, text: TextKind, variant: str, seed: int) -> BenchRun:
         """The training run behind a row."""
         recipe = ROWS[variant].recipe
         shape = shape if RECIPES[recipe].needs_nodes else "any"
-        return Run(recipe=recipe, text=text, shape=shape, seed=seed)
+        return BenchRun(recipe=recipe, text=text, shape=shape, seed=seed)
 
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[BenchRun]:
         """Every training run, seed by seed."""
         found = [self.run_of(*cell, seed) for seed in self.seeds for cell in self.cells()]
         return list(dict.fromkeys(found))
 
-    def training(self, run: Run, out: str) -> TrainConfig:
+    def training(self, run: BenchRun, out: str) -> TrainConfig:
         """Config of a training run."""
         recipe = RECIPES[run.recipe]
         base = TrainConfig(
@@ -243,7 +243,7 @@ class BenchConfig:
         ratio = self.compute_ratio if ratio is None else ratio
         return ratio * self.row_bytes * 2 * 8 / parse_rate(self.inter)
 
-    def computes(self, shape: str, text: Text, variant: str) -> list[str]:
+    def computes(self, shape: str, text: TextKind, variant: str) -> list[str]:
         """How a row's computation is timed: emulated, at other ratios, and real."""
         if variant not in MAIN_ROWS or text != "own":
             return [EMULATED]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from etr.cluster.bench.book import Book, Cell, loss_differences, ratios
+from etr.cluster.bench.book import BenchCell, Book, loss_differences, ratios
 from etr.cluster.bench.cells import with_interval
 from etr.report.statistics import mean, t_interval
 from etr.sheet import table
@@ -19,7 +19,7 @@ def targets_of(book: Book, shape: str) -> str:
     """Each target and whether it is met, for the published ETR and the default one."""
     lines = []
     for name in ("etr-published", "etr"):
-        cells: list[Cell] = [(shape, "own", v) for v in (name, "baseline", "locmoe")]
+        cells: list[BenchCell] = [(shape, "own", v) for v in (name, "baseline", "locmoe")]
         own, base, old = cells
         if not all(map(book.has, cells)):
             continue
@@ -45,7 +45,7 @@ def targets_of(book: Book, shape: str) -> str:
 
 def mixed_target(book: Book, shape: str) -> str:
     """Whether the published ETR sends few enough bytes on mixed text."""
-    cells: list[Cell] = [(shape, "mixed", name) for name in ("etr-published", "baseline")]
+    cells: list[BenchCell] = [(shape, "mixed", name) for name in ("etr-published", "baseline")]
     if not all(map(book.has, cells)):
         return ""
     own, base = (book.counted(cell, "bytes_between_nodes") for cell in cells)
@@ -58,7 +58,7 @@ def mixed_target(book: Book, shape: str) -> str:
     )
 
 
-def _verdict(book: Book, cell: Cell, base: Cell) -> tuple[str, str]:
+def _verdict(book: Book, cell: BenchCell, base: BenchCell) -> tuple[str, str]:
     found = loss_differences(book, cell, base)
     interval = t_interval(found)
     if interval is None:

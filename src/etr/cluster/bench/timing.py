@@ -25,7 +25,7 @@ from etr.cluster.bench.plan import (
     RECIPES,
     ROWS,
     BenchConfig,
-    Run,
+    BenchRun,
     emulated_at,
 )
 from etr.cluster.bench.sleep import add_sleeping_experts
@@ -83,8 +83,8 @@ def ranks_of(bench: BenchConfig, topology: Topology) -> ExpertParallel:
 
 
 def _time(bench: BenchConfig, job: dict[str, Any], parallel: ExpertParallel) -> dict[str, Any]:
-    run = Run(**job["run"])
-    replay = Replay(bench, run, ROWS[job["variant"]].dispatch, job["compute"], parallel)
+    run = BenchRun(**job["run"])
+    replay = TimedReplay(bench, run, ROWS[job["variant"]].dispatch, job["compute"], parallel)
     for batch in range(WARM_UP):
         replay.step(batch)
     seconds = []
@@ -93,7 +93,7 @@ def _time(bench: BenchConfig, job: dict[str, Any], parallel: ExpertParallel) -> 
     return {**job, "seconds": seconds, **replay.traffic()}
 
 
-class Replay:
+class TimedReplay:
     """The MoE layers of one trained model on the ranks of this process group.
 
     Args:
@@ -105,7 +105,12 @@ class Replay:
     """
 
     def __init__(
-        self, bench: BenchConfig, run: Run, dispatch: str, compute: str, parallel: ExpertParallel
+        self,
+        bench: BenchConfig,
+        run: BenchRun,
+        dispatch: str,
+        compute: str,
+        parallel: ExpertParallel,
     ) -> None:
         folder = Path(bench.out) / "trained" / run.name
         rank, recipe = dist.get_rank(), RECIPES[run.recipe]

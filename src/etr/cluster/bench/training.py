@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from etr.cluster.bench.plan import RANKS, RECIPES, BenchConfig, Recipe, Run, nodes_of
+from etr.cluster.bench.plan import RANKS, RECIPES, BenchConfig, BenchRun, Recipe, nodes_of
 from etr.cluster.bench.sharding import sharded_by_routing
 from etr.data import Batch, OpenedData, TokenLoader, open_data
 from etr.files import write_json
@@ -58,7 +58,7 @@ def train_missing(bench: BenchConfig, say: Callable[[str], None]) -> None:
                 process.kill()
 
 
-def _rank(rank: int, bench: BenchConfig, runs: list[Run], meetings: str) -> None:
+def _rank(rank: int, bench: BenchConfig, runs: list[BenchRun], meetings: str) -> None:
     torch.set_num_threads(1)
     data = open_data(bench.training(runs[0], "").data)
     for number, run in enumerate(runs, 1):
@@ -80,7 +80,7 @@ def _rank(rank: int, bench: BenchConfig, runs: list[Run], meetings: str) -> None
             )
 
 
-def _train(bench: BenchConfig, run: Run, data: OpenedData) -> dict[str, Any]:
+def _train(bench: BenchConfig, run: BenchRun, data: OpenedData) -> dict[str, Any]:
     """Train one model, evaluate and record it; every rank returns the same result."""
     folder, rank = Path(bench.out) / "trained" / run.name, dist.get_rank()
     recipe, nodes = RECIPES[run.recipe], nodes_of(run.shape)
@@ -119,7 +119,7 @@ def _train(bench: BenchConfig, run: Run, data: OpenedData) -> dict[str, Any]:
 
 
 def _arrange(trainer: Trainer, recipe: Recipe, nodes: tuple[int, ...]) -> None:
-    """Nodes, the group that capacity counts, and the bonus, which no option of a run sets."""
+    """Set what no option of a run sets: nodes, the group that capacity counts, and the bonus."""
     layers = moe_layers(trainer.model)
     assert layers[0].parallel is not None
     mesh = layers[0].parallel.mesh
@@ -132,7 +132,12 @@ def _arrange(trainer: Trainer, recipe: Recipe, nodes: tuple[int, ...]) -> None:
 
 
 def _loader(
-    bench: BenchConfig, run: Run, data: OpenedData, *, replay: bool = False, whole: bool = False
+    bench: BenchConfig,
+    run: BenchRun,
+    data: OpenedData,
+    *,
+    replay: bool = False,
+    whole: bool = False,
 ) -> TokenLoader:
     """Text of a run, `whole` for all ranks or for this one: its own domains, or of a mixture."""
     rows = bench.replay_rows if replay else bench.rows_per_rank

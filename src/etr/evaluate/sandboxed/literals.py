@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 MANY = 100_000
-"""Most items that are read from an iterable which is no literal, e.g. a generator."""
+"""Most items that are read from an iterable which is not a literal, e.g. a generator."""
 
 
 class Other:
-    """An object that is no literal: equal to itself alone. Its items can be had, and its truth."""
+    """An object that is not a literal: equal to itself alone. Items and truth can be had."""
 
     def __init__(self, kind: str, truth: bool, items: list[Any] | None) -> None:
         self.kind, self.truth, self.items = kind, truth, items

@@ -40,7 +40,7 @@ SCMP_ACT_ALLOW, SCMP_ACT_ERRNO = 0x7FFF0000, 0x00050000
 SCMP_CMP_NE, SCMP_CMP_MASKED_EQ = 1, 7
 
 
-class Comparison(ctypes.Structure):
+class ArgumentComparison(ctypes.Structure):
     """`struct scmp_arg_cmp`: a condition on one argument of a call."""
 
     _fields_ = (
@@ -65,7 +65,7 @@ def install(*, alone: bool) -> bool:
             number = library.seccomp_syscall_resolve_name(name.encode())
             if number != -1:  # else it is newer than the library
                 action = ctypes.c_uint32(SCMP_ACT_ERRNO | errno.EPERM)
-                conditions: Any = (Comparison * len(condition))(*condition)
+                conditions: Any = (ArgumentComparison * len(condition))(*condition)
                 add = library.seccomp_rule_add_array
                 _check(add(rules, action, number, len(condition), conditions))
         _check(library.seccomp_load(rules))
@@ -74,18 +74,18 @@ def install(*, alone: bool) -> bool:
     return True
 
 
-def refused(*, alone: bool) -> Iterator[tuple[str, tuple[Comparison, ...]]]:
+def refused(*, alone: bool) -> Iterator[tuple[str, tuple[ArgumentComparison, ...]]]:
     """Names of system calls, and when they are refused: on all conditions, or always."""
     for name in REFUSED + CHANGES * alone:
         yield name, ()
     if not alone:
         return
     for flag in os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC:
-        yield "open", (Comparison(1, SCMP_CMP_MASKED_EQ, flag, flag),)
-        yield "openat", (Comparison(2, SCMP_CMP_MASKED_EQ, flag, flag),)
+        yield "open", (ArgumentComparison(1, SCMP_CMP_MASKED_EQ, flag, flag),)
+        yield "openat", (ArgumentComparison(2, SCMP_CMP_MASKED_EQ, flag, flag),)
     for name in ("kill", "tgkill"):
-        yield name, (Comparison(0, SCMP_CMP_NE, os.getpid(), 0),)
-    yield "prlimit64", (Comparison(0, SCMP_CMP_NE, 0, 0),)
+        yield name, (ArgumentComparison(0, SCMP_CMP_NE, os.getpid(), 0),)
+    yield "prlimit64", (ArgumentComparison(0, SCMP_CMP_NE, 0, 0),)
 
 
 def _check(found: int) -> None:

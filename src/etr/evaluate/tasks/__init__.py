@@ -69,15 +69,15 @@ class TaskConfig:
             FileNotFoundError: a file is not there.
             ValueError: a file is not what it should be, or a task's package is not installed.
         """
-        return [TASKS[name](self) for name in self.tasks if name in TASKS]
+        return [EXAMS[name](self) for name in self.tasks if name in EXAMS]
 
     @property
     def named(self) -> tuple[str, ...]:
         """The tasks that only the harness can know."""
-        return tuple(name for name in self.tasks if name not in TASKS and name != HELD_OUT)
+        return tuple(name for name in self.tasks if name not in EXAMS and name != HELD_OUT)
 
 
-TASKS: dict[str, Callable[[TaskConfig], Exam]] = {
+EXAMS: dict[str, Callable[[TaskConfig], Exam]] = {
     "mmlu_dev": lambda c: mmlu_dev(c.limit),
     "teleqna": lambda c: teleqna(c.teleqna or "", c.limit),
     "questions": lambda c: own_questions(c.questions or "", c.limit),
@@ -87,7 +87,7 @@ TASKS: dict[str, Callable[[TaskConfig], Exam]] = {
         c.open_answers or "", Embedder(c.embedder or ""), c.limit, c.max_new_tokens
     ),
 }
-"""From the config to a task's questions."""
+"""Builders by name: each makes a task's questions of the config."""
 
 __all__ = [
     "ALL",

@@ -37,7 +37,7 @@ class Score:
 
 
 Scores = dict[str, dict[str, Score]]
-"""By category, then by measure."""
+"""Scores by category, then by measure."""
 
 
 @dataclass(frozen=True, kw_only=True)

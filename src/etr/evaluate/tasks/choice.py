@@ -98,7 +98,7 @@ def teleqna(path: str | Path, limit: int | None = None) -> Exam:
         limit: most questions, at equal distances over the file.
     Raises:
         FileNotFoundError: no such file.
-        ValueError: pyzipper is not installed, or the file is no such zip.
+        ValueError: pyzipper is not installed, or the file is not such a zip.
     """
     pyzipper = require("pyzipper", "pyzipper")
     if not Path(path).is_file():
@@ -107,7 +107,7 @@ def teleqna(path: str | Path, limit: int | None = None) -> Exam:
         entries = _teleqna_entries(Path(path), pyzipper)
         found = [_teleqna_question(entry) for entry in entries.values()]
     except Exception as error:  # readers of a damaged or hostile archive raise what they like
-        raise ValueError(f"teleqna={str(path)!r} is no TeleQnA zip: {error}") from error
+        raise ValueError(f"teleqna={str(path)!r} is not a TeleQnA zip: {error}") from error
     return Exam(name="teleqna", label="TeleQnA", questions=spread(found, limit))
 
 

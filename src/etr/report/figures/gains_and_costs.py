@@ -7,7 +7,7 @@ from etr.report.figure import add_legend, new_figure
 from etr.report.results import Results
 from etr.report.spec import Missing, Numbers, Plot, Spec
 from etr.report.style import variant_style
-from etr.report.summary import Estimate, VariantSummary, causality_note, summarize
+from etr.report.summary import SeedEstimate, VariantSummary, causality_note, summarize
 
 _PANELS = (
     ("step_time_seconds_median", "step time (ms)", 1e3),
@@ -60,7 +60,9 @@ def _has(variant: VariantSummary, field: str) -> bool:
     return field in variant.estimates and "val_loss" in variant.estimates
 
 
-def _draw_point(axes: Axes, index: int, x: Estimate, variant: VariantSummary, scale: float) -> None:
+def _draw_point(
+    axes: Axes, index: int, x: SeedEstimate, variant: VariantSummary, scale: float
+) -> None:
     look, y = variant_style(index), variant.estimates["val_loss"]
     left, centre, right = (value * scale for value in (x.low, x.mean, x.high))
     axes.plot([left, right], [y.mean, y.mean], color=look.color, linewidth=1.1)

@@ -39,7 +39,7 @@ class Task(Protocol):
     """
 
     unit: str
-    """Of the loss."""
+    """Unit of the loss."""
     domains: tuple[str, ...]
     """Names of the kinds of tokens."""
 
