@@ -10,7 +10,9 @@ import pytest
 
 from etr import files
 from etr.files import (
+    find_object,
     put_back,
+    read_object,
     remove_folder,
     remove_temporaries,
     set_aside,
@@ -140,3 +142,25 @@ def test_two_processes_write_one_file(tmp_path: Path) -> None:
         writer.join()
         assert writer.exitcode == 0
     assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("content", "found", "why"),
+    [
+        (b'{"a": NaN}', True, None),
+        (b"[1]", False, "must hold a JSON object, not list"),
+        (b'{"a": 1', False, "is not complete JSON .line 1, column 8"),
+        (b'{"a": "\xff"}', False, "is not a text file in UTF-8 .byte 7"),
+        (b"[" * 100_000, False, "is nested too deeply|recursion"),
+    ],
+)
+def test_an_object_is_read_or_the_reason_given(
+    tmp_path: Path, content: bytes, found: bool, why: str | None
+) -> None:
+    path = tmp_path / "a.json"
+    assert find_object(path) is None
+    path.write_bytes(content)
+    assert (find_object(path) is not None) == found
+    if why is not None:
+        with pytest.raises(ValueError, match=rf"a\.json .*({why})"):
+            read_object(path)

@@ -178,6 +178,27 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} {error}") from error
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not a JSON object; names the file and what is wrong.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(found).__name__}")
+    return found
+
+
+def find_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object that a file holds; None where there is none that can be read."""
+    try:
+        return read_object(path)
+    except (OSError, ValueError):
+        return None
+
+
 def parse_json(content: bytes) -> Any:
     """The value of a JSON text in UTF-8.
 

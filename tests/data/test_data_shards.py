@@ -131,9 +131,9 @@ def test_foreign_shard_without_checksum(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "not JSON, perhaps truncated"),
-        ("[]", "no index of token shards"),
-        ('{"format": "other"}', "no index of token shards"),
+        ("{", "is not complete JSON"),
+        ("[]", "must hold a JSON object, not list"),
+        ('{"format": "other"}', "is not an index of token shards"),
         (json.dumps({"format": shards.FORMAT}), "incomplete"),
         (json.dumps({"format": shards.FORMAT, "shards": [{}]}), "incomplete"),
     ],

@@ -59,7 +59,7 @@ BAD: dict[str, tuple[dict[str, Any], Callable[[Path], Any], type[Exception], str
         {},
         lambda f: (f / "config.json").write_text("{"),
         ValueError,
-        r"config\.json is not JSON",
+        r"config\.json is not complete JSON",
     ),
     "unknown family": (
         {},

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from etr.data import load_tokenizer
+from etr.files import read_object
 from etr.hf import EtrForCausalLM, load_pretrained
 from etr.hf.loading import load_causal
 from etr.train.checkpoint_folder import find_model, is_divided, list_checkpoints
@@ -66,9 +66,5 @@ def _model_type(folder: Path) -> str | None:
     path = folder / "config.json"
     if not path.is_file():
         return None  # `open_model` says what is wrong
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    found = values.get("model_type") if isinstance(values, dict) else None
+    found = read_object(path).get("model_type")
     return found if isinstance(found, str) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from rich.progress import (
 
 from etr.cli._of_run import command_line
 from etr.cli._options import parse
+from etr.files import read_json
 from etr.recipes.study import FULL, SMOKE
 from etr.study.run import Run, execute
 from etr.study.study import StudyRunner
@@ -102,7 +102,7 @@ def _study(command: StudyCommand, again: str) -> int:
 def _replay(path: Path, out: Path) -> int:
     if not path.exists():
         raise FileNotFoundError(f"replay={str(path)!r} does not exist")
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = read_json(path)
     run = Run(**stored["run"])
     result = execute(run, out / "replay", config=TrainConfig.from_dict(stored["config"]))
     before, now = stored["final"]["served_loss"], result["final"]["served_loss"]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from etr.data.corpus import Corpus
 from etr.data.tokenizer import encode_documents, fingerprint, text_start
-from etr.files import sha256, sha256_of_file, temporary_sibling
+from etr.files import read_object, sha256, sha256_of_file, temporary_sibling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -244,12 +244,9 @@ def _read_index(directory: Path) -> dict[str, Any]:
     path = directory / INDEX
     if not path.is_file():
         raise FileNotFoundError(f"no token shards in {str(directory)!r}: {INDEX} is missing")
-    try:
-        index = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not JSON, perhaps truncated: {error}") from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise ValueError(f"{str(path)!r} is no index of token shards of format {FORMAT!r}")
+    index = read_object(path)
+    if index.get("format") != FORMAT:
+        raise ValueError(f"{str(path)!r} is not an index of token shards of format {FORMAT!r}")
     return index
 
 

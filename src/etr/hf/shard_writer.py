@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from etr.hf.shards import DTYPES, INDEX, WEIGHTS, LazyTensor, read_object
+from etr.files import read_object
+from etr.hf.shards import DTYPES, INDEX, WEIGHTS, LazyTensor
 from etr.pretrained import check_links
 
 MARKER = "INCOMPLETE.json"

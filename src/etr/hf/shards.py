@@ -6,7 +6,6 @@ model.safetensors.index.json.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from etr.files import read_object
 from etr.model.transform import LazyTensor
 from etr.pretrained import check_links
 
@@ -189,18 +189,3 @@ def weight_map(folder: Path) -> dict[str, str] | None:
                 "copy the folder again"
             )
     return index
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """What a JSON file holds.
-
-    Raises:
-        ValueError: it is not a JSON object.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return values

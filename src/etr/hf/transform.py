@@ -14,8 +14,8 @@ from torch import Tensor
 from etr.files import read_json, sha256_of_file, write_json
 from etr.hf.config import SIZES, EtrConfig
 from etr.hf.convert import (
-    Comparison,
     Direction,
+    LogitsComparison,
     TransformReport,
     check_same_function,
     family_config,
@@ -148,7 +148,7 @@ def transform(
     writer.copy_beside(source)
     _write_record(writer.partial, values)
     reason = method.changes_function()
-    comparison = Comparison(source, demand=reason is None)
+    comparison = LogitsComparison(source, demand=reason is None)
     to: Direction = "etr" if opened.ours else "hf"
     new = folder_config(config, to, opened.reader.config)
     writer.finish(new, comparison if compare else lambda folder: None)

@@ -30,7 +30,7 @@ from typing import Any
 
 from etr.evaluate.comparison import comparison_markdown, read_models
 from etr.evaluate.tasks.base import spread
-from etr.files import whole_folder, write_json, write_text
+from etr.files import read_json, whole_folder, write_json, write_text
 from etr.pretrained import from_local
 
 ROUTERS = ("etr", "token_choice")
@@ -171,7 +171,7 @@ def run(config: DownstreamConfig, command: RunCommand = run_etr) -> Path:
     out = Path(config.out)
     sizes = {k: v for k, v in dataclasses.asdict(config).items() if k not in PATHS}
     stored = out / "sizes.json"
-    if stored.is_file() and json.loads(stored.read_text(encoding="utf-8")) != sizes:
+    if stored.is_file() and read_json(stored) != sizes:
         raise ValueError(f"out={config.out!r} holds a run of other sizes; give another folder")
     write_json(stored, sizes)
     base = out / BASE
@@ -269,7 +269,7 @@ def _scores(out: Path, stage: str) -> list[dict[str, Any]]:
     """The models of a stage, with the tasks of their files joined."""
     joined: dict[str, dict[str, Any]] = {}
     for path in sorted((out / stage).glob("*.json")):
-        for model in json.loads(path.read_text(encoding="utf-8"))["models"]:
+        for model in read_json(path)["models"]:
             name = model["model"]
             if path.stem.startswith(f"{name}-{DROPLESS}"):
                 name = f"{name}, {DROPLESS}"

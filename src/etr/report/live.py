@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from etr.files import parse_row, read_json
+from etr.files import find_object, parse_row
 
 LiveRow = Mapping[str, Any]
 METRICS = "metrics.jsonl"
@@ -197,11 +197,7 @@ def value(row: LiveRow, key: str) -> float | None:
 
 def planned_steps(folder: Path) -> int | None:
     """Steps that a run's config plans, or None where it has none."""
-    try:
-        config = read_json(folder / "config.json")
-    except (OSError, ValueError):
-        return None
-    steps = config.get("steps") if isinstance(config, dict) else None
+    steps = (find_object(folder / "config.json") or {}).get("steps")
     return steps if isinstance(steps, int) and steps > 0 else None
 
 

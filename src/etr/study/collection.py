@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from etr.files import read_json
 from etr.study.grid import Match
 from etr.study.summary import RunResult, StudyRow, rows_of
 
@@ -74,7 +74,7 @@ def collect(
     for _, task, _, _ in blocks:
         path = folder / task / TIMES
         if path.exists():
-            times[task] = json.loads(path.read_text(encoding="utf-8"))
+            times[task] = read_json(path)
     return Collection(
         blocks={name: (task, match, tuple(rows_of(found))) for name, task, match, found in blocks},
         times=times,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from etr.files import write_json, write_text
+from etr.files import read_json, write_json, write_text
 from etr.study import figures, markdown
 from etr.study.collection import TIMES, collect
 from etr.study.grid import Block, Match, flops_ratio, runs_of
@@ -176,7 +175,7 @@ class StudyRunner:
         path = self.results / task / TIMES
         if not path.exists():
             return {}
-        rows: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        rows: dict[str, Any] = read_json(path)["rows"]
         return rows
 
     def time(self, task: str) -> None:

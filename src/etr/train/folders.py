@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
-from etr.files import ASIDE, put_back, read_json, remove_temporaries
+from etr.files import ASIDE, find_object, put_back, remove_temporaries
 from etr.parallel import Ranks
 from etr.train.checkpoint_folder import FOLDER
 from etr.train.lock import locked
@@ -83,12 +83,7 @@ def refuse_unless_comparison(folder: Path) -> None:
 
 
 def _refuse_model(folder: Path) -> None:
-    try:
-        found = read_json(folder / CONFIG)
-    except (OSError, ValueError):
-        found = None
-    is_model = isinstance(found, dict) and "model_type" in found
-    if is_model or any(folder.glob("*.safetensors")):
+    if "model_type" in (find_object(folder / CONFIG) or {}) or any(folder.glob("*.safetensors")):
         raise ValueError(f"out={str(folder)!r} holds a model; choose another folder")
 
 

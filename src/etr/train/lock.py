@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from etr.files import read_json, write_json
+from etr.files import find_object, write_json
 from etr.moe.notice import warn
 from etr.parallel import Ranks
 
@@ -67,13 +67,13 @@ def _held(path: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise InUse(_in_use(path, _read(note))) from None
+        raise InUse(_in_use(path, find_object(note))) from None
     except OSError as error:
         if not os.access(path.parent, os.W_OK):
             raise
         warn(f"{path} cannot be locked ({error}); its note alone guards it")
     try:
-        found = _read(note)
+        found = find_object(note)
         host = None if found is None else found.get("host")
         alone = lock.is_locked and host in (None, socket.gethostname())
         if not alone and _lives(note):
@@ -88,10 +88,10 @@ def _held(path: Path) -> Iterator[None]:
 
 def _lives(note: Path) -> bool:
     """Whether somebody renews a note; looks on for a while."""
-    before, end = _read(note), time.monotonic() + SILENCE_SECONDS
+    before, end = find_object(note), time.monotonic() + SILENCE_SECONDS
     while before is not None and time.monotonic() < end:
         time.sleep(BEAT_SECONDS / 10)
-        now = _read(note)
+        now = find_object(note)
         if now != before:
             return now is not None
     return False
@@ -119,14 +119,6 @@ def _renewed(note: Path) -> Iterator[None]:
         stop.set()
         thread.join()
         note.unlink(missing_ok=True)
-
-
-def _read(note: Path) -> dict[str, Any] | None:
-    try:
-        found = read_json(note)
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _in_use(path: Path, found: dict[str, Any] | None) -> str:

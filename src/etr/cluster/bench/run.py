@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from etr.cluster.bench.plan import BenchConfig
 from etr.cluster.bench.training import train_missing
 from etr.cluster.launch import EmulatedCluster, emulate
 from etr.cluster.network import why_unavailable
-from etr.files import write_json, write_text
+from etr.files import read_json, write_json, write_text
 
 
 def bench(
@@ -52,7 +51,7 @@ def results(out: Path) -> dict[str, Any]:
     """Everything measured: ``trained`` by run, ``timed`` as a list, ``curves`` by shape."""
 
     def read(path: Path, *without: str) -> dict[str, Any]:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         return {key: value for key, value in found.items() if key not in without}
 
     trained = sorted(out.glob("trained/*/result.json"))
@@ -116,7 +115,7 @@ def _check_config(config: BenchConfig, out: Path) -> None:
     if not path.exists():
         write_json(path, own)
         return
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = read_json(path)
     differ = sorted(k for k in {*own, *stored} if own.get(k) != stored.get(k))
     if differ:
         pairs = ", ".join(f"{k} is {stored.get(k)} there and {own.get(k)} here" for k in differ)

@@ -7,7 +7,6 @@ on the inputs recorded when it was trained. Nothing else of the model runs.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
 from pathlib import Path
@@ -30,7 +29,7 @@ from etr.cluster.bench.plan import (
 )
 from etr.cluster.bench.sleep import add_sleeping_experts
 from etr.cluster.measure import MeasureConfig, join_group, measure_curve
-from etr.files import write_json
+from etr.files import read_json, write_json
 from etr.moe import MoE, set_progress
 from etr.moe.ranks import ExpertParallel
 from etr.moe.topology import Topology
@@ -47,7 +46,7 @@ def main(arguments: list[str]) -> None:
     Args:
         arguments: path of the plan, written by `etr.cluster.bench.run`.
     """
-    plan = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+    plan = read_json(Path(arguments[0]))
     bench = BenchConfig(**{k: _tuple(v) for k, v in plan["bench"].items()})
     torch.set_num_threads(1)
     join_group()
@@ -114,7 +113,7 @@ class TimedReplay:
     ) -> None:
         folder = Path(bench.out) / "trained" / run.name
         rank, recipe = dist.get_rank(), RECIPES[run.recipe]
-        stored = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        stored = read_json(folder / "result.json")
         config = dataclasses.replace(
             TrainConfig.from_dict(stored["config"]).model.moe_config(),
             dispatch=dispatch,
