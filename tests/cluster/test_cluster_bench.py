@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from etr.moe.dispatch import parse_dispatcher
 from etr.recipes.cluster import FULL, SMOKE
 
 LINE = {"latency_seconds": 1e-3, "bytes_per_second": 25e6}
+RESULTS = Path(__file__).parents[2] / "docs/results"
 CURVE = {"line": LINE, "within": LINE, "between": LINE}
 
 
@@ -155,6 +157,11 @@ def test_page_says_what_the_results_say():
     assert "over the baseline's: 0.30; the target was 0.60 at most, met." in text
     assert "| 2 | default ETR: schedule to 1.1, locality, chunked | 0.600 | 0.60 (" in text
     assert "## Real compute" not in text  # none was timed
+
+
+def test_the_page_is_what_its_results_say():
+    stored = json.loads((RESULTS / "cluster.json").read_text())
+    assert page(dataclasses.replace(FULL, rounds=1), stored) == (RESULTS / "cluster.md").read_text()
 
 
 @pytest.mark.slow

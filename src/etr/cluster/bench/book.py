@@ -1,16 +1,17 @@
-"""The results of the benchmark, by row and seed."""
+"""The results of the benchmark, by row of the page and seed."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
-from etr.cluster.bench.plan import BenchConfig, TextKind, nodes_of
-from etr.report.statistics import mean
+from etr.cluster.bench.plan import EMULATED, ROWS, BenchConfig, TextKind, nodes_of
+from etr.report.statistics import mean, t_interval
 
 Timing = dict[str, Any]
-BenchCell = tuple[str, TextKind, str]
-"""Shape, text, variant."""
+BySeed = dict[int, float]
 
 
 class Book:
@@ -23,55 +24,87 @@ class Book:
 
     def __init__(self, config: BenchConfig, results: dict[str, Any]) -> None:
         self.config, self.curves = config, results["curves"]
-        self._trained = results["trained"]
-        self._timed: dict[tuple[str, str, str, str, int], list[Timing]] = {}
+        self.trained: dict[str, Any] = results["trained"]
+        self.timed: dict[tuple[str, str, str, str, int], list[Timing]] = {}
         for timed in results["timed"]:
             run = timed["run"]
-            key = (
-                timed["shape"],
-                run["text"],
-                timed["variant"],
-                timed["compute"],
-                run["seed"],
-            )
-            self._timed.setdefault(key, []).append(timed)
+            key = (timed["shape"], run["text"], timed["variant"], timed["compute"], run["seed"])
+            self.timed.setdefault(key, []).append(timed)
 
-    def timings(self, cell: BenchCell, compute: str, seed: int) -> list[Timing]:
-        """Rounds of a row."""
-        return self._timed.get((*cell, compute, seed), [])
+    def rows(
+        self, shape: str, text: TextKind, names: Iterable[str] = ROWS, compute: str = EMULATED
+    ) -> list[MeasuredRow]:
+        """The rows of which every seed is there."""
+        rows = [MeasuredRow(self, shape, text, name, compute) for name in names]
+        return [row for row in rows if len(row.seconds()) == len(self.config.seeds)]
 
-    def seconds(self, cell: BenchCell, compute: str = "emulated") -> dict[int, float]:
-        """Median step time by seed."""
-        found = {s: self.timings(cell, compute, s) for s in self.config.seeds}
+
+@dataclass(frozen=True)
+class MeasuredRow:
+    """What was measured of a row on one shape and text, by seed."""
+
+    book: Book
+    shape: str
+    text: TextKind
+    variant: str
+    compute: str = EMULATED
+
+    @property
+    def title(self) -> str:
+        """As the tables show it."""
+        return ROWS[self.variant].title
+
+    @property
+    def baseline(self) -> MeasuredRow:
+        """The row that this one is compared with."""
+        return replace(self, variant="baseline")
+
+    def timings(self) -> dict[int, list[Timing]]:
+        """Rounds of each seed that has any."""
+        key, timed = (self.shape, self.text, self.variant, self.compute), self.book.timed
+        return {seed: timed[*key, seed] for seed in self.book.config.seeds if (*key, seed) in timed}
+
+    def seconds(self) -> BySeed:
+        """Median step time."""
         return {
             seed: statistics.median(t for one in rounds for t in one["seconds"])
-            for seed, rounds in found.items()
-            if rounds
+            for seed, rounds in self.timings().items()
         }
 
-    def counted(self, cell: BenchCell, key: str) -> dict[int, float]:
-        """A counter of the emulated timing by seed."""
-        found = {s: self.timings(cell, "emulated", s) for s in self.config.seeds}
-        return {s: mean([r[key] for r in rounds]) for s, rounds in found.items() if rounds}
+    def bytes_between_nodes(self) -> BySeed:
+        """Bytes of all ranks in a forward pass, mean over rounds."""
+        return {
+            seed: mean([one["bytes_between_nodes"] for one in rounds])
+            for seed, rounds in self.timings().items()
+        }
 
-    def trained(self, cell: BenchCell, key: str) -> dict[int, Any]:
-        """A number of the training run by seed."""
-        names = {s: self.config.run_of(*cell, s).name for s in self.config.seeds}
-        return {s: self._trained[n][key] for s, n in names.items() if n in self._trained}
+    def trained(self, key: str) -> dict[int, Any]:
+        """A number of the training run."""
+        config, row = self.book.config, (self.shape, self.text, self.variant)
+        found = {s: self.book.trained.get(config.run_of(*row, s).name) for s in config.seeds}
+        return {seed: run[key] for seed, run in found.items() if run is not None}
 
-    def local_share(self, cell: BenchCell, what: str = "kept") -> dict[int, float]:
-        """Share of kept (or `chosen`) pairs whose expert is on the token's node, by seed."""
-        counts = self.trained(cell, what)
-        return {seed: local_share(found, nodes_of(cell[0])) for seed, found in counts.items()}
+    def local_share(self, what: str = "kept") -> BySeed:
+        """Share of kept (or `chosen`) pairs whose expert is on the token's node."""
+        nodes = nodes_of(self.shape)
+        return {seed: local_share(pairs, nodes) for seed, pairs in self.trained(what).items()}
 
-    def kept_share(self, cell: BenchCell) -> dict[int, float]:
-        """Kept pairs over chosen ones by seed."""
-        kept, chosen = self.trained(cell, "kept"), self.trained(cell, "chosen")
-        return {seed: _total(kept[seed]) / _total(chosen[seed]) for seed in kept}
+    def kept_share(self) -> BySeed:
+        """Kept pairs over chosen ones."""
+        chosen = self.trained("chosen")
+        return {s: _total(kept) / _total(chosen[s]) for s, kept in self.trained("kept").items()}
 
-    def has(self, cell: BenchCell) -> bool:
-        """Whether every seed of a row is there."""
-        return len(self.seconds(cell)) == len(self.config.seeds)
+    def ratios(
+        self, measure: Callable[[MeasuredRow], BySeed], base: MeasuredRow | None = None
+    ) -> list[float]:
+        """A measure over that of the baseline, or another row, of each seed that both have."""
+        own, other = measure(self), measure(base or self.baseline)
+        return [own[seed] / other[seed] for seed in own if seed in other]
+
+    def loss_differences(self) -> list[float]:
+        """Held-out loss less that of the baseline, of each seed that both have."""
+        own, other = self.trained("val_loss"), self.baseline.trained("val_loss")
+        return [own[seed] - other[seed] for seed in own if seed in other]
 
 
 def local_share(counts: list[list[int]], nodes: tuple[int, ...]) -> float:
@@ -96,12 +129,15 @@ def _total(counts: list[list[int]]) -> int:
     return sum(map(sum, counts))
 
 
-def ratios(own: dict[int, float], base: dict[int, float]) -> list[float]:
-    """Ratio of each seed that both have."""
-    return [own[seed] / base[seed] for seed in own if seed in base]
+def with_interval(values: list[float], form: str = "{:.2f}") -> str:
+    """Mean of paired values, with Student's 95 % interval where there are several."""
+    if not values:
+        return ""
+    low, high = t_interval(values) or (None, None)
+    between = "" if low is None else f" ({form.format(low)} to {form.format(high)})"
+    return form.format(mean(values)) + between
 
 
-def loss_differences(book: Book, cell: BenchCell, base: BenchCell) -> list[float]:
-    """Held-out loss of a row less that of another, of each seed that both have."""
-    own, other = book.trained(cell, "val_loss"), book.trained(base, "val_loss")
-    return [own[seed] - other[seed] for seed in own if seed in other]
+def average(values: BySeed, form: str = "{:.2f}") -> str:
+    """Mean over seeds."""
+    return form.format(mean(list(values.values()))) if values else ""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from etr.cluster.bench.book import BenchCell, Book
-from etr.cluster.bench.cells import average, loss_cell, ratio
+from etr.cluster.bench.book import Book, MeasuredRow, average, with_interval
 from etr.cluster.bench.plan import (
     EMULATED,
     MAIN_ROWS,
@@ -74,17 +73,57 @@ def _method(config: BenchConfig) -> str:
     )
 
 
+Columns = Mapping[str, Callable[[MeasuredRow], str]]
+"""Text of each column's cells, by its heading."""
+_TIME: Columns = {
+    "variant": lambda row: row.title,
+    "step (s)": lambda row: average(row.seconds(), "{:.3f}"),
+    "step / baseline": lambda row: with_interval(row.ratios(MeasuredRow.seconds)),
+}
+_COLUMNS: Columns = {
+    **_TIME,
+    "bytes between nodes / baseline": lambda row: with_interval(
+        row.ratios(MeasuredRow.bytes_between_nodes)
+    ),
+    "local share": lambda row: average(row.local_share()),
+    "MaxVio": lambda row: average(row.trained("max_violation")),
+    "kept": lambda row: average(row.kept_share()),
+    "held-out loss less baseline (nats)": lambda row: _loss(row),
+}
+_LOCALITY: Columns = {
+    "shape": lambda row: row.shape,
+    "text": lambda row: row.text,
+    "1 / nodes": lambda row: f"{1 / (max(nodes_of(row.shape)) + 1):.2f}",
+    "share of choices on the node": lambda row: average(row.local_share("chosen")),
+    "MaxVio": lambda row: average(row.trained("max_violation")),
+    "target": lambda row: "met" if _is_local(row) else "missed",
+    "loss": lambda row: _loss(row),
+}
+
+
+def _loss(row: MeasuredRow) -> str:
+    return with_interval(row.loss_differences(), "{:+.3f}")
+
+
+def _is_local(row: MeasuredRow) -> bool:
+    local, uneven = row.local_share("chosen").values(), row.trained("max_violation").values()
+    return mean(list(local)) >= LEAST_LOCAL and mean(list(uneven)) <= MOST_VIOLATION
+
+
+def _table(columns: Columns, rows: Sequence[MeasuredRow]) -> str:
+    return table(list(columns), [[cell(row) for cell in columns.values()] for row in rows])
+
+
 def _shape(book: Book, shape: str) -> str:
-    nodes = max(nodes_of(shape)) + 1
+    nodes, rows = max(nodes_of(shape)) + 1, book.rows(shape, "own")
     title = f"## {shape}: {nodes} nodes of {RANKS // nodes}, own text\n\n"
-    cells = _table(book, [(shape, "own", name) for name in ROWS])
-    return title + cells + targets_of(book, shape) if cells else ""
+    return title + _table(_COLUMNS, rows) + targets_of(book, shape) if rows else ""
 
 
 def _mixed(book: Book) -> str:
     shape = book.config.shapes[0]
-    cells = _table(book, [(shape, "mixed", name) for name in ROWS])
-    if not cells:
+    rows = book.rows(shape, "mixed")
+    if not rows:
         return ""
     return (
         f"## {shape}: mixed text\n\nWhere every rank reads the same mixture, a token says nothing "
@@ -92,149 +131,68 @@ def _mixed(book: Book) -> str:
         "between nodes comes from capacity and from sending no padding. `local_bonus` adds to the "
         "score of experts on the token's node in training, which evaluation does not have; "
         "sharding gives a sequence to the node whose experts it uses, by a trace taken at half of "
-        f"the training.\n\n{cells}\n{mixed_target(book, shape)}"
+        f"the training.\n\n{_table(_COLUMNS, rows)}\n{mixed_target(book, shape)}"
     )
-
-
-def _table(book: Book, cells: Iterable[BenchCell]) -> str:
-    cells = [cell for cell in cells if book.has(cell)]
-    if not cells:
-        return ""
-    base: BenchCell = (cells[0][0], cells[0][1], "baseline")
-    rows = []
-    for cell in cells:
-        step = mean(list(book.seconds(cell).values()))
-        rows.append(
-            (
-                ROWS[cell[2]].title,
-                f"{step:.3f}",
-                ratio(book.seconds(cell), book.seconds(base)),
-                ratio(
-                    book.counted(cell, "bytes_between_nodes"),
-                    book.counted(base, "bytes_between_nodes"),
-                ),
-                average(book.local_share(cell)),
-                average(book.trained(cell, "max_violation")),
-                average(book.kept_share(cell)),
-                loss_cell(book, cell, base),
-            )
-        )
-    head = (
-        "variant",
-        "step (s)",
-        "step / baseline",
-        "bytes between nodes / baseline",
-        "local share",
-        "MaxVio",
-        "kept",
-        "held-out loss less baseline (nats)",
-    )
-    return table(head, rows)
 
 
 def _locality(book: Book) -> str:
     """The locality loss alone, on both texts and all shapes."""
-    rows = []
-    cells: list[BenchCell] = [(shape, "own", "locality") for shape in book.config.shapes]
-    for cell in [*cells, (book.config.shapes[0], "mixed", "locality")]:
-        if not book.has(cell):
-            continue
-        base: BenchCell = (cell[0], cell[1], "baseline")
-        nodes = max(nodes_of(cell[0])) + 1
-        shares, violations = book.local_share(cell, "chosen"), book.trained(cell, "max_violation")
-        local, uneven = (mean(list(values.values())) for values in (shares, violations))
-        rows.append(
-            (
-                cell[0],
-                cell[1],
-                f"{1 / nodes:.2f}",
-                f"{local:.2f}",
-                f"{uneven:.2f}",
-                "met" if local >= LEAST_LOCAL and uneven <= MOST_VIOLATION else "missed",
-                loss_cell(book, cell, base),
-            )
-        )
+    shapes = book.config.shapes
+    rows = [row for shape in shapes for row in book.rows(shape, "own", ["locality"])]
+    rows += book.rows(shapes[0], "mixed", ["locality"])
     if not rows:
         return ""
-    head = (
-        "shape",
-        "text",
-        "1 / nodes",
-        "share of choices on the node",
-        "MaxVio",
-        "target",
-        "loss",
-    )
     weight = RECIPES["locality"].locality
     return (
         f"## The locality loss alone\n\nThe baseline's router with the locality loss at weight "
         f"{weight:g}, nothing else changed. The target was a share of {LEAST_LOCAL:.2f} at least, "
-        f"with MaxVio {MOST_VIOLATION:.2f} at most.\n\n{table(head, rows)}"
+        f"with MaxVio {MOST_VIOLATION:.2f} at most.\n\n{_table(_LOCALITY, rows)}"
     )
 
 
 def _ratios(book: Book) -> str:
     """The main rows with computation that is faster or slower than the network."""
     config, shape = book.config, book.config.shapes[0]
-    rows = []
-    for value in sorted({config.compute_ratio, *config.other_ratios}):
-        compute = EMULATED if value == config.compute_ratio else emulated_at(value)
-        rows += _main_rows(book, shape, compute, f"{value:g}")
-    if len({row[0] for row in rows}) < 2:
+    names = {
+        EMULATED if value == config.compute_ratio else emulated_at(value): f"{value:g}"
+        for value in sorted({config.compute_ratio, *config.other_ratios})
+    }
+    rows = [row for compute in names for row in book.rows(shape, "own", MAIN_ROWS, compute)]
+    if len({row.compute for row in rows}) < 2:
         return ""
+    columns = {"compute / network": lambda row: names[row.compute], **_TIME}
     return (
         f"## Other ratios of compute to network, {shape}, own text\n\nThe same models and rows; an "
-        "expert's time for a row is the only difference.\n\n"
-        + table(("compute / network", "variant", "step (s)", "step / baseline"), rows)
+        f"expert's time for a row is the only difference.\n\n{_table(columns, rows)}"
     )
 
 
 def _real(book: Book) -> str:
-    rows = [row for shape in book.config.shapes for row in _main_rows(book, shape, REAL, shape)]
+    shapes = book.config.shapes
+    rows = [row for shape in shapes for row in book.rows(shape, "own", MAIN_ROWS, REAL)]
     if not rows:
         return ""
+    columns = {"shape": lambda row: row.shape, **_TIME}
     return (
         "## Real compute\n\nThe same steps with the experts of the trained model on this machine's "
         "cores, which all ranks share, and which also move the bytes; nothing is emulated but the "
-        "network.\n\n" + table(("shape", "variant", "step (s)", "step / baseline"), rows)
+        f"network.\n\n{_table(columns, rows)}"
     )
-
-
-def _main_rows(book: Book, shape: str, compute: str, first: str) -> list[tuple[str, ...]]:
-    """The main rows that every seed timed so; `first` is what their first cell says."""
-    base = book.seconds((shape, "own", "baseline"), compute)
-    rows: list[tuple[str, ...]] = []
-    for name in MAIN_ROWS:
-        seconds = book.seconds((shape, "own", name), compute)
-        if len(seconds) == len(book.config.seeds):
-            step = mean(list(seconds.values()))
-            rows.append((first, ROWS[name].title, f"{step:.3f}", ratio(seconds, base)))
-    return rows
 
 
 def _prediction(book: Book) -> str:
     """Alpha-beta prediction of every emulated row against its measurement."""
     rows, errors = [], []
-    for cell in book.config.cells():
-        if not book.has(cell) or cell[0] not in book.curves:
-            continue
-        predicted, measured = [], []
-        for seed, seconds in book.seconds(cell).items():
-            timed = book.timings(cell, "emulated", seed)[0]
-            curve = book.curves[cell[0]]
-            predicted.append(predict(book.config, timed, curve, ROWS[cell[2]].dispatch))
-            measured.append(seconds)
-        error = mean(predicted) / mean(measured) - 1
-        errors.append(abs(error))
-        rows.append(
-            (
-                *cell[:2],
-                ROWS[cell[2]].title,
-                f"{mean(predicted):.3f}",
-                f"{mean(measured):.3f}",
-                f"{error:+.0%}",
-            )
-        )
+    for shape, text, name in book.config.cells():
+        for row in book.rows(shape, text, [name]) if shape in book.curves else []:
+            dispatch, curve = ROWS[name].dispatch, book.curves[shape]
+            first = [rounds[0] for rounds in row.timings().values()]
+            predicted = mean([predict(book.config, timed, curve, dispatch) for timed in first])
+            measured = mean(list(row.seconds().values()))
+            error = predicted / measured - 1
+            errors.append(abs(error))
+            times = (f"{predicted:.3f}", f"{measured:.3f}", f"{error:+.0%}")
+            rows.append((shape, text, row.title, *times))
     if not rows:
         return ""
     return (

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from etr.cluster.bench.book import BenchCell, Book, loss_differences, ratios
-from etr.cluster.bench.cells import with_interval
+from etr.cluster.bench.book import Book, MeasuredRow, with_interval
 from etr.report.statistics import mean, t_interval
 from etr.sheet import table
 
@@ -19,47 +18,43 @@ def targets_of(book: Book, shape: str) -> str:
     """Each target and whether it is met, for the published ETR and the default one."""
     lines = []
     for name in ("etr-published", "etr"):
-        cells: list[BenchCell] = [(shape, "own", v) for v in (name, "baseline", "locmoe")]
-        own, base, old = cells
-        if not all(map(book.has, cells)):
+        rows = book.rows(shape, "own", (name, "baseline", "locmoe"))
+        if len(rows) < 3:
             continue
+        own, _, old = rows
         for what, limit, found in (
-            ("step time / baseline", 0.50, ratios(book.seconds(own), book.seconds(base))),
-            ("step time / LocMoE", 0.85, ratios(book.seconds(own), book.seconds(old))),
-            (
-                "bytes between nodes / baseline",
-                MOST_BYTES["own"],
-                ratios(
-                    book.counted(own, "bytes_between_nodes"),
-                    book.counted(base, "bytes_between_nodes"),
-                ),
-            ),
+            ("step time / baseline", 0.50, own.ratios(MeasuredRow.seconds)),
+            ("step time / LocMoE", 0.85, own.ratios(MeasuredRow.seconds, old)),
+            ("bytes between nodes / baseline", MOST_BYTES["own"], _bytes(own)),
         ):
-            value = mean(found)
-            verdict = "met" if value <= limit else "missed"
-            lines.append((f"`{name}`", what, f"{limit:.2f}", f"{value:.2f}", verdict))
-        lines.append((f"`{name}`", "held-out loss", "no worse", *_verdict(book, own, base)))
+            met = _met(mean(found), limit)
+            lines.append((f"`{name}`", what, f"{limit:.2f}", f"{mean(found):.2f}", met))
+        lines.append((f"`{name}`", "held-out loss", "no worse", *_verdict(own.loss_differences())))
     head = ("variant", "target", "at most", "measured", "verdict")
     return "\n" + table(head, lines) if lines else ""
 
 
 def mixed_target(book: Book, shape: str) -> str:
     """Whether the published ETR sends few enough bytes on mixed text."""
-    cells: list[BenchCell] = [(shape, "mixed", name) for name in ("etr-published", "baseline")]
-    if not all(map(book.has, cells)):
+    rows = book.rows(shape, "mixed", ("etr-published", "baseline"))
+    if len(rows) < 2:
         return ""
-    own, base = (book.counted(cell, "bytes_between_nodes") for cell in cells)
-    found = mean(ratios(own, base))
-    limit = MOST_BYTES["mixed"]
-    verdict = "met" if found <= limit else "missed"
+    found, limit = mean(_bytes(rows[0])), MOST_BYTES["mixed"]
     return (
         f"Bytes between nodes of published ETR over the baseline's: {found:.2f}; the target was "
-        f"{limit:.2f} at most, {verdict}.\n"
+        f"{limit:.2f} at most, {_met(found, limit)}.\n"
     )
 
 
-def _verdict(book: Book, cell: BenchCell, base: BenchCell) -> tuple[str, str]:
-    found = loss_differences(book, cell, base)
+def _bytes(row: MeasuredRow) -> list[float]:
+    return row.ratios(MeasuredRow.bytes_between_nodes)
+
+
+def _met(found: float, limit: float) -> str:
+    return "met" if found <= limit else "missed"
+
+
+def _verdict(found: list[float]) -> tuple[str, str]:
     interval = t_interval(found)
     if interval is None:
         return f"{mean(found):+.3f}", "one seed"
