@@ -221,19 +221,16 @@ def parse_json(content: bytes) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class JsonLine:
-    """A line that is not blank, of a file that should hold one JSON object a line.
-
-    Args:
-        number: of the line, from 1.
-        raw: its bytes, without the newline.
-        row: the object; None where the line does not hold one.
-        ended: a newline follows, so that the line was written whole.
-    """
+    """A line that is not blank, of a file that should hold one JSON object a line."""
 
     number: int
+    """Number of the line, from 1."""
     raw: bytes
+    """Its bytes, without the newline."""
     row: dict[str, Any] | None
+    """The object; None where the line does not hold one."""
     ended: bool = True
+    """Whether a newline follows, so that the line was written whole."""
 
     @property
     def is_cut(self) -> bool:

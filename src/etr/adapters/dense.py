@@ -13,17 +13,14 @@ from etr.moe import MoE, MoEConfig, MoEOutput, RoutingContext
 
 @dataclass(frozen=True, kw_only=True)
 class DenseRouting:
-    """What each token's experts are, after capacity.
-
-    Args:
-        probs: combine weights, float [T, E]; 0 where not kept.
-        routing_map: kept pairs, bool [T, E].
-        losses: scaled router losses by name, in training.
-    """
+    """What each token's experts are, after capacity."""
 
     probs: Tensor
+    """Combine weights, float [T, E]; 0 where not kept."""
     routing_map: Tensor
+    """Kept pairs, bool [T, E]."""
     losses: dict[str, Tensor]
+    """Scaled router losses by name, in training."""
 
 
 class DenseRouter(nn.Module):

@@ -45,25 +45,22 @@ class MeasureConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkCurve:
-    """What was measured.
-
-    Args:
-        node_of_rank: node of each rank.
-        sizes: bytes that each rank sent in an all-to-all.
-        seconds: of each, median over the rounds, until the last rank was done.
-        line: fitted to them.
-        pairs: (sender, receiver, bytes per second) of single messages of the largest size.
-        within, between: line fitted to single messages inside a node and between nodes; None
-            where there is no such pair.
-    """
+    """What was measured."""
 
     node_of_rank: tuple[int, ...]
+    """Node of each rank."""
     sizes: tuple[int, ...]
+    """Bytes that each rank sent in an all-to-all."""
     seconds: tuple[float, ...]
+    """Seconds of each, median over the rounds, until the last rank was done."""
     line: Line
+    """Line that is fitted to them."""
     pairs: tuple[tuple[int, int, float], ...]
+    """(sender, receiver, bytes per second) of single messages of the largest size."""
     within: Line | None
+    """Line fitted to single messages inside a node; None where there is no such pair."""
     between: Line | None
+    """Line fitted to single messages between nodes; None where there is no such pair."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready values."""

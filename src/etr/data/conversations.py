@@ -62,21 +62,18 @@ class Conversation(list[Message]):
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A shape of records.
-
-    Args:
-        name: as people call it.
-        shape: as errors show it.
-        keys: a record of this format has one of these.
-        read: from the record to its turns; None where it is known and not read.
-        instead: what to do with it then.
-    """
+    """A shape of records."""
 
     name: str
+    """Name that people call it by."""
     shape: str
+    """How errors show it."""
     keys: tuple[str, ...]
+    """A record of this format has one of these."""
     read: Callable[[dict[str, Any]], list[Message]] | None = None
+    """From the record to its turns; None where it is known and not read."""
     instead: str = ""
+    """What to do with it then."""
 
 
 def format_of(record: Any) -> Format | None:

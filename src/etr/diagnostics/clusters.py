@@ -51,20 +51,17 @@ def calinski_harabasz(x: Tensor, label: Tensor, num_clusters: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterRatios:
-    """Calinski-Harabasz ratios of one layer's tokens by expert, each at the same number of tokens.
-
-    Args:
-        all: of all tokens.
-        kept: of the tokens that their expert keeps.
-        trimmed: what `kept` would be if trimming had raised it as it does where experts mean
-            nothing; only what `kept` has above it speaks for the router.
-        num_tokens: tokens behind each of them.
-    """
+    """Calinski-Harabasz ratios of one layer's tokens by expert, all at one number of tokens."""
 
     all: float
+    """Ratio of all tokens."""
     kept: float
+    """Ratio of the tokens that their expert keeps."""
     trimmed: float
+    """What `kept` would be if trimming had raised it as it does where experts mean nothing;
+    only what `kept` has above it speaks for the router."""
     num_tokens: int
+    """Tokens behind each of them."""
 
 
 @torch.no_grad()

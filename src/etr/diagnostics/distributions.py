@@ -68,17 +68,14 @@ def load_ecdf(counts: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class AffinityHistogram:
-    """Densities of selection scores.
-
-    Args:
-        edges: of equal bins, ascending, float64 [n + 1].
-        own: of the experts a token chose, per unit of score, float64 [n].
-        others: of all others, float64 [n]; zeros where every expert is chosen.
-    """
+    """Densities of selection scores."""
 
     edges: Tensor
+    """Edges of equal bins, ascending, float64 [n + 1]."""
     own: Tensor
+    """Density of the experts that a token chose, per unit of score, float64 [n]."""
     others: Tensor
+    """Density of all others, float64 [n]; zeros where every expert is chosen."""
 
 
 @torch.no_grad()

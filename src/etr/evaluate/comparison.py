@@ -15,19 +15,16 @@ from etr.sheet import table
 
 @dataclass(frozen=True, kw_only=True)
 class ModelResult:
-    """What one model scored.
-
-    Args:
-        model: its name in the table.
-        folder: where it was read from.
-        selection: how its experts selected, in words.
-        tasks: results, in the order asked for.
-    """
+    """What one model scored."""
 
     model: str
+    """Its name in the table."""
     folder: str
+    """Where it was read from."""
     selection: str
+    """How its experts selected, in words."""
     tasks: list[TaskResult]
+    """Results, in the order asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,28 +22,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """Held-out loss of one model.
-
-    Args:
-        loss: mean cross-entropy over the domains' tokens, nats per token.
-        loss_by_domain: the same for each domain.
-        tokens_by_domain: tokens that were predicted.
-        kept_fraction: kept pairs over those that could have been kept (`routing_shares`), all
-            layers together; 1 without layers.
-        selection: how experts selected: a serving policy as text, e.g. threshold.
-        error: standard error of `loss` over rows of text; None for one row.
-        error_by_domain: the same for each domain.
-        kept_per_choice: kept pairs over valid tokens * top_k, all layers together.
-    """
+    """Held-out loss of one model."""
 
     loss: float
+    """Mean cross-entropy over the domains' tokens, nats per token."""
     loss_by_domain: dict[str, float]
+    """The same for each domain."""
     tokens_by_domain: dict[str, int]
+    """Tokens that were predicted."""
     kept_fraction: float
+    """Kept pairs over those that could have been kept (`routing_shares`), all layers together;
+    1 without layers."""
     selection: str
+    """How experts selected: a serving policy as text, e.g. threshold."""
     error: float | None = None
+    """Standard error of `loss` over rows of text; None for one row."""
     error_by_domain: dict[str, float | None] = field(default_factory=dict)
+    """The same for each domain."""
     kept_per_choice: float = 1.0
+    """Kept pairs over valid tokens * top_k, all layers together."""
 
     def bits_per_byte(self, bytes_per_token: dict[str, float]) -> dict[str, float]:
         """Held-out bits per byte of each domain."""

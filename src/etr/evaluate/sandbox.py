@@ -69,30 +69,24 @@ class SandboxLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """Code that is not trusted, and the function of it that tests call.
-
-    Args:
-        code: source text.
-        function: a name in it.
-    """
+    """Code that is not trusted, and the function of it that tests call."""
 
     code: str
+    """Source text."""
     function: str
+    """A name in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SandboxResult:
-    """How a program ended.
-
-    Args:
-        passed: it ran to its end without an exception.
-        reason: "passed", the exception, or what stopped it.
-        missing: the walls that this system did not give, in words.
-    """
+    """How a program ended."""
 
     passed: bool
+    """Whether it ran to its end without an exception."""
     reason: str
+    """"passed", the exception, or what stopped it."""
     missing: tuple[str, ...]
+    """The walls that this system did not give, in words."""
 
 
 def run_sandboxed(

@@ -31,21 +31,18 @@ UNKNOWN_SCALE = (
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """The order of the tensors that go through `_Carry`: the router losses, then these.
-
-    Args:
-        names: of the router losses.
-        has_loss: the output's loss, which holds them, comes next.
-        num_router_logits: tensors that come next; all others follow.
-        scale_is_known: False under float16 autocast without a scaler.
-        by_value: a compiled backward pass fills in zeros for what was not used.
-    """
+    """The order of the tensors that go through `_Carry`: the router losses, then these."""
 
     names: tuple[str, ...]
+    """Names of the router losses."""
     has_loss: bool
+    """Whether the output's loss, which holds them, comes next."""
     num_router_logits: int
+    """Tensors that come next; all others follow."""
     scale_is_known: bool
+    """Whether there is a scaler, or no need of one; False under float16 autocast without it."""
     by_value: bool
+    """Whether a compiled backward pass fills in zeros for what was not used."""
 
 
 def carry(

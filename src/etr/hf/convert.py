@@ -45,18 +45,15 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class LogitsDifference:
-    """How far apart the logits of two models are, in float32 and dropless, on random tokens.
-
-    Args:
-        largest: over all tokens.
-        median: of the largest of each row of tokens. Where two experts are level, rounding may
-            choose the other one, which changes a few rows.
-        logit: the largest of the first model.
-    """
+    """How far apart the logits of two models are, in float32 and dropless, on random tokens."""
 
     largest: float
+    """Largest difference, over all tokens."""
     median: float
+    """Median of the largest of each row of tokens. Where two experts are level, rounding may
+    choose the other one, which changes a few rows."""
     logit: float
+    """Largest logit of the first model."""
 
     @property
     def same_function(self) -> bool:
@@ -72,29 +69,26 @@ class LogitsDifference:
 
 @dataclass(frozen=True, kw_only=True)
 class TransformReport:
-    """What was made of a folder.
-
-    Args:
-        target: the new folder.
-        family: model type of the family.
-        to: whose folder it is, this library's ("etr") or transformers' own ("hf").
-        num_tensors: written.
-        num_bytes: of the weights.
-        same_function: whether it computes what the source does, dropless.
-        reason: why not, or empty.
-        ignored: keys that were left out, since transformers does not load them either.
-        difference: of the logits of both folders, if they were compared.
-    """
+    """What was made of a folder."""
 
     target: Path
+    """The new folder."""
     family: str
+    """Model type of the family."""
     to: Direction
+    """Whose folder it is, this library's ("etr") or transformers' own ("hf")."""
     num_tensors: int
+    """Tensors that were written."""
     num_bytes: int
+    """Number of bytes of the weights."""
     same_function: bool = True
+    """Whether it computes what the source does, dropless."""
     reason: str = ""
+    """Why not, or empty."""
     ignored: tuple[str, ...] = ()
+    """Keys that were left out, since transformers does not load them either."""
     difference: LogitsDifference | None = None
+    """Difference of the logits of both folders, if they were compared."""
 
 
 ConvertReport = TransformReport

@@ -10,21 +10,18 @@ from transformers import MixtralConfig, PreTrainedConfig, Qwen2MoeConfig, Qwen3M
 
 @dataclass(frozen=True, kw_only=True)
 class Dense:
-    """A dense family, and the MoE family that has the same attention.
-
-    Args:
-        moe: config of the MoE family.
-        width: its attribute for the width inside each expert.
-        num_experts: its attribute for the number of experts.
-        fixed: further attributes of it.
-        must_be_off: attributes of the dense config that the MoE family does not have.
-    """
+    """A dense family, and the MoE family that has the same attention."""
 
     moe: type[PreTrainedConfig]
+    """Config of the MoE family."""
     width: str
+    """Its attribute for the width inside each expert."""
     num_experts: str
+    """Its attribute for the number of experts."""
     fixed: dict[str, Any]
+    """Further attributes of it."""
     must_be_off: tuple[str, ...] = ()
+    """Attributes of the dense config that the MoE family does not have."""
 
 
 _EVERY_LAYER = {"decoder_sparse_step": 1, "mlp_only_layers": []}

@@ -11,16 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A pair of functions that undo each other.
-
-    Args:
-        join: their tensors to ours. With experts of their own: part after part, and within a part
-            expert after expert.
-        split: our tensor and the number of parts to theirs, in the same order.
-    """
+    """A pair of functions that undo each other."""
 
     join: Callable[[Sequence[Tensor], int], Tensor]
+    """Their tensors to ours. With experts of their own: part after part, and within a part
+    expert after expert."""
     split: Callable[[Tensor, int], list[Tensor]]
+    """Our tensor and the number of parts to theirs, in the same order."""
 
 
 def _join_experts(tensors: Sequence[Tensor], parts: int) -> Tensor:

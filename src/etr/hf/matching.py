@@ -18,25 +18,22 @@ from etr.moe.state import GlobalState
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """One tensor of ours and those of the family that hold the same numbers.
-
-    Args:
-        ours: key in our folder.
-        theirs: keys on disk, in the order of the layout.
-        layout: how they become ours and back.
-        parts: how many parts they are of, see `Layout`.
-        shape: of ours.
-        their_shapes: of theirs.
-        fused: key of one tensor of our shape that may stand for all of theirs.
-    """
+    """One tensor of ours and those of the family that hold the same numbers."""
 
     ours: str
+    """Key in our folder."""
     theirs: tuple[str, ...]
+    """Keys on disk, in the order of the layout."""
     layout: Layout
+    """How they become ours and back."""
     parts: int
+    """How many parts they are of, see `Layout`."""
     shape: tuple[int, ...]
+    """Shape of ours."""
     their_shapes: tuple[tuple[int, ...], ...]
+    """Shapes of theirs."""
     fused: str | None = None
+    """Key of one tensor of our shape that may stand for all of theirs."""
 
 
 def skeleton(config: EtrConfig) -> EtrForCausalLM:

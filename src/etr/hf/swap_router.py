@@ -37,34 +37,28 @@ FIT_STEPS = 50
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSwap:
-    """What the swap means to one MoE layer, on the sample text and the original's hidden states.
-
-    Args:
-        changed_tokens: share of tokens that choose another set of experts.
-        changed_pairs: share of choices that differ.
-        temperature: fitted, no unit.
-        offset: fitted, added to the logits of a sigmoid gate; 0 otherwise.
-        condition: largest over smallest singular value of the old weight; 1 changes no choice.
-    """
+    """What the swap means to one MoE layer, on the sample text and the original's hidden states."""
 
     changed_tokens: float
+    """Share of tokens that choose another set of experts."""
     changed_pairs: float
+    """Share of choices that differ."""
     temperature: float
+    """Temperature that was fitted, no unit."""
     offset: float
+    """Bias that was fitted, added to the logits of a sigmoid gate; 0 otherwise."""
     condition: float
+    """Largest over smallest singular value of the old weight; 1 changes no choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SwapReport:
-    """What the swap means to a model.
-
-    Args:
-        layers: each MoE layer.
-        num_tokens: valid tokens of the sample text.
-    """
+    """What the swap means to a model."""
 
     layers: tuple[LayerSwap, ...]
+    """Each MoE layer."""
     num_tokens: int
+    """Valid tokens of the sample text."""
 
     @property
     def changed_tokens(self) -> float:

@@ -41,23 +41,20 @@ Batches = Iterable[Mapping[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A folder as one of this library, whoever's it is.
-
-    Args:
-        reader: the folder.
-        ours: whether it is in this library's format.
-        config: of the model, or of one that routes as the family does.
-        model: the same on the meta device.
-        tensors: of the whole model under our names, by name.
-        ignored: keys of the folder that do not count.
-    """
+    """A folder as one of this library, whoever's it is."""
 
     reader: ShardReader
+    """The folder."""
     ours: bool
+    """Whether it is in this library's format."""
     config: EtrConfig
+    """Config of the model, or of one that routes as the family does."""
     model: EtrForCausalLM
+    """The same on the meta device."""
     tensors: dict[str, LazyTensor]
+    """Tensors of the whole model under our names, by name."""
     ignored: tuple[str, ...]
+    """Keys of the folder that do not count."""
 
     @classmethod
     def open(cls, folder: str | Path) -> Source:

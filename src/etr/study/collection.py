@@ -16,15 +16,12 @@ TIMES = "times.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Collection:
-    """Rows by block, blocks' tasks, and step times by task.
-
-    Args:
-        blocks: name of a block to its task, kind of match and rows.
-        times: name of a task to what `step_times` returned.
-    """
+    """Rows by block, blocks' tasks, and step times by task."""
 
     blocks: dict[str, tuple[str, Match, tuple[StudyRow, ...]]]
+    """Name of a block to its task, kind of match and rows."""
     times: dict[str, dict[str, Any]]
+    """Name of a task to what `step_times` returned."""
 
     def rows(self, block: str) -> tuple[StudyRow, ...]:
         """Rows of a block; empty where it was not run."""

@@ -22,26 +22,23 @@ ROUND_TO = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Rows that are run on one task with the same seeds.
-
-    Args:
-        name: unique in a study.
-        task: name in TASKS.
-        variants: rows; those to match were run with `steps` steps in an earlier block.
-        steps: optimizer steps (of the reference).
-        seeds: every row runs once with each.
-        match: what rows have in common with the reference: the number of steps, or, by the
-            measurements of the earlier block, what the experts or the clock took.
-        diagnostics: also measure what the trained experts are like.
-    """
+    """Rows that are run on one task with the same seeds."""
 
     name: str
+    """Unique in a study."""
     task: str
+    """Name in TASKS."""
     variants: tuple[str, ...]
+    """Rows; those to match were run with `steps` steps in an earlier block."""
     steps: int
+    """Optimizer steps (of the reference)."""
     seeds: tuple[int, ...]
+    """Every row runs once with each."""
     match: Match = "steps"
+    """What rows have in common with the reference: the number of steps, or, by the measurements
+    of the earlier block, what the experts or the clock took."""
     diagnostics: bool = True
+    """Whether to measure what the trained experts are like too."""
 
     @property
     def rows(self) -> list[str]:

@@ -17,25 +17,22 @@ from etr.train.tasks import Task
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """Held-out loss in one selection.
-
-    Args:
-        loss: mean over tokens.
-        loss_by_domain: the same by domain.
-        kept_per_token: kept pairs per token and layer: the expert compute of one token.
-        dropped_share: share of tokens that some layer gave no expert.
-        dropped_loss, kept_loss: mean loss of those tokens, and of the others; None where there
-            are none.
-        selection: threshold or dropless, as it really was.
-    """
+    """Held-out loss in one selection."""
 
     loss: float
+    """Mean loss over tokens."""
     loss_by_domain: dict[str, float]
+    """Mean loss by domain."""
     kept_per_token: float
+    """Kept pairs per token and layer: the expert compute of one token."""
     dropped_share: float
+    """Share of tokens that some layer gave no expert."""
     dropped_loss: float | None
+    """Mean loss of those tokens; None where there are none."""
     kept_loss: float | None
+    """Mean loss of the other tokens; None where there are none."""
     selection: str
+    """Threshold or dropless, as it really was."""
 
 
 @torch.no_grad()

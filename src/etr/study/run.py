@@ -34,19 +34,16 @@ LAST_SHARE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What makes one run; equal runs give equal losses.
-
-    Args:
-        task: name in TASKS.
-        variant: router and options, as `etr.train.parse_variant` reads them.
-        steps: optimizer steps.
-        seed: of weights, batches, and (in `teacher`) of the problem.
-    """
+    """What makes one run; equal runs give equal losses."""
 
     task: str
+    """Name in TASKS."""
     variant: str
+    """Router and options, as `etr.train.parse_variant` reads them."""
     steps: int
+    """Optimizer steps."""
     seed: int
+    """Seed of weights, batches, and (in `teacher`) of the problem."""
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:

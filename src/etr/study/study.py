@@ -23,17 +23,14 @@ Show = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Blocks in the order in which they run; a matched block needs the blocks before it.
-
-    Args:
-        blocks: what is run.
-        reference: row that others are compared with, and that matched rows are matched to.
-        timing_rounds: rounds of the interleaved timing.
-    """
+    """Blocks in the order in which they run; a matched block needs the blocks before it."""
 
     blocks: tuple[Block, ...]
+    """What is run."""
     reference: str
+    """Row that others are compared with, and that matched rows are matched to."""
     timing_rounds: int = 48
+    """Rounds of the interleaved timing."""
 
     def block(self, name: str) -> Block:
         """The block of a name.
@@ -50,19 +47,16 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyRunner:
-    """Runs a study into a folder: ``quality/`` (results), ``images/``, and ``quality.md``.
-
-    Args:
-        study: what to run.
-        out: the folder.
-        weights: folder of trained weights, for timing and diagnostics.
-        workers: runs side by side.
-    """
+    """Runs a study into a folder: ``quality/`` (results), ``images/``, and ``quality.md``."""
 
     study: Study
+    """What to run."""
     out: Path
+    """The folder."""
     weights: Path
+    """Folder of trained weights, for timing and diagnostics."""
     workers: int = 2
+    """Runs side by side."""
 
     @property
     def results(self) -> Path:

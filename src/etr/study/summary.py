@@ -14,17 +14,14 @@ RunResult = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class LossDifference:
-    """Loss of a row less that of its reference, paired by seed.
-
-    Args:
-        mean: over the seeds that both have.
-        interval: Student's 95 %, None for one seed.
-        seeds: how many.
-    """
+    """Loss of a row less that of its reference, paired by seed."""
 
     mean: float
+    """Mean over the seeds that both have."""
     interval: tuple[float, float] | None
+    """Student's 95 %, None for one seed."""
     seeds: int
+    """Number of those seeds."""
 
     @property
     def verdict(self) -> str:

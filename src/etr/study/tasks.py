@@ -14,17 +14,14 @@ from etr.train.tasks import LanguageTask, Task, TeacherTask, TextXTask
 
 @dataclass(frozen=True, kw_only=True)
 class TaskEntry:
-    """A task in the table.
-
-    Args:
-        summary: what it is, in a line.
-        config: the run that all rows start from, by its number of steps.
-        open: makes the task for such a config.
-    """
+    """A task in the table."""
 
     summary: str
+    """What it is, in a line."""
     config: Callable[[int], TrainConfig]
+    """The run that all rows start from, by its number of steps."""
     open: Callable[[TrainConfig], Task]
+    """Makes the task for such a config."""
 
 
 def held_out_tokens(steps: int) -> int:

@@ -14,19 +14,16 @@ NO_WORSE = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """A claim and what came of it.
-
-    Args:
-        claim: of arXiv 2406.00023 or 2401.13920.
-        measurement: what stands against it here.
-        verdict: holds, does not hold, or cannot be said at this size.
-        why: in a sentence.
-    """
+    """A claim and what came of it."""
 
     claim: str
+    """Claim of arXiv 2406.00023 or 2401.13920."""
     measurement: str
+    """What stands against it here."""
     verdict: str
+    """Holds, does not hold, or cannot be said at this size."""
     why: str
+    """Reason, in a sentence."""
 
 
 HOLDS, FAILS, UNKNOWN = "holds here", "does not hold here", "cannot be said at this size"

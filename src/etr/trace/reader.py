@@ -27,22 +27,22 @@ class LayerTrace:
 
     K is the most experts any token has; shorter rows are filled up with `NO_EXPERT`, weight 0,
     affinity NaN and kept False.
-
-    Args:
-        sequence, position, token_id: int32 [N].
-        experts: chosen experts, int16 [N, K].
-        weights: float32 [N, K].
-        affinities: float32 [N, K], or None where the router has no scores.
-        kept: bool [N, K].
     """
 
     sequence: NDArray[np.int32]
+    """Sequence, int32 [N]."""
     position: NDArray[np.int32]
+    """Position, int32 [N]."""
     token_id: NDArray[np.int32]
+    """Token id, int32 [N]."""
     experts: NDArray[np.int16]
+    """Chosen experts, int16 [N, K]."""
     weights: NDArray[np.float32]
+    """Weights, float32 [N, K]."""
     affinities: NDArray[np.float32] | None
+    """Affinities, float32 [N, K], or None where the router has no scores."""
     kept: NDArray[np.bool_]
+    """Kept, bool [N, K]."""
 
     def counts(self, num_experts: int, *, kept: bool = False) -> NDArray[np.int64]:
         """Choices of each expert, or with `kept` those it kept, int64 [E]."""
@@ -52,15 +52,12 @@ class LayerTrace:
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """A trace in memory.
-
-    Args:
-        table: the rows, see `etr.trace.schema`.
-        info: what the trace is of.
-    """
+    """A trace in memory."""
 
     table: pa.Table
+    """The rows, see `etr.trace.schema`."""
     info: TraceInfo
+    """What the trace is of."""
 
     @property
     def num_tokens(self) -> int:

@@ -23,22 +23,20 @@ from etr.trace.schema import LayerRouting
 
 @dataclass(frozen=True, kw_only=True)
 class LayerChoices:
-    """Choices of one layer's T tokens in one forward: P pairs in use, token after token.
-
-    Args:
-        num_tokens: T, padding included.
-        token, expert: int64 [P].
-        weight: float [P]; 0 where dropped.
-        affinity: float [P], or None.
-        kept: bool [P].
-    """
+    """Choices of one layer's T tokens in one forward: P pairs in use, token after token."""
 
     num_tokens: int
+    """Number of tokens T, padding included."""
     token: Tensor
+    """Token, int64 [P]."""
     expert: Tensor
+    """Expert, int64 [P]."""
     weight: Tensor
+    """Weight, float [P]; 0 where dropped."""
     affinity: Tensor | None
+    """Affinity, float [P], or None."""
     kept: Tensor
+    """Kept, bool [P]."""
 
     @classmethod
     def of_layer(cls, routing: Routing, selection: Selection) -> LayerChoices:

@@ -110,38 +110,34 @@ class TraceInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRows:
-    """N tokens that were routed together.
-
-    Args:
-        sequence, position, token_id: int [N].
-        text: the tokens as text, or None.
-        domain: names, [N].
-    """
+    """N tokens that were routed together."""
 
     sequence: NDArray[np.integer]
+    """Sequence, int [N]."""
     position: NDArray[np.integer]
+    """Position, int [N]."""
     token_id: NDArray[np.integer]
+    """Token id, int [N]."""
     text: Sequence[str] | None
+    """The tokens as text, or None."""
     domain: Sequence[str]
+    """Names, [N]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRouting:
-    """How one layer routed N tokens: P choices, token after token.
-
-    Args:
-        counts: choices of each token, int [N], P together.
-        experts: int [P].
-        weights: float [P]; 0 where dropped.
-        affinities: float [P], or None.
-        kept: bool [P].
-    """
+    """How one layer routed N tokens: P choices, token after token."""
 
     counts: NDArray[np.integer]
+    """Choices of each token, int [N], P together."""
     experts: NDArray[np.integer]
+    """Experts, int [P]."""
     weights: NDArray[np.floating]
+    """Weights, float [P]; 0 where dropped."""
     affinities: NDArray[np.floating] | None
+    """Affinities, float [P], or None."""
     kept: NDArray[np.bool_]
+    """Kept, bool [P]."""
 
     def __post_init__(self) -> None:
         choices = int(self.counts.sum())

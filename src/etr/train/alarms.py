@@ -30,18 +30,15 @@ RECENT_STEPS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Alarm:
-    """One alarm.
-
-    Args:
-        name: collapsed_expert, dead_router_gradient, rising_drop_rate, balance_loss_blind or
-            thresholds_out_of_date.
-        layer: number of the MoE layer, or None for the whole model.
-        message: what happened, in plain words.
-    """
+    """One alarm."""
 
     name: str
+    """Kind: collapsed_expert, dead_router_gradient, rising_drop_rate, balance_loss_blind or
+    thresholds_out_of_date."""
     layer: int | None
+    """Number of the MoE layer, or None for the whole model."""
     message: str
+    """What happened, in plain words."""
 
 
 class Alarms:

@@ -72,21 +72,18 @@ class SaveError(OSError):
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """All that a checkpoint holds; tensors are the model's and optimizer's own, or copies.
-
-    Args:
-        model: its config is written; of one process, its weights too, from `weights`.
-        tokenizer: written beside it.
-        weights: as `etr.parallel.storage.model_tensors` names them.
-        optimizer: the optimizer's tensors, and the random state as `rng`.
-        state: counters and options.
-    """
+    """All that a checkpoint holds; tensors are the model's and optimizer's own, or copies."""
 
     model: EtrForCausalLM
+    """Model whose config is written; of one process, its weights too, from `weights`."""
     tokenizer: PreTrainedTokenizerBase
+    """Tokenizer that is written beside it."""
     weights: Tensors
+    """Weights by the names of `etr.parallel.storage.model_tensors`."""
     optimizer: Tensors
+    """The optimizer's tensors, and the random state as `rng`."""
     state: TrainState
+    """Counters and options."""
 
 
 def snapshot(

@@ -34,23 +34,20 @@ BESIDE = ("trace.parquet",)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """What a run needs beside the model to go on as if it had never stopped.
-
-    Args:
-        step: optimizer steps done.
-        tokens: tokens seen.
-        expert_flops: floating-point operations of the experts so far.
-        elapsed_seconds: training time so far.
-        loader: state of the token loader.
-        fingerprint: options that must be the same on resuming.
-    """
+    """What a run needs beside the model to go on as if it had never stopped."""
 
     step: int
+    """Optimizer steps done."""
     tokens: int
+    """Tokens seen."""
     expert_flops: float
+    """Floating-point operations of the experts so far."""
     elapsed_seconds: float
+    """Training time so far."""
     loader: dict[str, Any]
+    """State of the token loader."""
     fingerprint: dict[str, Any]
+    """Options that must be the same on resuming."""
 
 
 def list_checkpoints(run: Path) -> list[Path]:

@@ -34,23 +34,20 @@ CLUSTER_SHARE = 0.25
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Observed:
-    """What one layer did to N valid tokens.
-
-    Args:
-        x: its input, float32 [N, H].
-        expert: the expert each token wants most, int64 [N].
-        kept: whether that expert keeps it as in training, bool [N].
-        chosen: bool [N, E].
-        scores: selection scores [N, E], or None where the router has none.
-        domain: int64 [N].
-    """
+    """What one layer did to N valid tokens."""
 
     x: Tensor
+    """Its input, float32 [N, H]."""
     expert: Tensor
+    """The expert each token wants most, int64 [N]."""
     kept: Tensor
+    """Whether that expert keeps it as in training, bool [N]."""
     chosen: Tensor
+    """Chosen, bool [N, E]."""
     scores: Tensor | None
+    """Selection scores [N, E], or None where the router has none."""
     domain: Tensor
+    """Domain, int64 [N]."""
 
 
 def mixed_batches(

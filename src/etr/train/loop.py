@@ -60,21 +60,18 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a run leaves behind.
-
-    Args:
-        model: the trained model, in eval mode.
-        data: what it was trained on.
-        run: its folder.
-        steps: optimizer steps done; fewer than asked for if stopped.
-        stopped: the run was interrupted after saving.
-    """
+    """What a run leaves behind."""
 
     model: EtrForCausalLM
+    """The trained model, in eval mode."""
     data: OpenedData
+    """What it was trained on."""
     run: Path
+    """Its folder."""
     steps: int
+    """Optimizer steps done; fewer than asked for if stopped."""
     stopped: bool
+    """Whether the run was interrupted after saving."""
 
 
 def train(

@@ -80,34 +80,28 @@ class RecoverConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """The model after one step of the way.
-
-    Args:
-        name: before, swapped, calibrated or recovered; after training on, trained (directions as
-            they were) or fixed.
-        losses: held-out nats per token by capacity, see `CAPACITIES`; None where thresholds would
-            be needed and are not calibrated yet.
-        changed_tokens: share of (token, layer) pairs whose set of experts is not the old router's.
-    """
+    """The model after one step of the way."""
 
     name: str
+    """Name: before, swapped, calibrated or recovered; after training on, trained (directions as
+    they were) or fixed."""
     losses: dict[str, float | None]
+    """Held-out nats per token by capacity, see `CAPACITIES`; None where thresholds would be
+    needed and are not calibrated yet."""
     changed_tokens: float
+    """Share of (token, layer) pairs whose set of experts is not the old router's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recovery:
-    """What a recovery did.
-
-    Args:
-        stages: in order.
-        distillation: divergence of new from old gates at each step, nats, mean over layers.
-        training: cross-entropy at each step on the way to the fixed frame, nats per token.
-    """
+    """What a recovery did."""
 
     stages: tuple[Stage, ...]
+    """Stages in order."""
     distillation: tuple[float, ...]
+    """Divergence of new from old gates at each step, nats, mean over layers."""
     training: tuple[float, ...]
+    """Cross-entropy at each step on the way to the fixed frame, nats per token."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready values."""

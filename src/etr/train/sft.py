@@ -82,17 +82,14 @@ class SftConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SftResult:
-    """What the training left.
-
-    Args:
-        out: folder with model, tokenizer and sft.json (the rows).
-        rows: metrics of each logged step.
-        notes: what a person should know, in words.
-    """
+    """What the training left."""
 
     out: Path
+    """Folder with model, tokenizer and sft.json (the rows)."""
     rows: list[dict[str, Any]]
+    """Metrics of each logged step."""
     notes: tuple[str, ...]
+    """What a person should know, in words."""
 
 
 def sft(model: Any, tokenizer: PreTrainedTokenizerBase, config: SftConfig) -> SftResult:

@@ -13,17 +13,14 @@ from etr.train.config import RoutingOptions, TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A router and its options under a name.
-
-    Args:
-        name: shown in tables and figures.
-        changes: fields of RoutingOptions or LossConfig that differ from the common config.
-        steps: optimizer steps, if not the common number.
-    """
+    """A router and its options under a name."""
 
     name: str
+    """Name in tables and figures."""
     changes: dict[str, Any]
+    """Fields of RoutingOptions or LossConfig that differ from the common config."""
     steps: int | None = None
+    """Optimizer steps, if not the common number."""
 
     def apply(self, config: TrainConfig) -> TrainConfig:
         """The common config with this variant's changes."""

@@ -23,21 +23,18 @@ _SHAPES = {"2x2": 2, "4x1": 4}
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a model is trained.
-
-    Args:
-        router: with options.
-        locality: weight of the locality loss, or None for none.
-        per_rank: capacity counts a rank's own tokens, as where buffers are padded.
-        local_bonus: added to the score of experts on the token's node.
-        sharded: from half of the training on, sequences go to the node whose experts they use.
-    """
+    """How a model is trained."""
 
     router: str
+    """Router with options."""
     locality: float | None = None
+    """Weight of the locality loss, or None for none."""
     per_rank: bool = False
+    """Whether capacity counts a rank's own tokens, as where buffers are padded."""
     local_bonus: float = 0.0
+    """What is added to the score of experts on the token's node."""
     sharded: bool = False
+    """Whether sequences go to the node whose experts they use, from half of the training on."""
 
     def __post_init__(self) -> None:
         parse_router(self.router)

@@ -15,13 +15,10 @@ from etr.moe.rows import DispatchHandle
 
 @dataclass(frozen=True, kw_only=True)
 class SleepingExperts(ExpertBackend):
-    """Rows in, the same rows out, after a time in proportion to their number.
-
-    Args:
-        seconds_per_row: in the forward pass; the backward pass takes twice as long.
-    """
+    """Rows in, the same rows out, after a time in proportion to their number."""
 
     seconds_per_row: float
+    """Seconds of the forward pass; the backward pass takes twice as long."""
 
     def run(self, rows: Tensor, num_tokens_per_expert: Tensor, params: ExpertParams) -> Tensor:
         number = rows[..., 0].numel()

@@ -20,17 +20,14 @@ Scorer = Callable[[dict[str, Any], str], dict[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """A mean over questions.
-
-    Args:
-        value: mean.
-        error: its standard error, s / sqrt(n); None for one question, or where nothing is sampled.
-        count: questions, or tokens.
-    """
+    """A mean over questions."""
 
     value: float
+    """Mean."""
     error: float | None
+    """Its standard error, s / sqrt(n); None for one question, or where nothing is sampled."""
     count: int
+    """Questions, or tokens."""
 
     def __str__(self) -> str:
         return f"{self.value:.4g}" if self.error is None else f"{self.value:.4f} ± {self.error:.4f}"
@@ -42,25 +39,22 @@ Scores = dict[str, dict[str, Score]]
 
 @dataclass(frozen=True, kw_only=True)
 class Exam:
-    """Questions of one kind.
-
-    Args:
-        name: as the command line calls it.
-        label: what it is, for tables; says what it is not where a name could mislead.
-        questions: dictionaries with "prompt", "category", and either "choices" and "answer" (the
-            place of the right one) or whatever `score` reads.
-        score: (question, generated text) -> values by measure; None for multiple choice, which is
-            scored by the likelihood of the choices.
-        until: texts that end a generated answer.
-        max_new_tokens: most tokens of a generated answer.
-    """
+    """Questions of one kind."""
 
     name: str
+    """Name on the command line."""
     label: str
+    """What it is, for tables; says what it is not where a name could mislead."""
     questions: list[dict[str, Any]]
+    """Dictionaries with "prompt", "category", and either "choices" and "answer" (the place of
+    the right one) or whatever `score` reads."""
     score: Scorer | None = None
+    """(question, generated text) -> values by measure; None for multiple choice, which is
+    scored by the likelihood of the choices."""
     until: tuple[str, ...] = ()
+    """Texts that end a generated answer."""
     max_new_tokens: int = 256
+    """Most tokens of a generated answer."""
 
     def __post_init__(self) -> None:
         if not self.questions:
@@ -69,16 +63,14 @@ class Exam:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """What a model scored on one task.
-
-    Args:
-        task, label: of the task.
-        scores: by category ("all" first), then by measure.
-    """
+    """What a model scored on one task."""
 
     task: str
+    """Name of the task."""
     label: str
+    """Label of the task."""
     scores: Scores
+    """Scores by category ("all" first), then by measure."""
 
 
 def require(module: str, package: str) -> Any:

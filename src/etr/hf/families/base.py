@@ -19,21 +19,18 @@ GATED_ACTIVATIONS: dict[str, Activation] = {"silu": "swiglu", "swish": "swiglu"}
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """One parameter of the MoE block, here and in the family's checkpoints.
-
-    Args:
-        ours: name within the layer, such as ``experts.gate_up_proj``.
-        theirs: names on disk within a decoder layer, each with ``*`` for the number of the expert
-            where every expert has a tensor of its own; several are parts of ours.
-        layout: name in `LAYOUTS`: how their tensors become ours and back.
-        fused: name of the one tensor of our shape that transformers holds in memory where the disk
-            has several, or another name; it is read too.
-    """
+    """One parameter of the MoE block, here and in the family's checkpoints."""
 
     ours: str
+    """Name within the layer, such as ``experts.gate_up_proj``."""
     theirs: tuple[str, ...]
+    """Names on disk within a decoder layer, each with ``*`` for the number of the expert where
+    every expert has a tensor of its own; several are parts of ours."""
     layout: str = "same"
+    """Name in `LAYOUTS`: how their tensors become ours and back."""
     fused: str | None = None
+    """Name of the one tensor of our shape that transformers holds in memory where the disk has
+    several, or another name; it is read too."""
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
@@ -53,42 +50,41 @@ def softmax_top_k(config: PreTrainedConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How to find the MoE blocks of one transformers model type, and what they are.
-
-    Args:
-        model_type: as in the family's config.
-        keys: every parameter of the block.
-        block: attribute of a decoder layer that holds its MoE block; a layer whose block has no
-            experts is dense and stays as it is.
-        router_name: attribute of the block that holds its router.
-        num_experts, top_k, intermediate_size: names of the config's attributes.
-        aux_coefficient: name of the attribute with the weight of the family's own balance loss, or
-            None where it has none.
-        jitter: name of the attribute with the noise on the block's input in training, or None.
-        options: names of further attributes that say what the block computes.
-        logits_divisor: name of the attribute that divides the logits, or None.
-        returns_scores: whether the block returns a pair, the second of which nobody reads.
-        experts: options of `MoEConfig` about the experts, from the family's config.
-        router: options of `MoEConfig` that route as the family does.
-        ignored: patterns of keys of a checkpoint that transformers does not load either, beside
-            those of layers behind the last one.
-    """
+    """How to find the MoE blocks of one transformers model type, and what they are."""
 
     model_type: str
+    """As in the family's config."""
     keys: tuple[Key, ...]
+    """Every parameter of the block."""
     block: str = "mlp"
+    """Attribute of a decoder layer that holds its MoE block; a layer whose block has no experts
+    is dense and stays as it is."""
     router_name: str = "gate"
+    """Attribute of the block that holds its router."""
     num_experts: str = "num_experts"
+    """Name of the config's attribute."""
     top_k: str = "num_experts_per_tok"
+    """Name of the config's attribute."""
     intermediate_size: str = "intermediate_size"
+    """Name of the config's attribute."""
     aux_coefficient: str | None = "router_aux_loss_coef"
+    """Name of the attribute with the weight of the family's own balance loss, or None where it
+    has none."""
     jitter: str | None = None
+    """Name of the attribute with the noise on the block's input in training, or None."""
     options: tuple[str, ...] = ()
+    """Names of further attributes that say what the block computes."""
     logits_divisor: str | None = None
+    """Name of the attribute that divides the logits, or None."""
     returns_scores: bool = False
+    """Whether the block returns a pair, the second of which nobody reads."""
     experts: Callable[[PreTrainedConfig], dict[str, Any]] = activation_of
+    """Options of `MoEConfig` about the experts, from the family's config."""
     router: Callable[[PreTrainedConfig], dict[str, Any]] = softmax_top_k
+    """Options of `MoEConfig` that route as the family does."""
     ignored: tuple[str, ...] = (r"\.rotary_emb\.inv_freq$",)
+    """Patterns of keys of a checkpoint that transformers does not load either, beside those of
+    layers behind the last one."""
 
     def sizes(self, config: PreTrainedConfig) -> dict[str, int]:
         """The sizes of `MoEConfig` that the family's config determines."""

@@ -14,21 +14,18 @@ from etr.train.config import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Forward:
-    """One batch through the model.
-
-    Args:
-        token_losses: loss of each token, float [T]; 0 where not valid.
-        valid: True for tokens that count, bool [T].
-        domain: place of each token's domain in the task's list, int64 [T].
-        router_losses: scaled losses of the MoE layers, by name.
-        stats: counters of each MoE layer.
-    """
+    """One batch through the model."""
 
     token_losses: Tensor
+    """Loss of each token, float [T]; 0 where not valid."""
     valid: Tensor
+    """True for tokens that count, bool [T]."""
     domain: Tensor
+    """Place of each token's domain in the task's list, int64 [T]."""
     router_losses: dict[str, Tensor]
+    """Scaled losses of the MoE layers, by name."""
     stats: list[dict[str, Tensor]]
+    """Counters of each MoE layer."""
 
 
 class Task(Protocol):
