@@ -20,8 +20,8 @@ from etr.train.checkpoint import consolidate, list_checkpoints
 from etr.train.loop import Trainer
 from etr.train.metrics import read_metrics
 from etr.train.model import build_model
-from etr.train.objective import Objective
 from etr.train.spread import spread
+from etr.train.step_loss import StepLoss
 
 pytestmark = [
     pytest.mark.distributed,
@@ -61,7 +61,7 @@ def gradients(
         Batch(**{name: value[rows] for name, value in vars(batch).items()})
         for batch in micro_batches()
     ]
-    loss, losses = Objective(model, ranks, "fp32").backward(batches)
+    loss, losses = StepLoss(model, ranks, "fp32").backward(batches)
     if mesh is not None:
         sum_gradients(model, mesh)
     norm = gradient_norms([model.parameters()], ranks)[0]

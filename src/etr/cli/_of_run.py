@@ -103,6 +103,15 @@ def run_at(path: str) -> Path | None:
     return folder if list_checkpoints(folder) else run_of(folder)
 
 
+def objective_of(path: str) -> str:
+    """What the model of a path was trained on; the next token where no run says."""
+    run = run_at(path)
+    with contextlib.suppress(ValueError):  # a damaged config.json says nothing
+        stored = None if run is None else stored_config(run)
+        return TrainConfig.objective if stored is None else stored.objective
+    return TrainConfig.objective
+
+
 def say_which(folder: Path) -> None:
     """Name a run's checkpoint and its text, where the output is not in their way."""
     run = run_of(folder)

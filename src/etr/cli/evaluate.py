@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from etr.cli._model import open_any_model
-from etr.cli._of_run import parse_with_text
+from etr.cli._of_run import objective_of, parse_with_text
 from etr.cli._tables import make_table
 from etr.data import DataConfig, held_out_batches, open_data
 from etr.evaluate import (
@@ -30,6 +30,7 @@ from etr.evaluate.comparison import columns, held_out_result, score_rows
 from etr.evaluate.harness import check_named, run_named
 from etr.evaluate.tasks import HELD_OUT
 from etr.files import write_json, write_text
+from etr.model import OBJECTIVES
 from etr.moe.serving import serving_of
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class EvaluateConfig:
     """How experts select: threshold, dropless, batch or another name in SERVING, perhaps with
     options. batch lets
     later tokens change earlier ones, which is not an honest loss."""
+    objective: str | None = None
+    """What the loss is of, e.g. causal; by default what the run was trained on."""
     max_tokens_per_domain: int | None = None
     """Most held-out tokens of each domain; all by default."""
     json: str | None = None
@@ -64,6 +67,8 @@ class EvaluateConfig:
         limit = self.max_tokens_per_domain
         if limit is not None and limit < 1:
             raise ValueError(f"max_tokens_per_domain={limit} must be at least 1")
+        if self.objective is not None:
+            OBJECTIVES.parse(self.objective)
 
 
 def run(arguments: list[str]) -> int:
@@ -108,7 +113,7 @@ def evaluate_model(config: EvaluateConfig, path: str, name: str, tasks: list[Exa
     }
     found = []
     if HELD_OUT in config.tasks.tasks:
-        found.append(held_out(config, model, tokenizer, folder))
+        found.append(held_out(config, path, model, tokenizer, folder))
     found += run_tasks(model, tokenizer, tasks, **options)
     found += run_named(
         model,
@@ -128,7 +133,11 @@ def evaluate_model(config: EvaluateConfig, path: str, name: str, tasks: list[Exa
 
 
 def held_out(
-    config: EvaluateConfig, model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path
+    config: EvaluateConfig,
+    path: str,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
 ) -> TaskResult:
     """Held-out loss as a task."""
     data = open_data(dataclasses.replace(config.data, tokenizer=str(folder)))
@@ -143,7 +152,9 @@ def held_out(
         config.data.batch_size,
         config.max_tokens_per_domain,
     )
-    result = evaluate(model, batches, data.dataset.domains, config.selection)
+    objective = OBJECTIVES.parse(config.objective or objective_of(path))
+    domains = data.dataset.domains
+    result = evaluate(model, batches, domains, config.selection, objective=objective)
     return held_out_result(result, data.dataset.bytes_per_token)
 
 

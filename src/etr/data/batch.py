@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-IGNORED = -100
-"""Label of a place that counts for no loss."""
+from etr.model.objective import IGNORED, Text
+
+__all__ = ["IGNORED", "Batch", "make_batch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,15 @@ class Batch:
     def valid_mask(self) -> Tensor:
         """True up to a row's last label, False on the padding after it, bool [B, S]."""
         return (self.labels != IGNORED).flip(1).cumsum(1).flip(1) > 0
+
+    def text(self, *, padded: bool = True) -> Text:
+        """The rows as an objective takes them.
+
+        Args:
+            padded: whether there may be padding; training rows have none.
+        """
+        valid = self.valid_mask if padded else None
+        return Text(ids=self.input_ids, following=self.labels, valid=valid)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""

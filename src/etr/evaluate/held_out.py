@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from etr.data import IGNORED, Batch
+from etr.data import Batch
+from etr.model.objective import Causal, Objective, draws
 from etr.moe import MoE, moe_layers, selecting
 from etr.moe.layers import effective_serving
 from etr.moe.stats import kept_share
@@ -25,7 +25,7 @@ class EvalResult:
     """Held-out loss of one model."""
 
     loss: float
-    """Mean cross-entropy over the domains' tokens, nats per token."""
+    """Mean over the domains' tokens, nats per token."""
     loss_by_domain: dict[str, float]
     """The same for each domain."""
     tokens_by_domain: dict[str, int]
@@ -71,33 +71,39 @@ def evaluate(
     selection: str = "threshold",
     *,
     ranks: Ranks | None = None,
+    objective: Objective | None = None,
 ) -> EvalResult:
-    """Mean cross-entropy over held-out batches; the model's mode and selection are restored.
+    """Mean loss over held-out batches; the model's mode and selection are restored.
 
     Args:
-        model: a causal language model, with layers of this library or none; evaluated in eval mode
+        model: a language model, with layers of this library or none; evaluated in eval mode
             on its own device.
         batches: held-out batches, each of one domain's rows.
         domains: names by the batches' domain numbers.
         selection: name in `etr.moe.SERVING`, perhaps with options: threshold, dropless, or batch
             (in which later tokens change earlier ones: not a language-model loss).
         ranks: each runs its rows of every batch; the result is that of one process, on all of them.
+        objective: what the model was trained on; None for the next token. What it draws depends on
+            the number of the batch alone.
     Raises:
         ValueError: there is no held-out token.
     """
-    ranks = ranks or Ranks(None)
-    device = next(model.parameters()).device
+    ranks, objective = ranks or Ranks(None), objective or Causal()
+    weight = next(model.parameters())
     layers = moe_layers(model)
     nats_of_rows, tokens_of_rows, domain_of_rows = list[Tensor](), list[Tensor](), list[Tensor]()
     pairs = [0, 0, 0]
     with selecting(model, selection):
         for number, batch in enumerate(batches, 1):
             log.info("held-out batch %d", number)
-            batch = _own_rows(batch, ranks).to(device)
-            output = model(input_ids=batch.input_ids, attention_mask=batch.valid_mask.long())
-            nats_of_rows.append(_nats_of_rows(output.logits, batch.labels))
-            tokens_of_rows.append((batch.labels != IGNORED).sum(1).cpu())
-            domain_of_rows.append(batch.domain.cpu())
+            own = _own_rows(len(batch.input_ids), ranks)
+            example = objective.example(batch.to(weight.device).text(), draws("held out", number))
+            example = example.rows(own)
+            output = model(**example.arguments(weight.dtype))
+            nats = objective.losses(output.logits, example).view_as(example.labels)
+            nats_of_rows.append(nats.double().sum(1).cpu())
+            tokens_of_rows.append(example.counted.sum(1).cpu())
+            domain_of_rows.append(batch.domain[own])
             for layer, stats in zip(layers, output.routing_stats if layers else [], strict=True):
                 pairs = [a + b for a, b in zip(pairs, _pairs(layer, stats), strict=True)]
     if not any(int(tokens.sum()) for part in ranks.gather(tokens_of_rows) for tokens in part):
@@ -124,14 +130,6 @@ def evaluate(
     )
 
 
-def _nats_of_rows(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each row, summed over its tokens, on the CPU, [B]."""
-    nats = F.cross_entropy(
-        logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
-    )
-    return nats.double().sum(1).cpu()
-
-
 def _pairs(layer: MoE, stats: dict[str, Tensor]) -> tuple[int, int, int]:
     """Pairs that were kept, that could have been, and that tokens may choose at most."""
     return (
@@ -141,11 +139,9 @@ def _pairs(layer: MoE, stats: dict[str, Tensor]) -> tuple[int, int, int]:
     )
 
 
-def _own_rows(batch: Batch, ranks: Ranks) -> Batch:
+def _own_rows(count: int, ranks: Ranks) -> slice:
     """This rank's rows, perhaps none: every rank must run the model on every batch."""
-    count = len(batch.input_ids)
-    rows = slice(count * ranks.rank // ranks.size, count * (ranks.rank + 1) // ranks.size)
-    return Batch(**{name: value[rows] for name, value in vars(batch).items()})
+    return slice(count * ranks.rank // ranks.size, count * (ranks.rank + 1) // ranks.size)
 
 
 def ratio_error(nats: Tensor, tokens: Tensor) -> float | None:

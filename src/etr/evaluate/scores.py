@@ -10,13 +10,17 @@ from torch import Tensor
 
 from etr.data import Batch
 from etr.hf import EtrForCausalLM
+from etr.model.objective import Causal, Objective, draws
 from etr.moe import moe_layers
 from etr.moe.watch import LayerView, watch
 
 
 @torch.no_grad()
 def score_densities(
-    model: EtrForCausalLM, batches: Iterable[Batch], num_bins: int = 80
+    model: EtrForCausalLM,
+    batches: Iterable[Batch],
+    num_bins: int = 80,
+    objective: Objective | None = None,
 ) -> dict[str, Any] | None:
     """Densities of the router's scores over held-out tokens, all layers together.
 
@@ -24,10 +28,11 @@ def score_densities(
         model: run in eval mode; restored.
         batches: held-out text.
         num_bins: equal bins between the smallest and the largest score.
+        objective: what the model was trained on; None for the next token.
     Returns:
         ``{"edges": [n + 1], "own": [n], "others": [n]}``, or None where the router has no scores.
     """
-    layers = moe_layers(model)
+    layers, objective = moe_layers(model), objective or Causal()
     if not all(layer.traits.has_scores for layer in layers):
         return None
     own: list[Tensor] = []
@@ -49,9 +54,9 @@ def score_densities(
     try:
         device = next(model.parameters()).device
         with watch(model, record):
-            for batch in batches:
-                batch = batch.to(device)
-                model(input_ids=batch.input_ids, attention_mask=batch.valid_mask.long())
+            for number, batch in enumerate(batches, 1):
+                example = objective.example(batch.to(device).text(), draws("held out", number))
+                model(**example.arguments(model.dtype))
     finally:
         model.train(was_training)
     if not own:

@@ -121,11 +121,10 @@ class _BaseModel:
         context = etr_context or RoutingContext()
         for prepare in self.prepare_context:
             context = prepare(context)
-        context = replace(
-            context,
-            valid_mask=valid_mask(attention_mask, input_ids, inputs_embeds),
-            token_ids=input_ids,
-        )
+        if context.valid_mask is None:
+            mask = valid_mask(attention_mask, input_ids, inputs_embeds)
+            context = replace(context, valid_mask=mask)
+        context = replace(context, token_ids=input_ids)
         by_config = getattr(self.config, "output_router_logits", False)
         if by_config:  # not to be looked for among the family's routers, which are gone
             kwargs["output_router_logits"] = False

@@ -181,12 +181,14 @@ class EtrForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: int64 [B, S], or give inputs_embeds [B, S, H].
-            attention_mask: 1 = real token, [B, past + S]; what it hides is not routed either.
+            attention_mask: 1 = real token, [B, past + S]; what it hides is not routed either. Or a
+                mask to add to attention's scores, [B, 1, S, past + S], which hides nothing from
+                routers: `routing_context` says what does.
             cache: of an earlier forward; `past_key_values` is its older name.
             labels: int64 [B, S], shifted inside; -100 is ignored.
             logits_to_keep: compute the last so many positions only, or those of an index; 0 = all.
-            routing_context: placement, groups, replay and so on; the mask, the token ids and the
-                collector are filled in.
+            routing_context: placement, groups, replay and so on; the token ids and the collector
+                are filled in, and the mask where it has none.
             kwargs: for the base model; `num_items_in_batch` divides the summed loss, as
                 transformers' Trainer wants it, and `shift_labels` are labels shifted already.
         """

@@ -183,6 +183,10 @@ def read_state(checkpoint: Path) -> TrainState:
     return state
 
 
+BEFORE_OPTIONS = {"objective": "causal"}
+"""What runs did that were begun before there was an option for it."""
+
+
 def changed_options(
     stored: Mapping[str, Any], now: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
@@ -194,6 +198,7 @@ def changed_options(
         stored: what `TrainConfig.fingerprint` gave.
         now: what it gives.
     """
+    stored = {**BEFORE_OPTIONS, **stored}
     found = {
         name: (stored.get(name), now.get(name))
         for name in sorted({*stored, *now})

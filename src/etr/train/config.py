@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from etr.data import DataConfig
 from etr.files import read_json
+from etr.model import OBJECTIVES
 from etr.moe import LossConfig, MoEConfig
 from etr.moe.checked import check_types
 from etr.moe.config import parse_capacity, parse_router
@@ -167,6 +168,8 @@ class TrainConfig:
     capacity follow the schedule of the new number."""
     accumulation_steps: int = 1
     """Micro-batches per optimizer step."""
+    objective: str = "causal"
+    """What the model is trained on, perhaps with options: causal."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -215,6 +218,7 @@ class TrainConfig:
         if self.profile_every is not None and self.profile_every < 0:
             raise ValueError(f"profile_every={self.profile_every} must be >= 0 steps, or None")
         check_trackers(self.trackers)
+        OBJECTIVES.parse(self.objective)
 
     def fingerprint(self) -> dict[str, Any]:
         """Options that change what is learned, flat, so that a difference can be named."""

@@ -19,6 +19,7 @@ from etr.diagnostics import (
     token_correlation,
 )
 from etr.hf import EtrForCausalLM
+from etr.model.objective import Causal, Objective, draws
 from etr.moe import MoE, moe_layers, selecting
 from etr.moe.watch import LayerView, watch
 from etr.train.metrics import finite
@@ -79,7 +80,10 @@ def mixed_batches(
 
 @torch.no_grad()
 def diagnose(
-    model: EtrForCausalLM, batches: Sequence[Batch], domains: tuple[str, ...]
+    model: EtrForCausalLM,
+    batches: Sequence[Batch],
+    domains: tuple[str, ...],
+    objective: Objective | None = None,
 ) -> dict[str, Any]:
     """Values of a row of kind ``diagnostics``; the model's mode and selection are restored.
 
@@ -90,8 +94,9 @@ def diagnose(
         model: run in eval mode on its own device.
         batches: of `mixed_batches`.
         domains: names by the batches' domain numbers.
+        objective: what the model was trained on; None for the next token.
     """
-    layers = [_joined(parts) for parts in _observe(model, batches)]
+    layers = [_joined(parts) for parts in _observe(model, batches, objective or Causal())]
     last = layers[-1]
     few = _spread(len(last.x), CORRELATION_TOKENS)
     few = few[last.expert[few].argsort(stable=True)]
@@ -136,7 +141,9 @@ def _layer_values(layer: MoE, seen: Observed, num_domains: int) -> dict[str, Any
     return values
 
 
-def _observe(model: EtrForCausalLM, batches: Sequence[Batch]) -> list[list[Observed]]:
+def _observe(
+    model: EtrForCausalLM, batches: Sequence[Batch], objective: Objective
+) -> list[list[Observed]]:
     """What each layer did to each batch."""
     found: list[list[Observed]] = [[] for _ in moe_layers(model)]
     device = next(model.parameters()).device
@@ -146,10 +153,11 @@ def _observe(model: EtrForCausalLM, batches: Sequence[Batch]) -> list[list[Obser
         found[place].append(_observed(view, domain))
 
     with selecting(model, "batch"), watch(model, see):
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
             batch = batch.to(device)
-            domain = batch.domain.repeat_interleave(batch.input_ids.shape[1])
-            model(input_ids=batch.input_ids, attention_mask=batch.valid_mask.long())
+            example = objective.example(batch.text(), draws("held out", number))
+            domain = batch.domain.repeat_interleave(example.input_ids.shape[1])
+            model(**example.arguments(model.dtype))
     return found
 
 

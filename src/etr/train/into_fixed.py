@@ -31,9 +31,9 @@ from etr.parallel import Ranks
 from etr.train.config import OptimizerConfig
 from etr.train.loop import TrainingDiverged
 from etr.train.model import widen_weights
-from etr.train.objective import Objective
 from etr.train.optimizer import build_optimizer, learning_rate
 from etr.train.step import take_step
+from etr.train.step_loss import StepLoss
 
 T = TypeVar("T")
 
@@ -167,7 +167,7 @@ def train_on(
     """
     widen_weights(model)
     optimizer = build_optimizer(model, config)
-    objective = Objective(model, Ranks(None), "fp32")
+    objective = StepLoss(model, Ranks(None), "fp32")
     device = next(model.parameters()).device
     losses: list[float] = []
 

@@ -17,6 +17,7 @@ from etr.data import OpenedData, open_data
 from etr.evaluate import EvalResult, evaluate
 from etr.files import write_json
 from etr.hf import EtrForCausalLM
+from etr.model import OBJECTIVES
 from etr.moe import attach, moe_layers
 from etr.moe.losses import even_losses
 from etr.moe.notice import warn
@@ -43,13 +44,13 @@ from etr.train.metrics import (
     routing_metrics,
 )
 from etr.train.model import enable_checkpointing, find_device
-from etr.train.objective import Objective
 from etr.train.optimizer import build_optimizer, learning_rate
 from etr.train.profile import profile_pass
 from etr.train.recorder import MetricsRow, Recorder
 from etr.train.saver import Saver
 from etr.train.spread import spread
 from etr.train.step import take_step
+from etr.train.step_loss import StepLoss
 from etr.train.tasks import LanguageTask
 from etr.train.trackers import require_trackers
 
@@ -128,13 +129,14 @@ class Trainer:
         self.config, self.data = config, data
         self.run = Path(config.out)
         self.device = find_device(config.device)
-        self.task = LanguageTask(data)
+        objective = OBJECTIVES.parse(config.objective)
+        self.task = LanguageTask(data, objective)
         self.model = self.task.build(config)
         torch.nn.Module.to(self.model, self.device).train()
         if config.gradient_checkpointing:
             enable_checkpointing(self.model)
         self.mesh = spread(self.model, config.parallel, self.ranks)
-        self.objective = Objective(self.model, self.ranks, config.precision)
+        self.step_loss = StepLoss(self.model, self.ranks, config.precision, objective, config.seed)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.loader = self.task.training_batches(config, self.ranks.rank, self.ranks.size)
         self.step, self.tokens, self.expert_flops, self.elapsed = 0, 0, 0.0, 0.0
@@ -224,7 +226,7 @@ class Trainer:
         """The clipped gradient of a step; losses, and norms of the gradient before clipping."""
         micro_batches = islice(self.loader, self.config.accumulation_steps)
         batches = [batch.to(self.device) for batch in micro_batches]
-        loss, losses = self.objective.backward(batches)
+        loss, losses = self.step_loss.backward(batches, self.step)
         self._last_batch = batches[-1]
         if not math.isfinite(loss):
             self._diverged(loss)
@@ -260,19 +262,27 @@ class Trainer:
             self.data.dataset, data.sequence_length, data.batch_size, self.config.diagnostics_tokens
         )
         domains = self.data.dataset.domains
-        return self._write("diagnostics", **diagnose(self.model, batches, domains))
+        found = diagnose(self.model, batches, domains, self.task.objective)
+        return self._write("diagnostics", **found)
 
     def profile(self) -> list[MetricsRow]:
         """Where the time of a forward and backward pass over the last batch goes."""
         batch = self._last_batch
         return self._write(
-            "profile", **profile_pass(self.model, lambda: self.objective.local_loss(batch))
+            "profile", **profile_pass(self.model, lambda: self.step_loss.local_loss(batch))
         )
 
     def evaluate_as(self, selection: str) -> EvalResult:
         """Held-out loss with a given selection."""
         batches = self.task.held_out_batches(self.config)
-        return evaluate(self.model, batches, self.task.domains, selection, ranks=self.ranks)
+        return evaluate(
+            self.model,
+            batches,
+            self.task.domains,
+            selection,
+            ranks=self.ranks,
+            objective=self.task.objective,
+        )
 
     def save(self) -> None:
         """Write a checkpoint, unless this step has one."""

@@ -5,26 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import nn
-from torch.nn import functional as F
 
-from etr.data import IGNORED, Batch, OpenedData, TokenLoader, held_out_batches
+from etr.data import Batch, OpenedData, TokenLoader, held_out_batches
 from etr.hf import EtrForCausalLM
+from etr.model.objective import Causal, Objective, draws
 from etr.train.config import TrainConfig
 from etr.train.model import build_model
 from etr.train.tasks.base import Forward
 
 
 class TextTask:
-    """Prediction of the next token of text, by whatever model a subclass builds.
+    """A language model's objective on text, by whatever model a subclass builds.
 
     Args:
         data: opened text.
+        objective: what is trained on; None for the next token.
     """
 
     unit = "nats per byte"
 
-    def __init__(self, data: OpenedData) -> None:
+    def __init__(self, data: OpenedData, objective: Objective | None = None) -> None:
         self.data, self.domains = data, data.dataset.domains
+        self.objective = objective or Causal()
 
     def training_batches(
         self, config: TrainConfig, rank: int = 0, world_size: int = 1
@@ -58,17 +60,14 @@ class TextTask:
         )
 
     def forward(self, model: nn.Module, batch: Batch) -> Forward:
-        """Cross-entropy of each next token."""
-        # Training rows are never padded.
-        mask = None if model.training else batch.valid_mask.long()
-        output = model(input_ids=batch.input_ids, attention_mask=mask)
-        labels = batch.labels.flatten()
+        """Loss of each place; what the objective draws depends on the batch alone."""
+        text = batch.text(padded=not model.training)
+        example = self.objective.example(text, draws(batch.input_ids.tolist()))
+        output = model(**example.arguments())
         return Forward(
-            token_losses=F.cross_entropy(
-                output.logits.float().flatten(0, 1), labels, ignore_index=IGNORED, reduction="none"
-            ),
-            valid=labels != IGNORED,
-            domain=batch.domain[:, None].expand_as(batch.labels).flatten(),
+            token_losses=self.objective.losses(output.logits, example),
+            valid=example.counted.flatten(),
+            domain=batch.domain[:, None].expand_as(example.labels).flatten(),
             router_losses=output.router_losses,
             stats=output.routing_stats,
         )

@@ -1,0 +1,55 @@
+"""How logits become a choice: routings of one model, and what is made of their logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from etr.table import Table
+
+
+class Decoding:
+    """A frozen config of how to decode; one row of `DECODINGS`.
+
+    `etr.hf.decode` runs the model once for each branch, each with a cache of its own, and hands
+    what `combine` makes of their logits to transformers' own search or sampling.
+    """
+
+    name: ClassVar[str]
+    """In commands."""
+    summary: ClassVar[str]
+    """One line for pages."""
+
+    @property
+    def branches(self) -> tuple[str | None, ...]:
+        """How experts select in each branch; None: as the model is set."""
+        raise NotImplementedError
+
+    def combine(self, logits: Sequence[Tensor]) -> Tensor:
+        """The logits to choose by, [B, S, V], from those of each branch.
+
+        Places do not touch each other: one token at a time gives what all of them do.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain(Decoding):
+    """The model's own logits."""
+
+    name = "plain"
+    summary = "the model's own logits"
+
+    @property
+    def branches(self) -> tuple[str | None, ...]:
+        return (None,)
+
+    def combine(self, logits: Sequence[Tensor]) -> Tensor:
+        return logits[0]
+
+
+DECODINGS: Table[Decoding] = Table("decoding", (Plain,))
+"""Decodings by name."""
