@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import tyro
@@ -13,6 +13,8 @@ from etr.cli._of_run import say_which
 from etr.cli._options import parse
 from etr.data import encode_prompt
 from etr.hf import EtrForCausalLM
+from etr.hf.decode import generate
+from etr.model import DECODINGS
 from etr.moe import set_eval_selection
 from etr.moe.serving import serving_of
 
@@ -39,6 +41,8 @@ class GenerateConfig:
     selection: str = "threshold"
     """How experts select: threshold, dropless, batch or another name in SERVING, perhaps with
     options."""
+    decoding: str = "plain"
+    """How logits become a choice, perhaps with options: plain."""
 
     def __post_init__(self) -> None:
         serving_of(self.selection, "selection")
@@ -48,6 +52,7 @@ class GenerateConfig:
             raise ValueError(f"temperature={self.temperature} must be >= 0")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
+        DECODINGS.parse(self.decoding)
 
 
 def run(arguments: list[str]) -> int:
@@ -72,8 +77,9 @@ def continue_text(
         if config.temperature > 0
         else {"do_sample": False}
     )
-    module: Any = model  # transformers annotates `generate` for its own classes only
-    out = module.generate(
+    out = generate(
+        model,
+        DECODINGS.parse(config.decoding),
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=config.max_new_tokens,

@@ -25,7 +25,7 @@ class Decoding:
 
     @property
     def branches(self) -> tuple[str | None, ...]:
-        """How experts select in each branch; None: as the model is set."""
+        """The serving policy of each branch, as text; None: as the model is set."""
         raise NotImplementedError
 
     def combine(self, logits: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,181 @@
+"""Decodings run with a cache a branch equal a plain loop without any."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import PAD, calibrated, make_model, tokens
+from torch import Tensor
+
+from etr.hf import EtrForCausalLM
+from etr.hf.decode import decoding_by, generate
+from etr.model import DECODINGS, Decoding
+from etr.moe import moe_layers, selecting
+
+NEW = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast(Decoding):
+    """For this test: dropless logits, pushed away from those of thresholds."""
+
+    name = "contrast"
+    summary = "for this test"
+
+    strength: float = 1.5
+
+    @property
+    def branches(self) -> tuple[str | None, ...]:
+        return ("dropless", "threshold")
+
+    def combine(self, logits: Sequence[Tensor]) -> Tensor:
+        return (1 + self.strength) * logits[0] - self.strength * logits[1]
+
+
+@pytest.fixture
+def contrast():
+    DECODINGS[Contrast.name] = Contrast
+    yield DECODINGS.parse("contrast")
+    del DECODINGS[Contrast.name]
+
+
+@pytest.fixture(scope="module")
+def model() -> EtrForCausalLM:
+    found = calibrated(make_model("etr", capacity="factor:capacity_factor=0.5").float(), steps=4)
+    assert any(layer.calibration.threshold.isfinite().any() for layer in moe_layers(found))
+    return found
+
+
+def padded() -> tuple[Tensor, Tensor]:
+    """A batch whose first row is padded on the left."""
+    ids = tokens(batch=3, length=9)
+    mask = torch.ones_like(ids)
+    ids[0, :4], mask[0, :4] = PAD, 0
+    return ids, mask
+
+
+@torch.no_grad()
+def by_hand(model: EtrForCausalLM, ids: Tensor, mask: Tensor, decoding: Decoding) -> Tensor:
+    """Greedy, the whole text anew for every token and branch."""
+    for _ in range(NEW):
+        position = (mask.cumsum(1) - 1).clamp_min(0)
+        logits = []
+        for selection in decoding.branches:
+            with selecting(model, selection):
+                out = model(input_ids=ids, attention_mask=mask, position_ids=position)
+            logits.append(out.logits[:, -1:])
+        best = decoding.combine(logits).argmax(-1)
+        ids, mask = torch.cat([ids, best], 1), torch.cat([mask, torch.ones_like(best)], 1)
+    return ids
+
+
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": 10**6}
+
+
+def run(model: EtrForCausalLM, decoding: Decoding, **options: Any) -> Tensor:
+    ids, mask = padded()
+    return generate(
+        model, decoding, ids, attention_mask=mask, pad_token_id=PAD, **{**GREEDY, **options}
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
+def test_two_branches_equal_a_plain_loop(options, contrast, model):
+    wanted = by_hand(model, *padded(), contrast)
+    assert torch.equal(run(model, contrast, **options), wanted)
+    for selection in contrast.branches:  # or the test would say nothing
+        with selecting(model, selection):
+            assert not torch.equal(run(model, DECODINGS.parse("plain")), wanted)
+
+
+def test_logits_of_every_step_are_those_of_whole_texts(contrast, model):
+    found = run(model, contrast, return_dict_in_generate=True, output_logits=True)
+    ids, mask = found.sequences, torch.cat([padded()[1], torch.ones(3, NEW).long()], 1)
+    position = (mask.cumsum(1) - 1).clamp_min(0)
+    logits = []
+    for selection in contrast.branches:
+        with selecting(model, selection), torch.no_grad():
+            out = model(input_ids=ids, attention_mask=mask, position_ids=position)
+        logits.append(out.logits[:, -NEW - 1 : -1])
+    wanted = contrast.combine(logits)
+    torch.testing.assert_close(torch.stack(found.logits, 1), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", DECODINGS)
+def test_every_decoding_runs_alike_with_and_without_a_cache(name, model):
+    decoding = DECODINGS.parse(name)
+    cached = run(model, decoding)
+    assert torch.equal(run(model, decoding, use_cache=False), cached)
+    assert torch.equal(cached, by_hand_or_plain(model, decoding))
+
+
+def by_hand_or_plain(model: EtrForCausalLM, decoding: Decoding) -> Tensor:
+    if decoding.branches == (None,):
+        ids, mask = padded()
+        return model.generate(ids, attention_mask=mask, pad_token_id=PAD, **GREEDY)
+    return by_hand(model, *padded(), decoding)
+
+
+def test_plain_samples_as_generate_does_bit_for_bit(model):
+    ids, mask = padded()
+    options = {"attention_mask": mask, "pad_token_id": PAD, "max_new_tokens": NEW}
+    options |= {"do_sample": True, "return_dict_in_generate": True, "output_logits": True}
+    torch.manual_seed(3)
+    wanted = model.generate(ids, **options)
+    torch.manual_seed(3)
+    found = generate(model, DECODINGS.parse("plain"), ids, **options)
+    assert torch.equal(found.sequences, wanted.sequences)
+    assert all(map(torch.equal, found.logits, wanted.logits))
+
+
+def test_beams_move_the_caches_of_all_branches(contrast, model):
+    beams = {"num_beams": 3, "num_return_sequences": 3}
+    wanted = run(model, contrast, use_cache=False, **beams)
+    assert torch.equal(run(model, contrast, **beams), wanted)
+
+
+def test_generations_follow_each_other_and_leave_no_trace(contrast, model):
+    wanted = run(model, contrast)
+    ids, mask = padded()
+    with decoding_by(model, contrast):
+        for _ in range(2):
+            again = model.generate(ids, attention_mask=mask, pad_token_id=PAD, **GREEDY)
+            assert torch.equal(again, wanted)
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+    assert all(layer.eval_selection == "threshold" for layer in moe_layers(model))
+
+
+def test_a_model_in_training_mode_decodes_alike(contrast, model):
+    wanted = run(model, contrast)
+    model.train()
+    try:
+        assert torch.equal(run(model, contrast), wanted)
+        assert not any(layer.pending for layer in moe_layers(model))
+    finally:
+        model.eval()
+
+
+def test_a_cache_that_holds_tokens_is_refused(contrast, model):
+    ids, mask = padded()
+    with torch.no_grad():
+        out = model(input_ids=ids, attention_mask=mask, use_cache=True)
+    cache = out.get("cache", out.get("past_key_values"))
+    with (
+        decoding_by(model, contrast),
+        pytest.raises(ValueError, match="holds 9 tokens already, which only one of the branches"),
+    ):
+        model(input_ids=ids[:, -1:], cache=cache)
+
+
+def test_a_decoding_without_branches_is_refused(model):
+    class Nothing(Contrast):
+        name = "nothing"
+        branches = ()
+
+    with pytest.raises(ValueError, match="decoding 'nothing' has no branch"):
+        run(model, Nothing())
