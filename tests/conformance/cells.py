@@ -228,7 +228,7 @@ def train_steps(layer: MoE, num_steps: int = 3, num_tokens: int = 256) -> None:
     from etr.moe import Collector, after_step
 
     layer.train()
-    dtype = layer.experts.down_proj.dtype
+    dtype = next(layer.experts.parameters()).dtype
     for _ in range(num_steps):
         with Collector(layer) as collector:
             layer(tokens(num_tokens, dtype), context(num_tokens, collector=collector))

@@ -50,11 +50,13 @@ class Case:
     top_k: int = 2
     backend: str = "auto"
     crowded: bool = False  # all tokens want the first experts
+    experts: str = "uniform"
 
     @property
     def id(self) -> str:
         crowd = "-crowded" if self.crowded else ""
-        return f"{self.layout.id}-{self.dispatch}-top{self.top_k}-{self.backend}{crowd}"
+        bank = "" if self.experts == "uniform" else f"-{self.experts}"
+        return f"{self.layout.id}-{self.dispatch}-top{self.top_k}-{self.backend}{crowd}{bank}"
 
     def layer(self, **options: Any) -> MoE:
         torch.manual_seed(11)
@@ -68,6 +70,7 @@ class Case:
             "capacity": Factor(capacity_factor=0.8),
             "losses": LossConfig(locality_mu=0.0),
             "backend": self.backend,
+            "experts": self.experts,
             "expert_bias": True,
             "num_shared_experts": 1,
         }
@@ -97,6 +100,11 @@ def _cases() -> list[Case]:
     plain = [n for n in ACROSS if n != "group_wise"]
     cases += [Case(BY_ID["4 ranks"], n, top_k=k) for n in plain for k in (1, 3)]
     cases += [Case(BY_ID["4 ranks"], n, crowded=True) for n in plain]
+    banks = [f"nulls:count=3,kind={kind}" for kind in ("zero", "copy", "constant")]
+    cases += [Case(BY_ID["4 ranks"], n, experts=text) for n in plain for text in banks[:1]]
+    cases += [Case(BY_ID["2x2 twins"], "group_wise", experts=text) for text in banks]
+    cases += [Case(BY_ID["2 ranks"], "all_to_all", experts=text) for text in banks]
+    cases += [Case(BY_ID["2x2 data"], "all_to_all", experts=banks[-1])]
     for backend in EXPERT_BACKENDS.values():
         if backend.unavailable() is None:
             fits = [n for n in plain if not backend.padded or parse_dispatcher(n).padded]
@@ -131,7 +139,7 @@ def on_rank(world: int) -> dict[Any, Any]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_a_dispatcher_equals_one_rank(ranks: Any, case: Case) -> None:
     found = [part[case.id] for part in ranks(case.layout.world)]
-    one = Case(case.layout, "permute", case.top_k, case.backend, case.crowded)
+    one = dataclasses.replace(case, dispatch="permute")
     layer = one.prepared(one.layer())
     want = run(layer, one.batch())
     assert_one_rank(found, want, case.layout)
@@ -352,6 +360,8 @@ def mistakes() -> dict[str, str]:
         "bmm": message(across(backend="bmm")),
         "group_wise": message(across(dispatch="group_wise")),
         "number": message(across(num_experts=8)),
+        "widths": message(across(experts="widths:widths=2x8+2x4")),
+        "shared": message(across(experts="shared")),
         "twice": message(lambda: twice.distribute(good)),
     }
 
@@ -376,6 +386,8 @@ def uneven_nodes() -> dict[str, str]:
         (2, "group_wise", "a mesh with a dimension 'tensor'"),
         (2, "number", "num_experts=8, but the ranks were arranged for 4"),
         (2, "twice", "distribute once"),
+        (2, "widths", "experts='widths' cannot be divided among ranks: ranks would hold unequal"),
+        (2, "shared", "experts='shared' cannot be divided among ranks: layers would divide"),
         (4, "dedup", "the same number of ranks of the expert group on every node"),
         (4, "hierarchical", "the same number of ranks of the expert group on every node"),
         (4, "chunked:dedup", "the same number of ranks of the expert group on every node"),

@@ -24,10 +24,12 @@ def expert_outputs(layer: MoE, x: Tensor) -> Tensor:
     Returns:
         [E, N, H].
     """
-    num_experts = layer.config.num_experts
-    counts = torch.full((num_experts,), len(x), dtype=torch.int64, device=x.device)
-    rows = x.expand(num_experts, *x.shape)
-    return EXPERT_BACKENDS["bmm"].run(rows, counts, layer.experts.params(x.dtype))
+    found = []
+    for part in layer.bank.parts:
+        counts = torch.full((part.num_experts,), len(x), dtype=torch.int64, device=x.device)
+        rows = x.expand(part.num_experts, *x.shape)
+        found.append(EXPERT_BACKENDS["bmm"].run(rows, counts, part.params(x.dtype)))
+    return torch.cat(found)
 
 
 @torch.no_grad()

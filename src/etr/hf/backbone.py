@@ -19,6 +19,7 @@ from etr.hf.config import EtrConfig
 from etr.hf.families import Family
 from etr.hf.initialize import initialize
 from etr.moe import Collector, MoE, MoEConfig, RoutingContext, moe_layers
+from etr.moe.layers import tie_experts
 from etr.moe.losses import Balance, Loss, loss_rows, reweighted
 from etr.moe.notice import warn
 from etr.moe.state import GlobalState
@@ -74,6 +75,8 @@ class _BaseModel:
         self.prepare_context: list[Callable[[RoutingContext], RoutingContext]] = []
         self._etr_config, self._built_for = config, _layer_options(config)
         swap_blocks(self.layers, config)  # type: ignore[attr-defined]
+        of_family: dict[str, str] | None = getattr(self, "_tied_weights_keys", None)
+        self._tied_weights_keys = {**(of_family or {}), **self._tied_experts()}
         keep_in_float32(self, config.family)  # type: ignore[arg-type]
         self._leave_blocks_whole(config.family.block)
 
@@ -92,6 +95,18 @@ class _BaseModel:
             rules = getattr(self, plan, None) or {}
             kept = (n for n in rules if n in dense or not n.startswith(f"layers.*.{block}"))
             setattr(self, plan, {name: rules[name] for name in kept})
+
+    def _tied_experts(self) -> dict[str, str]:
+        """Names of weights that MoE layers share, as those of the first of them."""
+        first: dict[Tensor, str] = {}
+        named = self.named_parameters(remove_duplicate=False)  # type: ignore[attr-defined]
+        both = [(name, first.setdefault(value, name)) for name, value in named]
+        return {name: source for name, source in both if name != source and ".experts." in name}
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Also the experts that layers share, whatever the embeddings do."""
+        found = super().get_expanded_tied_weights_keys(all_submodels)  # type: ignore[misc]
+        return {**found, **self._tied_experts()}
 
     @can_return_tuple
     def forward(
@@ -243,6 +258,7 @@ def swap_blocks(layers: Sequence[nn.Module] | nn.ModuleList, config: EtrConfig) 
         )
     for index, layer in enumerate(sparse):
         setattr(layer, family.block, MoEBlock(moe_config, index, config))
+    tie_experts([getattr(layer, family.block) for layer in sparse])
     for layer in layers:
         layer_class: Any = type(layer)
         layer.__class__ = decoder_layer_class(layer_class, family.block)

@@ -13,7 +13,7 @@ from etr.hf.families.base import GATED_ACTIVATIONS
 from etr.hf.versions import CACHE_NAMES
 from etr.moe import LossConfig, MoEConfig
 from etr.moe.capacity import CapacityConfig
-from etr.moe.experts import Activation
+from etr.moe.experts import Activation, BankConfig
 from etr.moe.losses import Balance, Losses, reweighted
 from etr.moe.routers import RouterConfig
 from etr.moe.select import Normalize, RankBy
@@ -96,6 +96,7 @@ class EtrConfig(PreTrainedConfig):
         losses: Losses | None = None,
         activation: Activation | None = None,
         num_shared_experts: int | None = None,
+        experts: str | BankConfig = "uniform",
         backend: str = "auto",
         dispatch: str = "auto",
         eval_selection: str = "threshold",
@@ -121,8 +122,8 @@ class EtrConfig(PreTrainedConfig):
             top_k: experts a token may choose; None keeps the base's.
             activation: inside the experts; None takes the base's.
             num_shared_experts: None keeps the base's; each then has the width of the base's.
-            rank_by, normalize, losses, backend, dispatch, eval_selection, local_bonus, debug: see
-                `MoEConfig`.
+            experts, rank_by, normalize, losses, backend, dispatch, eval_selection, local_bonus,
+                debug: see `MoEConfig`.
         Raises:
             ValueError: the base's family is not known, or the options contradict the sizes or
                 each other.
@@ -136,11 +137,12 @@ class EtrConfig(PreTrainedConfig):
             router, normalize = own["router"], normalize or own["normalize"]
             capacity = capacity or "none"
             losses = LossConfig(aux_alpha=family.aux_alpha(base)) if losses is None else losses
-        experts: dict[str, Any] = {} if activation is None else {"activation": activation}
+        own_experts: dict[str, Any] = {} if activation is None else {"activation": activation}
         if num_shared_experts is not None:
-            experts["num_shared_experts"] = num_shared_experts
+            own_experts["num_shared_experts"] = num_shared_experts
         config = MoEConfig(
-            **_family_options(family, base, experts),
+            **_family_options(family, base, own_experts),
+            experts=experts,
             router=router,
             capacity=capacity,
             rank_by=rank_by,

@@ -36,6 +36,7 @@ ROUTING = (
     "num_shared_experts",
     "shared_intermediate_size",
     "shared_gate",
+    "experts",
 )
 """Options of the layer that a family's own block must share to hold the same function."""
 

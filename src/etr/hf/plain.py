@@ -252,7 +252,7 @@ def _linear_weight(
 ) -> Tensor:
     """The weight [E, H] whose products with tokens are the router's logits, in the saved dtype."""
     moe = config.moe_config
-    router: Router = moe.router_config.build(moe.hidden_size, moe.num_experts, moe.top_k).double()
+    router: Router = moe.router_config.build(moe.hidden_size, moe.num_choices, moe.top_k).double()
     dtypes = []
     for name, parameter in router.named_parameters():
         key = f"{prefix}.{name}"

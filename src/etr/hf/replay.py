@@ -75,7 +75,7 @@ def replay_choices(model: nn.Module, choices: Sequence[Choices]) -> Iterator[Non
             are not integers or not of experts, or there are more forwards than entries (in the
             block), or fewer (at its end).
     """
-    num_experts = {layer.layer_index: layer.config.num_experts for layer in moe_layers(model)}
+    num_experts = {layer.layer_index: layer.config.num_choices for layer in moe_layers(model)}
     given = []
     for number, entry in enumerate(choices):
         if set(entry) != set(num_experts):

@@ -6,7 +6,7 @@ from etr.moe.collector import Collector
 from etr.moe.config import MoEConfig
 from etr.moe.context import RoutingContext
 from etr.moe.dispatch import DISPATCHERS
-from etr.moe.experts import EXPERT_BACKENDS
+from etr.moe.experts import BANKS, EXPERT_BACKENDS
 from etr.moe.layer import MoE
 from etr.moe.layers import moe_layers, selecting, set_eval_selection
 from etr.moe.losses import LOSSES, LossConfig
@@ -31,6 +31,7 @@ from etr.moe.topology import ExpertPlacement, Topology
 from etr.moe.training import after_step, attach, set_progress
 
 __all__ = [
+    "BANKS",
     "CAPACITIES",
     "DISPATCHERS",
     "EXPERT_BACKENDS",

@@ -9,7 +9,7 @@ from typing import Any
 from etr.moe.capacity import CAPACITIES, CapacityConfig
 from etr.moe.checked import check_types
 from etr.moe.dispatch import DISPATCHERS
-from etr.moe.experts import EXPERT_BACKENDS, Activation
+from etr.moe.experts import BANKS, EXPERT_BACKENDS, Activation, BankConfig
 from etr.moe.losses import Loss, LossConfig, Losses, loss_rows
 from etr.moe.losses.rows import check_losses, losses_from_plain, losses_to_plain
 from etr.moe.moved import moved
@@ -48,6 +48,10 @@ class MoEConfig:
     losses: Losses = field(default_factory=LossConfig)
     """What is added to the loss: weights, rows of LOSSES, or their text, such as
     balance:mode=running,z:weight=1e-3."""
+    experts: str | BankConfig = "uniform"
+    """Name in BANKS, perhaps with options, or a bank's config: which weights a chosen expert means.
+    uniform: its own. nulls: further choices cost nothing. widths: experts of unequal widths.
+    shared: several layers of a model have one bank."""
     activation: Activation = "swiglu"
     """swiglu, clamped_swiglu, gelu or relu2."""
     swiglu_limit: float = 7.0
@@ -90,9 +94,10 @@ class MoEConfig:
         for name in ("hidden_size", "intermediate_size", "num_experts", "top_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.top_k > self.num_experts:
+        self.bank_config.check(self.num_experts, self.hidden_size)
+        if self.top_k > self.num_choices:
             raise ValueError(
-                f"top_k={self.top_k} exceeds num_experts={self.num_experts}: a token cannot choose "
+                f"top_k={self.top_k} exceeds num_experts={self.num_choices}: a token cannot choose "
                 "more experts than there are"
             )
         if self.num_shared_experts < 0:
@@ -117,7 +122,7 @@ class MoEConfig:
                 "gets no gradient; use normalize='none'"
             )
         router, capacity = self.router_config, self.capacity_config
-        router.check(self.hidden_size, self.num_experts, self.top_k)
+        router.check(self.hidden_size, self.num_choices, self.top_k)
         reason = unsupported(router, capacity, self.rank_by)
         if reason is not None:
             raise ValueError(reason)
@@ -140,6 +145,16 @@ class MoEConfig:
         if isinstance(self.capacity, CapacityConfig):
             return self.capacity
         return parse_capacity(self.capacity or self.router_config.traits.default_capacity)
+
+    @property
+    def bank_config(self) -> BankConfig:
+        """The bank's config, from its text if need be."""
+        return self.experts if isinstance(self.experts, BankConfig) else BANKS.parse(self.experts)
+
+    @property
+    def num_choices(self) -> int:
+        """What the router scores: the experts, and choices beside them that have no weights."""
+        return self.bank_config.num_choices(self.num_experts)
 
     @property
     def resolved_rank_by(self) -> RankBy:
@@ -175,6 +190,7 @@ class MoEConfig:
         result = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         result["router"] = config_to_dict(self.router_config)
         result["capacity"] = config_to_dict(self.capacity_config)
+        result["experts"] = config_to_dict(self.bank_config)
         result["losses"] = losses_to_plain(self.losses)
         return result
 
@@ -187,6 +203,8 @@ class MoEConfig:
             raise ValueError(f"MoEConfig has no field {', '.join(unknown)}")
         if isinstance(values.get("router"), dict):
             values["router"] = ROUTERS.from_dict(values["router"])
+        if isinstance(values.get("experts"), dict):
+            values["experts"] = BANKS.from_dict(values["experts"])
         if isinstance(values.get("capacity"), dict):
             values["capacity"] = CAPACITIES.from_dict(values["capacity"])
         if "losses" in values:

@@ -6,7 +6,7 @@ from torch import nn
 
 from etr.moe.config import MoEConfig
 from etr.moe.dispatch import DISPATCHERS, Dispatcher
-from etr.moe.experts import EXPERT_BACKENDS, ExpertWeights
+from etr.moe.experts import EXPERT_BACKENDS, Bank
 from etr.moe.ranks import ExpertParallel
 
 
@@ -14,8 +14,14 @@ def dispatcher_across(config: MoEConfig, parallel: ExpertParallel) -> Dispatcher
     """The dispatcher that `config.dispatch` means on these ranks.
 
     Raises:
-        ValueError: it, the backend or the number of experts does not go with them.
+        ValueError: it, the backend, the bank or the number of experts does not go with them.
     """
+    bank = config.bank_config
+    if bank.undivided is not None:
+        raise ValueError(
+            f"experts={bank.name!r} cannot be divided among ranks: {bank.undivided}; use 'uniform' "
+            "or 'nulls', or train on one process"
+        )
     name = config.dispatch
     if name == "auto":
         alone = parallel.expert_peers.size == 1
@@ -38,17 +44,18 @@ def dispatcher_across(config: MoEConfig, parallel: ExpertParallel) -> Dispatcher
     return dispatcher
 
 
-def shard_experts(experts: ExpertWeights, parallel: ExpertParallel) -> None:
-    """Make every parameter of `experts` a DTensor of which this rank holds its experts alone.
+def shard_experts(bank: Bank, parallel: ExpertParallel) -> None:
+    """Make every expert's weights in `bank` DTensors of which this rank holds its experts alone.
 
-    The values must be the same on every rank beforehand, or on the meta device.
+    The values must be the same on every rank beforehand, or on the meta device. What else is in a
+    bank stays whole.
 
     Raises:
         ValueError: they are divided already.
     """
     from torch.distributed.tensor import DTensor, Shard
 
-    for name, full in list(experts.named_parameters(recurse=False)):
+    for experts, (name, full) in [(part, own) for part in bank.parts for own in part.weights()]:
         if isinstance(full, DTensor):
             raise ValueError(f"experts.{name} is divided among ranks already; distribute once")
         own = full.detach().chunk(parallel.expert_peers.size)[parallel.expert_peers.rank].clone()

@@ -32,12 +32,14 @@ class Order:
         rank_by: order of an expert's queue: score, or position in the batch.
         pool: whom an expert ranks: its choosers, or all tokens.
         normalize: divide weights by the sum over the token's chosen or kept experts.
+        num_weighed: how many experts, the first, normalisation counts; None for all.
         scale: factor on all combine weights, after any normalisation.
     """
 
     rank_by: RankBy
     pool: ExpertPool = "choosers"
     normalize: Normalize = "none"
+    num_weighed: int | None = None
     scale: float = 1.0
 
 
@@ -86,6 +88,7 @@ def keep(
         normalize=order.normalize,
         expert_pool=order.pool,
         among=among,
+        num_weighed=order.num_weighed,
     )
     if order.scale != 1:
         weight = selection.combine_weight * order.scale

@@ -23,9 +23,11 @@ from etr.moe.exchange import Traffic
 from etr.moe.expert_parallel import dispatcher_across, shard_experts
 from etr.moe.experts import (
     EXPERT_BACKENDS,
+    Bank,
     Clamp,
     ExpertBackend,
     ExpertParams,
+    ExpertSizes,
     ExpertWeights,
     SharedGate,
     auto_backend,
@@ -63,18 +65,21 @@ class MoE(Collected):
         if not isinstance(config, MoEConfig):
             raise TypeError(f"config is {type(config).__name__}; it must be a MoEConfig")
         self.config = config
-        size = (config.hidden_size, config.num_experts, config.top_k)
+        size = (config.hidden_size, config.num_choices, config.top_k)
         self.router = config.router_config.build(*size)
         self.capacity = config.capacity_config.build(*size)
-        self.calibration = Calibration(config.num_experts, self.router.score_scale)
-        self.state = LayerState(config.num_experts)
-        self.experts = ExpertWeights(
-            config.num_experts,
-            config.hidden_size,
-            config.intermediate_size,
-            config.activation,
-            config.expert_bias,
-            Clamp(config.swiglu_limit, config.swiglu_alpha),
+        self.calibration = Calibration(config.num_choices, self.router.score_scale)
+        self.state = LayerState(config.num_choices)
+        clamp = Clamp(config.swiglu_limit, config.swiglu_alpha)
+        self.experts = config.bank_config.build(
+            ExpertSizes(
+                num_experts=config.num_experts,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                activation=config.activation,
+                bias=config.expert_bias,
+                clamp=clamp,
+            )
         )
         self.shared_experts: ExpertWeights | None = None
         self.shared_gate: nn.Linear | None = None
@@ -85,7 +90,7 @@ class MoE(Collected):
                 config.hidden_size,
                 config.shared_width,
                 config.activation,
-                clamp=self.experts.clamp,
+                clamp=clamp,
             )
         if config.shared_gate:
             self.shared_gate = SharedGate(config.hidden_size, 1, bias=False)
@@ -114,7 +119,7 @@ class MoE(Collected):
             ValueError: dispatcher, backend or sizes do not go with these ranks.
         """
         dispatcher = dispatcher_across(self.config, parallel)
-        shard_experts(self.experts, parallel)
+        shard_experts(self.bank, parallel)
         self.dispatcher, self.parallel = dispatcher, parallel
         return self
 
@@ -183,7 +188,7 @@ class MoE(Collected):
             position_free=self.traits.position_free,
             step=self.state.step,
             layer_index=self.layer_index,
-            bonus=local_bonus(x, context, bonus, self.config.num_experts) if learns else None,
+            bonus=local_bonus(x, context, bonus, self.config.num_choices) if learns else None,
         )
         if learns:
             routing, limit = self.router(x, inputs), None
@@ -210,6 +215,7 @@ class MoE(Collected):
             rank_by=self.rank_by,
             pool=self.traits.expert_pool,
             normalize=self.normalize,
+            num_weighed=self.config.bank_config.num_weighed(self.config.num_experts),
             scale=self.config.routed_scale,
         )
         gather = learns and any(learner.observes_choosers for learner in self.learners())
@@ -244,15 +250,28 @@ class MoE(Collected):
             x = x.to(torch.get_autocast_dtype(device))
         with torch.autocast(device_type=device, enabled=False):
 
-            def run(x: Tensor, params: ExpertParams) -> Tensor:
+            def dispatch(
+                x: Tensor, routing: Routing, selection: Selection, params: ExpertParams
+            ) -> Tensor:
                 backend = self._backend(routing, selection)
                 return self.dispatcher.run(x, routing, selection, backend, params, traffic)
+
+            def run(x: Tensor, *params: ExpertParams) -> Tensor:
+                return self.bank.run(x, routing, selection, params, dispatch)
 
             y = self.experts(x, x.dtype, run)
             if self.shared_experts is not None:
                 counts = selection.num_tokens_per_expert
                 y = y + run_shared(x, self.shared_experts, self.shared_gate, counts)
         return y
+
+    @property
+    def bank(self) -> Bank:
+        """The experts, also where an adapter wraps them."""
+        found = self.experts
+        if not isinstance(found, Bank):
+            found = next(module for module in found.modules() if isinstance(module, Bank))
+        return found
 
     def learns_from(self, context: RoutingContext) -> bool:
         """Whether a call trains: the training policy selects, and losses and counters are taken."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -15,6 +15,16 @@ from etr.moe.serving.dropless import Dropless
 def moe_layers(model: nn.Module) -> list[MoE]:
     """MoE layers inside `model`, itself included, in order of registration."""
     return [module for module in model.modules() if isinstance(module, MoE)]
+
+
+def tie_experts(layers: Sequence[MoE]) -> None:
+    """Let layers of a model whose banks are shared hold one; see `Shared`.
+
+    Args:
+        layers: all of the model's, in order.
+    """
+    for place, layer in enumerate(layers):
+        layer.experts = layers[layer.config.bank_config.owner(place)].experts
 
 
 def set_eval_selection(model: nn.Module, selection: str | Serving) -> None:

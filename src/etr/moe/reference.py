@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from etr.moe.experts import ExpertParams
+from etr.moe.experts import Bank, ExpertParams
+from etr.moe.experts.nulls import NullExperts
 from etr.moe.layer import MoE
 from etr.moe.routing import Limit, Routing
 
@@ -97,8 +98,10 @@ def keep(routing: Routing, limit: Limit, *, by_score: bool, rank_all: bool = Fal
     return kept
 
 
-def weights(routing: Routing, kept: set[Pair], normalize: str) -> dict[Pair, Tensor]:
-    """Combine weight of every kept pair."""
+def weights(
+    routing: Routing, kept: set[Pair], normalize: str, num_weighed: int | None = None
+) -> dict[Pair, Tensor]:
+    """Combine weight of every kept pair; with `num_weighed`, of the first so many experts."""
     gates = {
         (t, e): routing.gate[p]
         for p, (t, e) in enumerate(
@@ -109,8 +112,13 @@ def weights(routing: Routing, kept: set[Pair], normalize: str) -> dict[Pair, Ten
     if normalize == "none":
         return {pair: gates[pair] for pair in kept}
     counted = gates if normalize == "chosen" else {pair: gates[pair] for pair in kept}
+    if num_weighed is not None:
+        counted = {pair: gate for pair, gate in counted.items() if pair[1] < num_weighed}
     result = {}
     for t, e in kept:
+        if num_weighed is not None and e >= num_weighed:
+            result[t, e] = gates[t, e] * 0
+            continue
         total = sum(gate for (token, _), gate in counted.items() if token == t)
         result[t, e] = gates[t, e] / total if total > 0 else gates[t, e] * 0
     return result
@@ -137,6 +145,18 @@ def feed_forward(token: Tensor, params: ExpertParams, expert: int) -> Tensor:
     return out if params.down_bias is None else out + params.down_bias[expert]
 
 
+def expert_output(bank: Bank, token: Tensor, expert: int) -> Tensor:
+    """What one choice means for one token [H], before any weight."""
+    for part in bank.parts:
+        if expert < part.num_experts:
+            return feed_forward(token, part.params(token.dtype), expert)
+        expert -= part.num_experts
+    assert isinstance(bank, NullExperts)
+    if bank.kind == "copy":
+        return token
+    return token * 0 if bank.constants is None else bank.constants[expert].to(token.dtype)
+
+
 def moe(layer: MoE, x: Tensor, routing: Routing, limit: Limit) -> tuple[Tensor, set[Pair]]:
     """Output of the layer for tokens x [T, H], given what its router wants and what is allowed.
 
@@ -145,15 +165,15 @@ def moe(layer: MoE, x: Tensor, routing: Routing, limit: Limit) -> tuple[Tensor, 
     """
     rank_all = layer.traits.expert_pool == "all"
     kept = keep(routing, limit, by_score=layer.rank_by == "score", rank_all=rank_all)
-    weight = weights(routing, kept, layer.normalize)
-    params = layer.experts.params(x.dtype)
+    num_weighed = layer.config.bank_config.num_weighed(layer.config.num_experts)
+    weight = weights(routing, kept, layer.normalize, num_weighed)
     rows = []
     for t in range(x.shape[0]):
         total = torch.zeros_like(x[t])
         for e in range(routing.num_experts):
             if (t, e) in kept:
                 scale = weight[t, e].to(x.dtype) * layer.config.routed_scale
-                total = total + scale * feed_forward(x[t], params, e)
+                total = total + scale * expert_output(layer.bank, x[t], e)
         if layer.shared_experts is not None:
             shared = feed_forward(x[t], layer.shared_experts.params(x.dtype), 0)
             if layer.shared_gate is not None:

@@ -103,6 +103,7 @@ def select(
     normalize: Normalize = "none",
     expert_pool: ExpertPool = "choosers",
     among: Tensor | None = None,
+    num_weighed: int | None = None,
 ) -> Selection:
     """Keep, for each expert, the choosers that the limit allows (expert choice).
 
@@ -116,6 +117,7 @@ def select(
         expert_pool: rank a chooser among the expert's choosers, or among all tokens (and drop
             choosers outranked by tokens that did not choose the expert: keeps fewer).
         among: keep nothing else than these pairs, bool [P]; None for any.
+        num_weighed: see `combine_weights`.
     Returns:
         Selection over the same P pairs. No gradient flows through the selection itself.
     """
@@ -136,7 +138,7 @@ def select(
     return Selection(
         kept=kept,
         position_in_expert=position,
-        combine_weight=combine_weights(routing, kept, normalize),
+        combine_weight=combine_weights(routing, kept, normalize, num_weighed),
         num_tokens_per_expert=counts,
         buffer_size=routing.num_tokens if limit.buffer_size is None else limit.buffer_size,
     )
@@ -185,8 +187,14 @@ def selection_of(
     )
 
 
-def combine_weights(routing: Routing, kept: Tensor, normalize: Normalize) -> Tensor:
+def combine_weights(
+    routing: Routing, kept: Tensor, normalize: Normalize, num_weighed: int | None = None
+) -> Tensor:
     """Combine weight of each pair; zero where not kept, so a token with no kept pair gets 0.
+
+    Args:
+        num_weighed: normalisation counts the first so many experts alone, and others, which add
+            nothing, get 0; None for all.
 
     Returns:
         float [P], with the gates' gradient.
@@ -195,6 +203,9 @@ def combine_weights(routing: Routing, kept: Tensor, normalize: Normalize) -> Ten
     if normalize == "none":
         return weight
     counted = routing.valid if normalize == "chosen" else kept
+    if num_weighed is not None:
+        weighed = routing.expert < num_weighed
+        counted, weight = counted & weighed, torch.where(weighed, weight, 0.0)
     gate = torch.where(counted, routing.gate, 0.0)
     total = torch.zeros(routing.num_tokens, dtype=gate.dtype, device=gate.device)
     total = total.index_add(0, routing.token, gate)[routing.token]

@@ -61,7 +61,11 @@ def distribute(
     # It warns of in-place changes to what the experts return; the layer makes none.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view")
     every = init_device_mesh(mesh.device_type, (mesh.size(),), mesh_dim_names=("every",))
-    whole = {parameter for layer in layers for parameter in layer.router.parameters()}
+    whole = {
+        parameter
+        for layer in layers
+        for parameter in (*layer.router.parameters(), *layer.bank.whole())
+    }
     for layer in layers:
         _shard(layer.experts, mesh["data"], whole, inside=True)
     for block in (*blocks, model):

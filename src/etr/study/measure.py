@@ -55,7 +55,7 @@ def measure(run: Run, model: torch.nn.Module) -> dict[str, Any]:
 
 
 def _layer(layer: Any, views: list[LayerView], domain: Tensor, num_domains: int) -> dict[str, Any]:
-    num_experts = layer.config.num_experts
+    num_experts = layer.config.num_choices
     x = torch.cat([view.x for view in views])
     best, kept, counts = [], [], torch.zeros(num_domains, num_experts, dtype=torch.int64)
     offset = 0

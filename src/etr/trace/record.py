@@ -44,7 +44,7 @@ def describe(model: nn.Module, source: str = "") -> TraceInfo:
             source=source,
         )
     return TraceInfo(
-        num_experts=max(layer.config.num_experts for layer in layers),
+        num_experts=max(layer.config.num_choices for layer in layers),
         num_layers=len(layers),
         top_k=max(layer.config.top_k for layer in layers),
         router=layers[0].config.router_config.name,

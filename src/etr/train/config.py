@@ -36,6 +36,8 @@ class RoutingOptions:
     """Width inside each expert."""
     num_shared_experts: int = 0
     """Experts that every token passes, beside the routed ones."""
+    experts: str = "uniform"
+    """Which weights a chosen expert means, e.g. nulls:count=4, or widths:widths=4x64+2x128."""
     rank_by: RankBy | None = None
     """Whom experts drop first: lowest score or latest position. None: the router's own."""
     normalize: Normalize | None = None
@@ -112,6 +114,7 @@ class ModelConfig:
             losses=routing.losses,
             activation=routing.activation,
             num_shared_experts=routing.num_shared_experts,
+            experts=routing.experts,
             backend=routing.backend,
             dispatch=routing.dispatch,
             eval_selection=routing.eval_selection,

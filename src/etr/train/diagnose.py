@@ -112,7 +112,7 @@ def diagnose(
 
 
 def _layer_values(layer: MoE, seen: Observed, num_domains: int) -> dict[str, Any]:
-    num_experts = layer.config.num_experts
+    num_experts = layer.config.num_choices
     by_score = layer.rank_by == "score" and layer.traits.has_scores
     values: dict[str, Any] = {f"calinski_harabasz_{name}": None for name in RATIOS}
     if len(seen.x) and layer.config.hidden_size >= num_experts:

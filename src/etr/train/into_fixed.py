@@ -215,7 +215,7 @@ def fix_frame(model: EtrForCausalLM) -> None:
     for layer in moe_layers(model):
         old, sizes = _learned(layer), layer.config
         config = dataclasses.replace(layer.router.config, frame="fixed")  # type: ignore[call-arg]
-        new = config.build(sizes.hidden_size, sizes.num_experts, sizes.top_k)
+        new = config.build(sizes.hidden_size, sizes.num_choices, sizes.top_k)
         new.to(device=old.device, dtype=old.dtype)
         state = layer.router.state_dict()
         new.load_state_dict({name: state[name] for name in new.state_dict()})

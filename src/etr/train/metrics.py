@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from etr.files import JsonLine, json_lines, write_bytes
 from etr.hf import EtrForCausalLM
 from etr.moe import MoE, moe_layers
+from etr.moe.experts import Bank
 from etr.moe.lower_bound import erfc_bound
 from etr.moe.notice import warn
 from etr.moe.stats import routing_shares
@@ -167,7 +168,7 @@ def layer_metrics(layer: MoE, stats: dict[str, Tensor]) -> dict[str, float | Non
             affinities, tokens; None where scores are not cosines.
         kept_affinity_mass: gates of kept pairs over gates of chosen ones; None where not counted.
     """
-    experts = layer.config.num_experts
+    experts = layer.config.num_choices
     capacity = int(stats["capacity_sum"])
     limited = capacity < int(stats["num_valid_tokens"]) * experts
     bound = None
@@ -255,16 +256,17 @@ def expert_flops(model: nn.Module, stats: Iterable[dict[str, Tensor]]) -> float:
     total = 0.0
     for layer, counts in zip(moe_layers(model), stats, strict=True):
         if counts:
-            weights = sum(p.numel() for p in layer.experts.parameters()) / layer.config.num_experts
-            total += 6.0 * weights * float(counts["num_tokens_per_expert"].sum())
+            total += 3 * float(layer.bank.flops(counts["num_tokens_per_expert"]))
     return total
 
 
 def count_parameters(model: EtrForCausalLM) -> tuple[int, int]:
     """All parameters, and those that one token uses at most (top_k of the routed experts)."""
     total = sum(p.numel() for p in model.parameters())
-    idle = 0.0
+    used: dict[Bank, float] = {}  # layers may share one
     for layer in moe_layers(model):
-        routed = sum(p.numel() for p in layer.experts.parameters())
-        idle += routed * (1 - layer.config.top_k / layer.config.num_experts)
+        own = layer.bank.parameters_of_a_token(layer.config.top_k)
+        used[layer.bank] = used.get(layer.bank, 0.0) + own
+    sizes = {bank: sum(p.numel() for p in bank.parameters()) for bank in used}
+    idle = sum(size - min(used[bank], size) for bank, size in sizes.items())
     return total, int(total - idle)

@@ -305,7 +305,7 @@ def _at_capacity(model: EtrForCausalLM, factor: float) -> Iterator[None]:
         config = layer.config
         state = {name: value.clone() for name, value in layer.calibration.state_dict().items()}
         before.append((layer.capacity, layer.rank_by, state))
-        layer.capacity = policy.build(config.hidden_size, config.num_experts, config.top_k)
+        layer.capacity = policy.build(config.hidden_size, config.num_choices, config.top_k)
         layer.capacity.to(next(layer.parameters()).device)
         layer.rank_by = "score"
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,11 +89,20 @@ class ExpertWeights(nn.Module):
             else:
                 nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
 
-    def forward(
-        self, x: Tensor, dtype: torch.dtype, run: Callable[[Tensor, ExpertParams], Tensor]
-    ) -> Tensor:
+    def forward(self, x: Tensor, dtype: torch.dtype, run: Callable[..., Any]) -> Any:
         """``run(x, params)``: weights that FSDP shards are whole inside of this call alone."""
         return run(x, self.params(dtype))
+
+    def weights(self) -> list[tuple[str, nn.Parameter]]:
+        """The experts' own parameters by name, [E, ...]."""
+        names = (self.up_name, f"{self.up_name}_bias", "down_proj", "down_proj_bias")
+        values = ((name, getattr(self, name)) for name in names)
+        return [(name, value) for name, value in values if value is not None]
+
+    @property
+    def size_of_one(self) -> float:
+        """Parameters of one expert, those on other ranks too."""
+        return sum(value.numel() for _, value in self.weights()) / self.num_experts
 
     def params(self, dtype: torch.dtype) -> ExpertParams:
         """Weights of this rank's experts, converted to the dtype of the computation."""

@@ -164,7 +164,7 @@ def scaled_losses(
         rows: the layer's losses.
         given: with tokens; without weights of experts.
         traits: of the router.
-        experts: an `ExpertWeights`, which is called where a loss asks for its weights; or None.
+        experts: a bank, which is called where a loss asks for its weights; or None.
     """
     placement = given.context.placement
     weights = [(row, row.weight_for(traits, placement)) for row in rows]
@@ -177,7 +177,13 @@ def scaled_losses(
             if weight and row.needs_experts == of_experts
         }
 
-    def inside(x: Tensor, params: ExpertParams) -> dict[str, Tensor]:
+    def inside(x: Tensor, *parts: ExpertParams) -> dict[str, Tensor]:
+        if len(parts) > 1:
+            raise ValueError(
+                f"a loss that asks for the experts' weights sees experts of one width; there are "
+                f"{len(parts)} groups of them"
+            )
+        (params,) = parts
         before = 0 if given.expert_group is None else dist.get_rank(given.expert_group)
         first = before * params.down.shape[0]
         return scaled(replace(given, experts=params, first_expert=first), True)

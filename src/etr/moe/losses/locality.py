@@ -77,6 +77,7 @@ def locality_loss(
         raise ValueError("the locality loss needs probabilities, and this router has none")
     mean = mean_over_valid(routing.probs, routing, node_group, average_ranks=False)
     target = locality_target(placement, placement.node_of_rank[rank], epsilon).to(mean)
+    mean = mean[: placement.num_experts]  # choices without weights live nowhere
     total = mean.sum()
     mean = mean / torch.where(total > 0, total, 1.0)
     return torch.where(mean > 0, mean * (mean.clamp_min(1e-30).log() - target.log()), 0.0).sum()

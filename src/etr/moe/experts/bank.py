@@ -1,0 +1,168 @@
+"""What every bank is: which weights a chosen expert means.
+
+Routers, capacities, losses, counters and traces number choices; dispatch and experts see what
+`plan` makes of them: pairs of experts that have weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from etr.moe.checked import check_types
+from etr.moe.experts.activation import CLAMP, Activation, Clamp
+from etr.moe.experts.weights import ExpertParams, ExpertWeights
+from etr.moe.routing import Routing, Selection
+
+Dispatch: TypeAlias = Callable[[Tensor, Routing, Selection, ExpertParams], Tensor]
+"""Dispatch, experts and combine: tokens [T, H], pairs over the given experts, their weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertSizes:
+    """Sizes of a layer's routed experts, see `ExpertWeights`."""
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    activation: Activation
+    bias: bool = False
+    clamp: Clamp = CLAMP
+
+
+@dataclass(frozen=True, kw_only=True)
+class BankConfig:
+    """Base of the configs of banks; fields are options, as in ``name:option=value``."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    undivided: ClassVar[str | None] = None
+    """Why ranks cannot divide it among them; completes a sentence. None: they can."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+    def num_choices(self, num_experts: int) -> int:
+        """How many experts the router scores, where `num_experts` have weights."""
+        return num_experts
+
+    def num_weighed(self, num_experts: int) -> int | None:
+        """Of how many choices, the first, normalisation sums the gates; None for all."""
+        return None
+
+    def check(self, num_experts: int, hidden_size: int) -> None:
+        """Refuse sizes that it cannot work with.
+
+        Raises:
+            ValueError: names the option, its value and what would be right.
+        """
+
+    def build(self, sizes: ExpertSizes) -> Bank:
+        """Make the bank's module."""
+        raise NotImplementedError
+
+    def owner(self, place: int) -> int:
+        """Which MoE layer's bank the model's layer number `place` uses; its own by default."""
+        return place
+
+
+class Bank(nn.Module):
+    """Base of the banks."""
+
+    @property
+    def parts(self) -> Sequence[ExpertWeights]:
+        """Experts of equal shape, which run together; experts are numbered through the parts."""
+        raise NotImplementedError
+
+    @property
+    def num_choices(self) -> int:
+        """What the router scores; experts with weights come first."""
+        return sum(part.num_experts for part in self.parts)
+
+    def whole(self) -> list[nn.Parameter]:
+        """Parameters beside the experts' weights, which every rank holds whole."""
+        return []
+
+    def plan(self, routing: Routing, selection: Selection) -> list[tuple[Routing, Selection]]:
+        """The pairs of each part's experts, numbered from 0 in the part; all others are unused."""
+        found, start = [], 0
+        for part in self.parts:
+            stop = start + part.num_experts
+            found.append(pairs_of(routing, selection, start, stop))
+            start = stop
+        return found
+
+    def idle(self, x: Tensor, routing: Routing, selection: Selection) -> Tensor | None:
+        """What choices without weights add to tokens x [T, H], [T, H]; None for nothing."""
+        return None
+
+    def forward(self, x: Tensor, dtype: torch.dtype, run: Callable[..., Any]) -> Any:
+        """``run(x, *params)`` with the parts' weights, which FSDP has whole inside of this call."""
+        return run(x, *(part.params(dtype) for part in self.parts))
+
+    def run(
+        self,
+        x: Tensor,
+        routing: Routing,
+        selection: Selection,
+        params: Sequence[ExpertParams],
+        dispatch: Dispatch,
+    ) -> Tensor:
+        """What tokens x [T, H] get, [T, H]; to be called inside of `forward`.
+
+        Args:
+            x: tokens, in the dtype of the computation.
+            routing, selection: over choices.
+            params: of each part.
+            dispatch: runs the pairs of one part.
+        """
+        y = self.idle(x, routing, selection)
+        for weights, pairs in zip(params, self.plan(routing, selection), strict=True):
+            found = dispatch(x, *pairs, weights)
+            y = found if y is None else y + found
+        assert y is not None  # a bank has an expert with weights
+        return y
+
+    def flops(self, num_tokens_per_expert: Tensor) -> Tensor:
+        """Floating-point operations of a forward pass, a multiply-add counting as two.
+
+        Args:
+            num_tokens_per_expert: kept pairs of each choice, int64 [num_choices].
+        Returns:
+            float64 []; what choices without weights add counts nothing.
+        """
+        counts = num_tokens_per_expert.cpu().double()
+        sizes = [size for part in self.parts for size in [part.size_of_one] * part.num_experts]
+        return 2 * (counts[: len(sizes)] * torch.tensor(sizes, dtype=torch.float64)).sum()
+
+    def parameters_of_a_token(self, top_k: int) -> float:
+        """Most parameters that the `top_k` choices of a token mean; what is `whole` counts too."""
+        sizes = [size for part in self.parts for size in [part.size_of_one] * part.num_experts]
+        return sum(sorted(sizes)[-top_k:]) + sum(value.numel() for value in self.whole())
+
+
+def pairs_of(
+    routing: Routing, selection: Selection, start: int, stop: int
+) -> tuple[Routing, Selection]:
+    """The pairs of experts `start` to `stop`, numbered from 0; all others are unused."""
+    if (start, stop) == (0, routing.num_experts):
+        return routing, selection
+    inside = (routing.expert >= start) & (routing.expert < stop)
+    pairs = replace(
+        routing,
+        expert=torch.where(inside, routing.expert - start, stop - start),
+        num_experts=stop - start,
+        scores=None,
+        logits=None,
+        probs=None,
+    )
+    return pairs, replace(
+        selection,
+        kept=selection.kept & inside,
+        combine_weight=torch.where(inside, selection.combine_weight, 0.0),
+        num_tokens_per_expert=selection.num_tokens_per_expert[start:stop],
+    )
