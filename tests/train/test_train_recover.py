@@ -14,7 +14,7 @@ from etr.data import BYTE_VOCAB_SIZE, DataConfig, OpenedData
 from etr.hf import EtrConfig, EtrForCausalLM
 from etr.moe import moe_layers
 from etr.recipes.recover import STAGES, RecoverRecipe, page, run
-from etr.train.recover import CAPACITIES, RecoverConfig, recover
+from etr.train.recover import MEASURED_AT, RecoverConfig, recover
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
 
@@ -60,7 +60,7 @@ def test_the_old_choices_come_back_and_experts_stay(
     assert steps == list(range(1, 31))
     assert sum(found.distillation[-5:]) < sum(found.distillation[:5])
     for stage in found.stages:
-        assert set(stage.losses) == set(CAPACITIES)
+        assert set(stage.losses) == set(MEASURED_AT)
         assert (stage.losses["0.6"] is None) == (stage is swapped)
     assert calibrated.losses["none"] != swapped.losses["none"]
     assert before.losses["none"] != before.losses["0.6"]

@@ -21,7 +21,7 @@ from etr.files import write_json
 from etr.hf.convert import write_model
 from etr.train.folders import making
 from etr.train.model import SaveDtype
-from etr.train.recover import CAPACITIES, RecoverConfig, Recovery, recover
+from etr.train.recover import MEASURED_AT, RecoverConfig, Recovery, recover
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +72,10 @@ def _recover(config: FinetuneConfig, out: Path) -> int:
 
 def _table(found: Recovery) -> Table:
     after = "held-out nats/token"
-    names = (after, *(f"capacity {c}" for c in CAPACITIES), "changed tokens")
+    names = (after, *(f"capacity {c}" for c in MEASURED_AT), "changed tokens")
     table = make_table(*names, words=(after,))
     for stage in found.stages:
-        losses = (stage.losses[name] for name in CAPACITIES)
+        losses = (stage.losses[name] for name in MEASURED_AT)
         cells = ("-" if loss is None else f"{loss:.4f}" for loss in losses)
         table.add_row(stage.name, *cells, f"{stage.changed_tokens:.1%}")
     return table

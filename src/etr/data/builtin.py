@@ -39,7 +39,7 @@ File = tuple[str, Path]
 
 
 @dataclass(frozen=True)
-class Source:
+class DomainSource:
     """Where a domain comes from."""
 
     description: str
@@ -104,7 +104,7 @@ def _collect(domain: str, files: list[File], max_bytes: int) -> tuple[list[str],
     return documents + made_up, [note]
 
 
-def _read_documents(source: Source, name: str, path: Path) -> list[str]:
+def _read_documents(source: DomainSource, name: str, path: Path) -> list[str]:
     try:
         texts = list(source.read(name, read_text(path)))
     except (ValueError, SyntaxError, OSError, RecursionError):
@@ -228,13 +228,15 @@ def _find_english() -> Iterator[File]:
                 yield f"{package}/{'/'.join(file.parts[1:])}", path
 
 
-SOURCES: dict[str, Source] = {
-    "python": Source("the standard library's source", _find_python, _whole),
-    "cpp": Source("torch's C++ headers", _find_cpp, _whole),
-    "docs": Source("docstrings of torch and numpy", _find_docs, _docstrings),
-    "math": Source("sympy's docstrings", _find_math, _docstrings),
-    "arithmetic": Source("the standard library's decimal tests", _find_arithmetic, _whole),
-    "english": Source("help topics, package descriptions and licences", _find_english, _english),
+SOURCES: dict[str, DomainSource] = {
+    "python": DomainSource("the standard library's source", _find_python, _whole),
+    "cpp": DomainSource("torch's C++ headers", _find_cpp, _whole),
+    "docs": DomainSource("docstrings of torch and numpy", _find_docs, _docstrings),
+    "math": DomainSource("sympy's docstrings", _find_math, _docstrings),
+    "arithmetic": DomainSource("the standard library's decimal tests", _find_arithmetic, _whole),
+    "english": DomainSource(
+        "help topics, package descriptions and licences", _find_english, _english
+    ),
 }
 """The built-in domains, in order."""
 

@@ -33,7 +33,7 @@ from etr.evaluate.tasks.base import spread
 from etr.files import read_json, whole_folder, write_json, write_text
 from etr.pretrained import from_local
 
-ROUTERS = ("etr", "token_choice")
+COMPARED = ("etr", "token_choice")
 BASE = "dense"
 LOSS, DROPLESS = "bits_per_byte", "dropless"
 HELD_OUT = "other-functions.jsonl"
@@ -183,16 +183,16 @@ def run(config: DownstreamConfig, command: RunCommand = run_etr) -> Path:
     ):
         if not (out / name).is_file():
             write_text(out / name, "".join(json.dumps(row) + "\n" for row in rows))
-    for router in ROUTERS:
+    for router in COMPARED:
         if not (out / router / "config.json").is_file():
             command(upcycle_words(config, router))
     evaluate(config, "before", BASE, command)
-    for router in ROUTERS:
+    for router in COMPARED:
         evaluate(config, "before", router, command, (LOSS,))
-    for router in ROUTERS:
+    for router in COMPARED:
         if not (out / f"{router}-sft" / "config.json").is_file():
             command(sft_words(config, router))
-    for router in ROUTERS:
+    for router in COMPARED:
         evaluate(config, "after", f"{router}-sft", command)
     evaluate(config, "after", "etr-sft", command, (LOSS,), DROPLESS)
     found = {

@@ -22,7 +22,7 @@ from etr.sheet import table
 from etr.train import ModelConfig, OptimizerConfig, RoutingOptions, TrainConfig, train
 from etr.train.checkpoint_folder import find_model, list_checkpoints
 from etr.train.into_fixed import MOVING_SHARE
-from etr.train.recover import CAPACITIES, RecoverConfig, recover
+from etr.train.recover import MEASURED_AT, RecoverConfig, recover
 
 STAGES = {
     "before": "the old, learned linear router",
@@ -118,11 +118,11 @@ def run(recipe: RecoverRecipe) -> dict[str, Any]:
 def page(result: dict[str, Any]) -> str:
     """The results as Markdown."""
     recipe = result["recipe"]
-    head = ("stage", "router", *CAPACITIES, "choose other experts")
+    head = ("stage", "router", *MEASURED_AT, "choose other experts")
     rows = [
         (
             *(stage["name"], STAGES[stage["name"]]),
-            *(_cell(stage["losses"][name]) for name in CAPACITIES),
+            *(_cell(stage["losses"][name]) for name in MEASURED_AT),
             f"{stage['changed_tokens']:.1%}",
         )
         for stage in result["stages"]
@@ -165,7 +165,7 @@ def _into_fixed(result: dict[str, Any]) -> list[str]:
         return []
     recipe = result["recipe"]
     chosen = CHOSEN if recipe["learning_rate"] == RecoverRecipe.learning_rate else ""
-    more = (f"{losses['fixed'][name] - losses['trained'][name]:+.4f}" for name in CAPACITIES)
+    more = (f"{losses['fixed'][name] - losses['trained'][name]:+.4f}" for name in MEASURED_AT)
     return [
         "## Into the fixed frame",
         "",
@@ -179,7 +179,7 @@ def _into_fixed(result: dict[str, Any]) -> list[str]:
         f"{MOVING_SHARE:.0%} of the steps; its routers then have no weight but a temperature.",
         "",
         "What more training gains by itself is the difference of *recovered* and *trained*. The "
-        f"loss of *fixed* less that of *trained*, at capacities {', '.join(CAPACITIES)}: "
+        f"loss of *fixed* less that of *trained*, at capacities {', '.join(MEASURED_AT)}: "
         f"{', '.join(more)}. In both rows the last column compares with the old router's weights "
         "on hidden states that have changed since.",
         "",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Row = dict[str, Any]
+MetricsRow = dict[str, Any]
 
 DEAD_GRADIENT = 1e-12
 """Norm of a router's gradient under which nothing is learned."""
@@ -61,7 +61,7 @@ class Alarms:
         self._drops = _ExcessDrop(patience)
         self._kept: deque[float] = deque(maxlen=RECENT_STEPS)
 
-    def update(self, row: Row) -> list[Alarm]:
+    def update(self, row: MetricsRow) -> list[Alarm]:
         """Read the next row of metrics; returns the alarms that it raises."""
         if row.get("kind") == "train" and row.get("layers"):
             self._kept.append(_kept(row, "kept_fraction"))
@@ -75,7 +75,7 @@ class Alarms:
             return self._outdated(row)
         return []
 
-    def _collapsed(self, row: Row) -> list[Alarm]:
+    def _collapsed(self, row: MetricsRow) -> list[Alarm]:
         found = []
         for layer, counts in enumerate(row["layers"]):
             experts = [
@@ -92,7 +92,7 @@ class Alarms:
                 found.append(Alarm(name="collapsed_expert", layer=layer, message=message))
         return found
 
-    def _dead(self, row: Row) -> list[Alarm]:
+    def _dead(self, row: MetricsRow) -> list[Alarm]:
         found = []
         for layer, values in enumerate(row["layers"]):
             norm = values.get("router_grad_norm")
@@ -106,7 +106,7 @@ class Alarms:
                 found.append(Alarm(name="dead_router_gradient", layer=layer, message=message))
         return found
 
-    def _dropping(self, row: Row) -> list[Alarm]:
+    def _dropping(self, row: MetricsRow) -> list[Alarm]:
         excess = self._drops.update(row)
         if excess is None:
             return []
@@ -120,7 +120,7 @@ class Alarms:
         )
         return [Alarm(name="rising_drop_rate", layer=None, message=message)]
 
-    def _blind(self, row: Row) -> list[Alarm]:
+    def _blind(self, row: MetricsRow) -> list[Alarm]:
         found = []
         for name, weight in self._even_losses.items():
             if name not in row["losses"]:
@@ -139,7 +139,7 @@ class Alarms:
                 found.append(Alarm(name="balance_loss_blind", layer=None, message=message))
         return found
 
-    def _outdated(self, row: Row) -> list[Alarm]:
+    def _outdated(self, row: MetricsRow) -> list[Alarm]:
         training = sum(self._kept) / len(self._kept)
         served = _kept(row, "kept_fraction_eval")
         gap = abs(served - training)
@@ -167,7 +167,7 @@ class Alarms:
         return switch.update(bad, not bad if clear is None else clear)
 
 
-def _kept(row: Row, share: str) -> float:
+def _kept(row: MetricsRow, share: str) -> float:
     """Kept pairs per choice, which the share hides where experts choose; older rows lack it."""
     return float(row["kept_per_choice"] if "kept_per_choice" in row else row[share])
 
@@ -199,7 +199,7 @@ class _ExcessDrop:
         self._shares = self._best = torch.zeros(0, 0)
         self._factor = self._drop = 0.0
 
-    def update(self, row: Row) -> float | None:
+    def update(self, row: MetricsRow) -> float | None:
         """Excess at this row; None where nothing limits, and before `patience` rows."""
         layers = row["layers"]
         if any(layer.get("capacity") is None for layer in layers):

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
-from etr.train.alarms import Alarms
+from etr.train.alarms import Alarms, MetricsRow
 from etr.train.folders import METRICS
 from etr.train.metrics import MetricsFile, read_metrics
 from etr.train.trackers import open_trackers, scalars
 
-MetricsRow = dict[str, Any]
 COUNTERS = ("step", "tokens", "expert_flops", "elapsed_seconds")
 """What every row begins with, beside its kind."""
 

@@ -34,7 +34,7 @@ from etr.train.into_fixed import check_blocks, into_fixed, number_experts
 from etr.train.model import widen_weights
 from etr.train.step import take_step
 
-CAPACITIES = ("none", "1.1", "0.6")
+MEASURED_AT = ("none", "1.1", "0.6")
 """Capacity factors at which losses are measured; none drops nothing."""
 
 
@@ -86,7 +86,7 @@ class Stage:
     """Name: before, swapped, calibrated or recovered; after training on, trained (directions as
     they were) or fixed."""
     losses: dict[str, float | None]
-    """Held-out nats per token by capacity, see `CAPACITIES`; None where thresholds would be
+    """Held-out nats per token by capacity, see `MEASURED_AT`; None where thresholds would be
     needed and are not calibrated yet."""
     changed_tokens: float
     """Share of (token, layer) pairs whose set of experts is not the old router's."""
@@ -258,7 +258,7 @@ class _Measure:
 
     def __call__(self, name: str, model: EtrForCausalLM, *, thresholds: bool = True) -> Stage:
         losses: dict[str, float | None] = {"none": self._loss(model, "dropless")}
-        for factor in CAPACITIES[1:]:
+        for factor in MEASURED_AT[1:]:
             losses[factor] = None
             if thresholds:
                 with _at_capacity(model, float(factor)):
