@@ -1,0 +1,191 @@
+"""What a layer is made of, and what is asked of it beside its walk: to learn, to serve, to show."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from etr.moe.calibration import Calibration
+from etr.moe.collector import Collected, Collector
+from etr.moe.config import MoEConfig
+from etr.moe.context import RoutingContext
+from etr.moe.experts import Bank, Clamp, ExpertSizes, ExpertWeights, SharedGate
+from etr.moe.learner import LayerState, Learner, learners_in
+from etr.moe.losses import Loss
+from etr.moe.notice import warn
+from etr.moe.routers import Router
+from etr.moe.routing import Routing, Selection
+from etr.moe.serving import LayerFacts, Serving, serving_of
+from etr.moe.serving.dropless import Dropless
+from etr.moe.state import keep_state
+from etr.moe.stats import target_kept
+from etr.moe.view import LayerView, Watcher
+
+
+class LayerParts(Collected):
+    """Modules and choices of a layer; `MoE` adds the walk through them.
+
+    Args:
+        config: every choice about the layer.
+        layer_index: as in `Collected`.
+    """
+
+    def __init__(self, config: MoEConfig, layer_index: int) -> None:
+        super().__init__(layer_index)
+        if not isinstance(config, MoEConfig):
+            raise TypeError(f"config is {type(config).__name__}; it must be a MoEConfig")
+        self.config = config
+        size = (config.hidden_size, config.num_choices, config.top_k)
+        self.router = config.router_config.build(*size)
+        self.capacity = config.capacity_config.build(*size)
+        self.calibration = Calibration(config.num_choices, self.router.score_scale)
+        self.state = LayerState(config.num_choices)
+        self.add_experts()
+        self.traits = config.router_config.traits
+        self._losses = config.loss_rows
+        self.rank_by = config.resolved_rank_by
+        self.normalize = config.resolved_normalize
+        self.serving = serving_of(config.eval_selection, "eval_selection")
+        self.register_load_state_dict_pre_hook(keep_state)
+
+    def add_experts(self) -> None:
+        """Make the bank and, beside it, the shared experts."""
+        config = self.config
+        clamp = Clamp(config.swiglu_limit, config.swiglu_alpha)
+        self.experts = config.bank_config.build(
+            ExpertSizes(
+                num_experts=config.num_experts,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                activation=config.activation,
+                bias=config.expert_bias,
+                clamp=clamp,
+            )
+        )
+        self.shared_experts: ExpertWeights | None = None
+        self.shared_gate: nn.Linear | None = None
+        if config.num_shared_experts:
+            # Side by side, shared experts are one expert of their summed width.
+            self.shared_experts = ExpertWeights(
+                1, config.hidden_size, config.shared_width, config.activation, clamp=clamp
+            )
+        if config.shared_gate:
+            self.shared_gate = SharedGate(config.hidden_size, 1, bias=False)
+
+    @property
+    def bank(self) -> Bank:
+        """The experts, also where an adapter wraps them."""
+        found = self.experts
+        if not isinstance(found, Bank):
+            found = next(module for module in found.modules() if isinstance(module, Bank))
+        return found
+
+    def loss_rows(self) -> tuple[Loss, ...]:
+        """The losses, whatever their weights."""
+        return self._losses
+
+    def learners(self) -> list[Learner]:
+        """Whoever learns once per optimizer step, in the order in which they do."""
+        return [self.calibration, self.capacity, *learners_in(self.router), self.state]
+
+    def note_training(self, collector: Collector | None) -> None:
+        """Notice a forward that a backward pass may follow; see `etr.moe.unlearned`."""
+        training = self.training and self.attachment is None and torch.is_grad_enabled()
+        if training and not torch.compiler.is_compiling() and self.learns_from_steps():
+            others = () if collector is None else collector.layers
+            self.unlearned.forward(self, [layer.unlearned for layer in others])
+
+    def learns_from_steps(self) -> bool:
+        """Whether the layer has anything that changes once per optimizer step."""
+        config = self.config
+        return (
+            not self.traits.position_free  # draws anew in each step
+            # thresholds
+            or (self.facts(wait=False).ranks_by_score and config.capacity_config.name != "none")
+            or any(row.needs_past and row.weight_for(self.traits) for row in self.loss_rows())
+            or any(learner.moves for learner in (self.capacity, *learners_in(self.router)))
+        )
+
+    @torch.no_grad()
+    def calibrate_from_pending(self, decay: float | None = None) -> None:
+        """Consume the pending counters for the thresholds alone: no step, no schedule moves."""
+        stats, self.pending = self.pending, {}
+        self.unlearned.learned()
+        if "score_histogram" in stats:
+            self.calibration.update(stats["score_histogram"], target_kept(stats), decay)
+
+    def extra_repr(self) -> str:
+        config = self.config
+        return (
+            f"num_experts={config.num_experts}, top_k={config.top_k}, "
+            f"router={config.router_config.name}, capacity={config.capacity_config.name}, "
+            f"rank_by={self.rank_by}"
+        )
+
+    @property
+    def eval_selection(self) -> str:
+        """The serving policy as text. Setting it sets `serving`."""
+        return self.serving.text
+
+    @eval_selection.setter
+    def eval_selection(self, text: str | Serving) -> None:
+        self.serving = serving_of(text, "eval_selection")
+
+    def has_thresholds(self) -> bool:
+        """Whether eval mode can select by calibrated thresholds. Waits for the device."""
+        facts = self.facts()
+        return facts.ranks_by_score and bool(facts.calibrated)
+
+    def facts(self, *, wait: bool = True) -> LayerFacts:
+        """What a serving policy may ask of the layer.
+
+        Args:
+            wait: also whether thresholds were learned, for which the host waits for the device.
+        """
+        known = self.calibration.is_calibrated if wait else None
+        return LayerFacts(traits=self.traits, rank_by=self.rank_by, calibrated=known)
+
+    def serving_for(self, context: RoutingContext) -> Serving:
+        """The policy that routes a call: the call's or the layer's, or dropless if that refuses."""
+        serving = self.serving
+        if context.serving is not None:
+            serving = serving_of(context.serving, "context.serving")
+        return serving if serving.refuses(self.facts(wait=False)) is None else Dropless()
+
+    def warn_about_eval(self) -> None:
+        """Say in warnings what makes selection in eval mode another one than it looks."""
+        for module in self.router.modules():
+            for text in module.report() if isinstance(module, Router) else ():
+                warn(text)
+        if self.config.capacity_config.name != "none":
+            reason = self.serving.refuses(self.facts())
+            if reason is not None:
+                warn(f"MoE layer evaluates dropless: {reason}")
+
+    def show(
+        self,
+        watchers: list[Watcher],
+        x: Tensor,
+        routing: Routing,
+        selection: Selection,
+        output: Tensor | None = None,
+    ) -> None:
+        """Call watchers with what the layer did."""
+        for watcher in watchers:
+            y = None if output is None else output.detach()
+            view = LayerView(
+                layer=self, x=x.detach(), routing=routing, selection=selection, output=y
+            )
+            watcher(view)
+
+    def learns_from(self, context: RoutingContext) -> bool:
+        """Whether a call trains: the training policy selects, and losses and counters are taken."""
+        return self.training and context.serving is None
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if not mode:
+            self.warn_about_eval()
+        return self
