@@ -20,7 +20,7 @@ from etr.moe.calibration import Calibration
 from etr.moe.capacity import CapacityPolicy
 from etr.moe.exchange import Traffic, arrive, depart, exchange_evenly
 from etr.moe.ranks import Peers
-from etr.moe.routing import Kept, Limit, Routing, count_experts
+from etr.moe.routing import Kept, Limit, Routing, Selection, count_experts
 from etr.moe.select import ExpertPool, Normalize, RankBy, select
 
 
@@ -41,6 +41,12 @@ class Order:
     normalize: Normalize = "none"
     num_weighed: int | None = None
     scale: float = 1.0
+
+    def scaled(self, selection: Selection) -> Selection:
+        """A selection with its combine weights scaled."""
+        if self.scale == 1:
+            return selection
+        return replace(selection, combine_weight=selection.combine_weight * self.scale)
 
 
 def keep(
@@ -70,16 +76,13 @@ def keep(
 
     limit = allowed(routing) if limit is None else limit
     peers = None if traffic is None else traffic.parallel.selection_peers
-    by_threshold = limit.capacity is None and not routing.tokens_choose
     choosers, among = routing, None
     if traffic is not None and peers is not None:
-        by_score = order.rank_by == "score"
-        meet = partial(
-            _gather, score=by_score, prob=policy.needs_probs, peers=peers, traffic=traffic
-        )
+        score, prob = order.rank_by == "score", policy.needs_probs
+        meet = partial(_gather, score=score, prob=prob, peers=peers, traffic=traffic)
         if limit.capacity is not None:
             choosers, limit, among = _owners_keep(routing, allowed, order, peers, meet)
-        elif gather or by_threshold:
+        elif gather or not routing.tokens_choose:
             choosers, _ = meet(routing)
     selection = select(
         routing,
@@ -90,9 +93,7 @@ def keep(
         among=among,
         num_weighed=order.num_weighed,
     )
-    if order.scale != 1:
-        weight = selection.combine_weight * order.scale
-        selection = replace(selection, combine_weight=weight)
+    selection = order.scaled(selection)
     choices = selection.num_tokens_per_expert
     if routing.tokens_choose:
         choices = routing.num_choices_per_expert()
@@ -100,10 +101,7 @@ def keep(
     elif limit.capacity is not None:
         slots = limit.capacity.sum()
     else:
-        room = policy.imitated_limit(choosers, learned.threshold, learned.affinity_p99).capacity
-        assert room is not None  # a policy without a limit goes with no such router
-        unknown = learned.num_updates == 0
-        slots = torch.where(unknown, choices.sum(), _owned(room, peers).sum())
+        slots = _imitated_slots(choosers, policy, learned, choices, peers)
     return Kept(
         selection=selection,
         limit=limit,
@@ -111,6 +109,19 @@ def keep(
         num_choices_per_expert=choices,
         num_slots=slots,
     )
+
+
+def _imitated_slots(
+    choosers: Routing,
+    policy: CapacityPolicy,
+    learned: Calibration,
+    choices: Tensor,
+    peers: Peers | None,
+) -> Tensor:
+    """Places under the capacity that thresholds imitate; until it is known, what was chosen."""
+    room = policy.imitated_limit(choosers, learned.threshold, learned.affinity_p99).capacity
+    assert room is not None  # a policy without a limit goes with no such router
+    return torch.where(learned.num_updates == 0, choices.sum(), _owned(room, peers).sum())
 
 
 @dataclass(frozen=True, kw_only=True)
