@@ -213,8 +213,11 @@ def test_options_of_layers_reach_the_config(tmp_path: Path) -> None:
         def options(self, layer: MoEConfig, plan: Any, place: int) -> MoEConfig:
             return replace(layer, top_k=2 + place)
 
-    with pytest.raises(ValueError, match="layers 0 and 1 would differ in top_k"):
+    with pytest.raises(ValueError, match="MoE layers differ in top_k, and this needs one config"):
         transform(source, tmp_path / "c", Uneven(), plan=[])
+    transform(save_ours(tmp_path / "d", source), tmp_path / "e", Uneven(), plan=[])
+    layers = moe_layers(load_pretrained(tmp_path / "e"))
+    assert [layer.config.top_k for layer in layers] == [2, 3]
 
     class Wrong(Measured):
         def apply(self, tensors: LayerTensors, plan: Any, place: int) -> LayerTensors:

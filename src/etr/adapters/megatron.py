@@ -12,19 +12,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from etr.adapters.dense import DenseRouter, total_loss
-from etr.moe import LossConfig, MoEConfig
-from etr.moe.config import parse_capacity, parse_router
-from etr.moe.losses import Losses
-from etr.moe.select import Normalize, RankBy
+from etr.moe import MoEConfig
+from etr.moe.options import LayerOptions
 
 
 def megatron_router(
     router: str = "etr",
     capacity: str | None = None,
-    *,
-    rank_by: RankBy | None = None,
-    normalize: Normalize | None = None,
-    losses: Losses | None = None,
+    **options: Any,
 ) -> Callable[..., MegatronRouter]:
     """What builds the router of each layer, for the field `router` of ``MoESubmodules``.
 
@@ -36,8 +31,9 @@ def megatron_router(
         router: with options, such as ``etr:frame=fixed``.
         capacity: policy with options, such as ``factor:capacity_factor=0.6``; None for the
             router's own. Capacity counts this rank's tokens.
-        rank_by, normalize, losses: as in `MoEConfig`.
+        options: other fields of `LayerOptions`.
     """
+    chosen = LayerOptions(router=router, capacity=capacity, **options)
 
     def build(*, config: Any, pg_collection: Any = None) -> MegatronRouter:
         moe = MoEConfig(
@@ -45,11 +41,7 @@ def megatron_router(
             intermediate_size=1,
             num_experts=config.num_moe_experts,
             top_k=config.moe_router_topk,
-            router=parse_router(router),
-            capacity=None if capacity is None else parse_capacity(capacity),
-            rank_by=rank_by,
-            normalize=normalize,
-            losses=LossConfig() if losses is None else losses,
+            **chosen.options(),
         )
         return MegatronRouter(moe, config)
 

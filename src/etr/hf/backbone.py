@@ -52,7 +52,7 @@ class MoEBlock(MoE):
 
     def loss_rows(self) -> tuple[Loss, ...]:
         """The losses, with the weight that a trainer may have given the balance loss."""
-        changed = self.model_config.changed_aux_alpha()
+        changed = self.model_config.changed_aux_alpha(self.config.top_k)
         if changed is None:
             return super().loss_rows()
         if changed and not self.traits.can_balance:
@@ -249,15 +249,15 @@ def swap_blocks(layers: Sequence[nn.Module] | nn.ModuleList, config: EtrConfig) 
     Raises:
         ValueError: all layers are dense.
     """
-    family, moe_config = config.family, config.moe_config
+    family = config.family
     sparse = [layer for layer in layers if family.is_moe(layer)]
     if not sparse:
         raise ValueError(
             f"base_config of model_type={family.model_type!r} makes every layer dense, so there "
             "is no MoE block to swap"
         )
-    for index, layer in enumerate(sparse):
-        setattr(layer, family.block, MoEBlock(moe_config, index, config))
+    for index, own in enumerate(config.layer_configs(len(sparse))):
+        setattr(sparse[index], family.block, MoEBlock(own, index, config))
     tie_experts([getattr(layer, family.block) for layer in sparse])
     for layer in layers:
         layer_class: Any = type(layer)
@@ -272,7 +272,8 @@ def keep_in_float32(model: PreTrainedModel, family: Family) -> None:
     blocks = [module for module in model.modules() if isinstance(module, MoEBlock)]
     names = {
         f"{path}.{name}"
-        for path, module in blocks[0].named_modules()
+        for block in blocks
+        for path, module in block.named_modules()
         if isinstance(module, GlobalState)
         for name, value in module.named_buffers(recurse=False)
         if value.is_floating_point()
@@ -281,9 +282,10 @@ def keep_in_float32(model: PreTrainedModel, family: Family) -> None:
     for key in family.keys:
         found = {f for f in flags for name in key.theirs if f".{name}".endswith(f".{f}")}
         flags -= found
-        if found and any(name == key.ours for name, _ in blocks[0].named_parameters()):
+        having = [b for b in blocks if any(name == key.ours for name, _ in b.named_parameters())]
+        if found and having:
             names.add(key.ours)
-            for block in blocks:
+            for block in having:
                 weight = block.get_parameter(key.ours)
                 weight.data = weight.data.to(torch.promote_types(weight.dtype, torch.float32))
     model._keep_in_fp32_modules_strict = flags | {f"{family.block}.{name}" for name in names}

@@ -37,7 +37,7 @@ class EtrCallback(TrainerCallback):
         self._attachment: Attachment | None = None
         self._models: list[EtrForCausalLM] = []
         self._group: Any = None
-        self._top_k = 1
+        self._top_k: list[int] = []
 
     def __reduce__(self) -> tuple[type[EtrCallback], tuple[()]]:
         # Models in training hold it; a copy of one, a saved one too, must not drag along the
@@ -74,7 +74,7 @@ class EtrCallback(TrainerCallback):
         several = dist.is_initialized() and dist.get_world_size() > 1
         self._group = dist.group.WORLD if several else None
         self._attachment = attach(model, optimizer, _total_steps(model, state), group=self._group)
-        self._top_k = moe_layers(model)[0].config.top_k
+        self._top_k = [layer.config.top_k for layer in moe_layers(model)]
         self._models = [m for m in model.modules() if isinstance(m, EtrForCausalLM)]
         for inner in self._models:
             inner.prepare_context.append(self._prepare)

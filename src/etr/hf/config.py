@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, MixtralConfig, PreTrainedConfig
 
 from etr.hf.families import FAMILIES, Family, family_of
-from etr.hf.families.base import GATED_ACTIVATIONS
+from etr.hf.layer_options import balanced, moe_configs, stored_options
 from etr.hf.versions import CACHE_NAMES
 from etr.moe import LossConfig, MoEConfig
 from etr.moe.capacity import CapacityConfig
-from etr.moe.experts import Activation, BankConfig
-from etr.moe.losses import Balance, Losses, reweighted
 from etr.moe.routers import RouterConfig
-from etr.moe.select import Normalize, RankBy
 
-SIZES = ("hidden_size", "intermediate_size", "num_experts", "top_k")
-"""Fields of MoEConfig that are read from the base config, so that each is stored once."""
 SHOWN = (
     "vocab_size",
     "hidden_size",
@@ -41,7 +37,8 @@ class EtrConfig(PreTrainedConfig):
 
     Args:
         base_config: config of the model whose MoE blocks are swapped, or its dictionary.
-        moe: options of the layers, as `MoEConfig.to_dict` gives them without the sizes.
+        moe: options of the layers, as `LayerOptions.to_dict` gives them: one dictionary for all, or
+            a list with one for each MoE layer, which may hold sizes too (`OF_LAYERS`).
         aux_coefficient: the base's coefficient of a balance loss that says the same as `moe` does;
             another value in the base is a change, and weighs the balance loss from then on. None
             for a config that is new, or older than this field: see `from_base`.
@@ -76,12 +73,14 @@ class EtrConfig(PreTrainedConfig):
             setattr(base, name, value)
         if self._attn_implementation is not None:
             base._attn_implementation = self._attn_implementation
-        # Through the layer's own config: checked, and complete with every default.
-        config = _moe_config(family_of(base), base, self.moe or {})
+        # Through the layers' own configs: checked, and complete with every default.
+        given = self.layer_options
+        configs = moe_configs(family_of(base), base, {} if self.moe is None else self.moe)
         if self.aux_coefficient is None:
-            self.base_config, config = _balanced(family_of(base), base, config)
+            self.base_config, configs = balanced(family_of(base), base, configs)
             self.aux_coefficient = self.family.coefficient(self.base_config)
-        self.moe = {k: v for k, v in config.to_dict().items() if k not in SIZES}
+        moe = [stored_options(*each) for each in zip(configs, given, strict=True)]
+        self.moe = moe if isinstance(self.moe, list) else moe[0]
 
     @classmethod
     def from_base(
@@ -91,17 +90,8 @@ class EtrConfig(PreTrainedConfig):
         capacity: str | CapacityConfig | None = None,
         *,
         top_k: int | None = None,
-        rank_by: RankBy | None = None,
-        normalize: Normalize | None = None,
-        losses: Losses | None = None,
-        activation: Activation | None = None,
-        num_shared_experts: int | None = None,
-        experts: str | BankConfig = "uniform",
-        backend: str = "auto",
-        dispatch: str = "auto",
-        eval_selection: str = "threshold",
-        local_bonus: float = 0.0,
-        debug: bool = False,
+        layers: Sequence[Mapping[str, Any]] | None = None,
+        **options: Any,
     ) -> EtrConfig:
         """Config of a model like `hf_config` with its MoE blocks swapped.
 
@@ -120,10 +110,10 @@ class EtrConfig(PreTrainedConfig):
                 base does, drop nothing, and balance with its own weight, unless told otherwise.
             capacity: name in `etr.CAPACITIES`, a policy's config, or None for the router's own.
             top_k: experts a token may choose; None keeps the base's.
-            activation: inside the experts; None takes the base's.
-            num_shared_experts: None keeps the base's; each then has the width of the base's.
-            experts, rank_by, normalize, losses, backend, dispatch, eval_selection, local_bonus,
-                debug: see `MoEConfig`.
+            layers: what single MoE layers have of their own, one mapping each: options, and
+                num_experts, intermediate_size and top_k. None: all are alike.
+            options: other fields of `LayerOptions`. None for `activation` or `num_shared_experts`
+                takes the base's, and shared experts then have the width of the base's.
         Raises:
             ValueError: the base's family is not known, or the options contradict the sizes or
                 each other.
@@ -134,28 +124,18 @@ class EtrConfig(PreTrainedConfig):
             setattr(base, family.top_k, top_k)
         if router == "keep":
             own = family.router(base)
-            router, normalize = own["router"], normalize or own["normalize"]
-            capacity = capacity or "none"
-            losses = LossConfig(aux_alpha=family.aux_alpha(base)) if losses is None else losses
-        own_experts: dict[str, Any] = {} if activation is None else {"activation": activation}
-        if num_shared_experts is not None:
-            own_experts["num_shared_experts"] = num_shared_experts
-        config = MoEConfig(
-            **_family_options(family, base, own_experts),
-            experts=experts,
-            router=router,
-            capacity=capacity,
-            rank_by=rank_by,
-            normalize=normalize,
-            losses=LossConfig() if losses is None else losses,
-            backend=backend,
-            dispatch=dispatch,
-            eval_selection=eval_selection,
-            local_bonus=local_bonus,
-            debug=debug,
-        )
-        moe = {k: v for k, v in config.to_dict().items() if k not in SIZES}
-        return cls(base_config=base, moe=moe)
+            router, capacity = own["router"], capacity or "none"
+            options["normalize"] = options.get("normalize") or own["normalize"]
+            if options.get("losses") is None:
+                options["losses"] = LossConfig(aux_alpha=family.aux_alpha(base))
+        unset = ("activation", "num_shared_experts", "losses")
+        options = {k: v for k, v in options.items() if v is not None or k not in unset}
+        options |= {"router": router, "capacity": capacity}
+        alike = layers is None
+        own_options = [{**options, **layer} for layer in ([{}] if layers is None else layers)]
+        configs = moe_configs(family, base, own_options[0] if alike else own_options)
+        moe = [stored_options(*each) for each in zip(configs, own_options, strict=True)]
+        return cls(base_config=base, moe=moe[0] if alike else moe)
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -201,19 +181,53 @@ class EtrConfig(PreTrainedConfig):
 
     @property
     def moe_config(self) -> MoEConfig:
-        """Config of each MoE layer."""
-        return _moe_config(self.family, self.base_config, self.moe)
+        """Config of every MoE layer.
 
-    def changed_aux_alpha(self) -> float | None:
+        Raises:
+            ValueError: layers have options of their own.
+        """
+        first, *others = moe_configs(self.family, self.base_config, self.moe)
+        differ = sorted(
+            {k for c in others for k, v in c.to_dict().items() if v != first.to_dict()[k]}
+        )
+        if differ:
+            raise ValueError(
+                f"the MoE layers differ in {', '.join(differ)}, and this needs one config for all"
+            )
+        return first
+
+    def layer_configs(self, num_layers: int) -> list[MoEConfig]:
+        """Config of each of so many MoE layers.
+
+        Raises:
+            ValueError: `moe` is a list of another length.
+        """
+        configs = moe_configs(self.family, self.base_config, self.moe)
+        if not isinstance(self.moe, list):
+            return configs * num_layers
+        if len(configs) != num_layers:
+            raise ValueError(
+                f"moe holds {len(configs)} dictionaries, and the model has {num_layers} MoE "
+                "layers: give one for each, or one dictionary for all"
+            )
+        return configs
+
+    @property
+    def layer_options(self) -> list[dict[str, Any]]:
+        """`moe` as a list, which has one entry where all layers are alike."""
+        return self.moe if isinstance(self.moe, list) else [{} if self.moe is None else self.moe]
+
+    def changed_aux_alpha(self, top_k: int | None = None) -> float | None:
         """Weight of the balance loss, where the base's coefficient was changed since; else None.
 
-        0 counts as no change without ``output_router_logits=True``: TRL's SFTTrainer writes both
-        to say that it adds no balance loss of its own.
+        Of a layer with a `top_k` of its own, or with the base's. 0 counts as no change without
+        ``output_router_logits=True``: TRL's SFTTrainer writes both to say that it adds no balance
+        loss of its own.
         """
         coefficient = self.family.coefficient(self.base_config)
         if coefficient is None or coefficient == self.aux_coefficient or self.leaves_balance():
             return None
-        return coefficient * getattr(self.base_config, self.family.top_k)
+        return coefficient * (top_k or getattr(self.base_config, self.family.top_k))
 
     def leaves_balance(self) -> bool:
         """Whether a trainer says by a coefficient of 0 that it adds no balance loss of its own."""
@@ -289,61 +303,3 @@ def _base_config(value: Any) -> PreTrainedConfig:
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"base_config['model_type']={model_type!r} is unknown to transformers")
     return CONFIG_MAPPING[model_type].from_dict(values)
-
-
-def _balanced(
-    family: Family, base: PreTrainedConfig, config: MoEConfig
-) -> tuple[PreTrainedConfig, MoEConfig]:
-    """Both with one weight of the balance loss; a base that says another is copied.
-
-    Raises:
-        ValueError: the base asks for a balance loss, and the router can have none.
-    """
-    name, coefficient = family.aux_coefficient, family.coefficient(base)
-    if name is None:
-        return base, config
-    if coefficient is None:
-        coefficient = getattr(type(base), name)
-    rows = {row.name: row for row in config.loss_rows}
-    own = config.loss_weights.get(Balance.name, 0.0)
-    told = coefficient not in (getattr(type(base), name), own / config.top_k)
-    if Balance.name in rows and rows[Balance.name].weight is None and told:
-        if coefficient and not config.router_config.traits.can_balance:
-            raise ValueError(
-                f"{name}={coefficient} of the base config asks for a balance loss, which router "
-                f"{config.router_config.name!r} cannot have; give losses=LossConfig(aux_alpha=0)"
-            )
-        own = coefficient * config.top_k
-        losses = reweighted(config.losses, Balance.name, own)
-        config = dataclasses.replace(config, losses=losses)
-    if coefficient * config.top_k != own:
-        base = copy.copy(base)
-        setattr(base, name, own / config.top_k)
-    return base, config
-
-
-def _moe_config(family: Family, base: PreTrainedConfig, moe: dict[str, Any]) -> MoEConfig:
-    known = {field.name for field in dataclasses.fields(MoEConfig)} - set(SIZES)
-    unknown = sorted(set(moe) - known)
-    if unknown:
-        raise ValueError(
-            f"moe has unknown options {', '.join(unknown)}; known: {', '.join(sorted(known))} "
-            "(sizes belong to base_config)"
-        )
-    return MoEConfig.from_dict(_family_options(family, base, moe))
-
-
-def _family_options(
-    family: Family, base: PreTrainedConfig, options: dict[str, Any]
-) -> dict[str, Any]:
-    """`options` over what the family's config says about sizes and experts."""
-    found = {**family.experts(base), **options, **family.sizes(base)}
-    if found["activation"] is None:
-        raise ValueError(
-            f"hidden_act={base.hidden_act!r} of the base config has no counterpart among the "
-            f"experts' activations; known: {', '.join(GATED_ACTIVATIONS)}. Name one by "
-            "activation=..."
-        )
-    if not found.get("num_shared_experts"):
-        found |= {"shared_gate": False, "shared_intermediate_size": None}
-    return found

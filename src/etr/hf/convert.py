@@ -21,7 +21,7 @@ from etr.hf.matching import skeleton, to_ours, to_theirs
 from etr.hf.modeling import EtrForCausalLM
 from etr.hf.shard_writer import ShardWriter
 from etr.hf.shards import LazyTensor, ShardReader
-from etr.moe import set_eval_selection
+from etr.moe import MoEConfig, set_eval_selection
 from etr.pretrained import from_local
 
 Direction = Literal["etr", "hf"]
@@ -259,7 +259,7 @@ def check_same_function(config: EtrConfig) -> None:
         ValueError: names the options in which they differ.
     """
     family = EtrConfig.from_base(config.base_config, "keep")
-    ours, own = ({**c.moe, "normalize": c.moe_config.resolved_normalize} for c in (config, family))
+    ours, own = (_routing(c.moe_config) for c in (config, family))
     wrong = [
         f"{name} is {_short(ours[name])} and the family's is {_short(own[name])}"
         for name in ROUTING
@@ -270,6 +270,10 @@ def check_same_function(config: EtrConfig) -> None:
             f"{config.family.model_type} cannot hold this model: {'; '.join(wrong)}; models with "
             "another router can be exported for serving with `etr export`"
         )
+
+
+def _routing(config: MoEConfig) -> dict[str, Any]:
+    return {**config.to_dict(), "normalize": config.resolved_normalize}
 
 
 def _short(value: Any) -> str:

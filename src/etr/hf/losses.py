@@ -9,6 +9,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from etr.hf.backbone import valid_mask
 from etr.hf.config import EtrConfig
+from etr.hf.layer_options import balanced_sizes
 
 
 def aux_loss(
@@ -24,12 +25,14 @@ def aux_loss(
         config: of the model.
         router_logits: of each MoE layer, [B * S, E]; the loss is None without them.
         attention_mask, input_ids, inputs_embeds: as the forward was given them.
+    Raises:
+        ValueError: layers differ in their numbers of experts or of choices.
     """
     if router_logits is None:
         return None
-    sizes = config.family.sizes(config.base_config)
+    num_experts, top_k = balanced_sizes(config.layer_configs(len(router_logits)))
     mask = valid_mask(attention_mask, input_ids, inputs_embeds)
-    return load_balancing_loss_func(router_logits, sizes["num_experts"], sizes["top_k"], mask)
+    return load_balancing_loss_func(router_logits, num_experts, top_k, mask)
 
 
 def share_of_step(

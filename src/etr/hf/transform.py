@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from etr.files import read_json, sha256_of_file, write_json
-from etr.hf.config import SIZES, EtrConfig
+from etr.hf.config import EtrConfig
 from etr.hf.convert import (
     Direction,
     LogitsComparison,
@@ -23,6 +23,7 @@ from etr.hf.convert import (
     ignored_keys,
     write_tensors,
 )
+from etr.hf.layer_options import OF_LAYERS, stored_options
 from etr.hf.loading import read_config
 from etr.hf.matching import of_ours, skeleton, to_ours, to_theirs
 from etr.hf.modeling import EtrForCausalLM
@@ -30,6 +31,7 @@ from etr.hf.shard_writer import ShardWriter
 from etr.hf.shards import ShardReader
 from etr.model.transform import LazyTensor, Stats, Transform, summed
 from etr.moe import MoE, MoEConfig
+from etr.moe.config import SIZES
 from etr.moe.watch import LayerView, watch
 from etr.table import config_to_dict
 
@@ -211,25 +213,22 @@ def measure(model: EtrForCausalLM, method: Transform, batches: Batches) -> list[
 def changed_config(
     config: EtrConfig, old: Sequence[MoEConfig], new: Sequence[MoEConfig]
 ) -> EtrConfig:
-    """The model's config with other layers.
+    """The model's config with other layers, of which each may have options of its own.
 
     Raises:
-        ValueError: layers would differ from each other.
+        ValueError: layers would differ in hidden_size.
     """
     if list(new) == list(old):
         return config
-    values = new[0].to_dict()
-    for place, layer in enumerate(new):
-        differing = [name for name, value in layer.to_dict().items() if value != values[name]]
-        if differing:
-            raise ValueError(
-                f"layers 0 and {place} would differ in {', '.join(differing)}, and a model's "
-                "config has one entry for all of its MoE layers"
-            )
-    base, family = copy.deepcopy(config.base_config), config.family
-    for name in SIZES:
-        setattr(base, getattr(family, name, name), values.pop(name))
-    return EtrConfig(base_config=base, moe=values, aux_coefficient=config.aux_coefficient)
+    base, family, values = copy.deepcopy(config.base_config), config.family, new[0].to_dict()
+    if len({layer.hidden_size for layer in new}) > 1:
+        raise ValueError("layers would differ in hidden_size, which a model has once")
+    moe: Any = [stored_options(layer, OF_LAYERS) for layer in new]
+    if all(layer.to_dict() == values for layer in new):
+        moe = stored_options(new[0], ())
+        for name in SIZES:
+            setattr(base, getattr(family, name, name), values[name])
+    return EtrConfig(base_config=base, moe=moe, aux_coefficient=config.aux_coefficient)
 
 
 def _applied(

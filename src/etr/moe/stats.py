@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -77,12 +77,14 @@ def max_violation(num_choices_per_expert: Tensor) -> Tensor:
     return torch.where(mean > 0, load.amax(-1) / mean.clamp_min(1e-30) - 1, 0.0)
 
 
-def routing_shares(stats: Iterable[dict[str, Tensor]], top_k: int) -> dict[str, float]:
+def routing_shares(
+    stats: Sequence[dict[str, Tensor]], top_k: int | Sequence[int]
+) -> dict[str, float]:
     """Counters of one step as plain numbers, all layers together; empty where none ran.
 
     Args:
         stats: what `after_step` returned, one dictionary per layer.
-        top_k: experts a token may choose.
+        top_k: experts a token may choose, in all layers or in each.
     Returns:
         kept_fraction: kept pairs over those that could have been kept: valid tokens * top_k, or
             where experts choose what they have room for; at most 1, also where thresholds let
@@ -93,29 +95,34 @@ def routing_shares(stats: Iterable[dict[str, Tensor]], top_k: int) -> dict[str, 
         capacity_mean: mean limit of an expert in one forward, tokens.
         capacity_factor: summed limits over valid tokens * top_k.
         max_violation: mean over layers of `max_violation` of the choices.
-        router_loss_NAME: mean over forwards, ranks and layers of each scaled loss.
+        router_loss_NAME: mean over forwards, ranks and layers of each scaled loss; 0 in a layer
+            that does not have it.
     """
+    each = [top_k] * len(stats) if isinstance(top_k, int) else top_k
+    ks = [k for k, layer in zip(each, stats, strict=True) if layer]
     layers = [{k: v.cpu() for k, v in layer.items() if v.dim() < 2} for layer in stats if layer]
     if not layers:
         return {}
-    choices = torch.stack([layer["num_choices_per_expert"] for layer in layers])
+    choices = [layer["num_choices_per_expert"] for layer in layers]
     kept = sum(int(layer["num_tokens_per_expert"].sum()) for layer in layers)
     tokens = sum(int(layer["num_valid_tokens"]) for layer in layers)
     capacity = sum(int(layer["capacity_sum"]) for layer in layers)
-    forwards = sum(int(layer["num_forwards"]) for layer in layers)
+    rooms = sum(int(x["num_forwards"]) * len(c) for x, c in zip(layers, choices, strict=True))
     alone = sum(int(layer["num_tokens_without_expert"]) for layer in layers)
-    slots = max(tokens * top_k, 1)
+    asked = sum(int(x["num_valid_tokens"]) * k for x, k in zip(layers, ks, strict=True))
+    slots = max(asked, 1)
     return {
         "kept_fraction": kept_share(kept, sum(int(layer["num_slots"]) for layer in layers)),
         "kept_per_choice": kept / slots,
-        "drop_rate": 1 - kept / max(int(choices.sum()), 1),
+        "drop_rate": 1 - kept / max(sum(int(c.sum()) for c in choices), 1),
         "tokens_without_expert": alone / max(tokens, 1),
-        "capacity_mean": capacity / (forwards * choices.shape[1]),
+        "capacity_mean": capacity / rooms,
         "capacity_factor": capacity / slots,
-        "max_violation": float(max_violation(choices).mean()),
+        "max_violation": float(torch.stack([max_violation(c) for c in choices]).mean()),
         **{
-            f"router_{name}": sum(float(x[name] / x["num_forwards"]) for x in layers) / len(layers)
-            for name in layers[0]
+            f"router_{name}": sum(float(x[name] / x["num_forwards"]) for x in layers if name in x)
+            / len(layers)
+            for name in dict.fromkeys(name for layer in layers for name in layer)
             if name.startswith("loss_")
         },
     }

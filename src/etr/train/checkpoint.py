@@ -57,6 +57,7 @@ from etr.train.checkpoint_folder import (
     read_state,
     step_of,
 )
+from etr.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -166,7 +167,9 @@ def load_checkpoint(
         ValueError: the checkpoint is of another config (the fields are named).
     """
     state = read_state(path)
-    changed = changed_options(state.fingerprint, fingerprint)
+    # Options that a checkpoint of earlier does not know were at their defaults.
+    stored = {**TrainConfig().fingerprint(), **state.fingerprint}
+    changed = changed_options(stored, fingerprint)
     if changed:
         pairs = ", ".join(
             f"{name} is {a!r} there and {b!r} here" for name, (a, b) in changed.items()

@@ -13,51 +13,29 @@ from etr.files import read_json
 from etr.model import OBJECTIVES
 from etr.moe import LossConfig, MoEConfig
 from etr.moe.checked import check_types
-from etr.moe.config import parse_capacity, parse_router
-from etr.moe.experts import Activation
-from etr.moe.select import Normalize, RankBy
+from etr.moe.options import LayerOptions
 from etr.parallel import ParallelConfig
 from etr.train.trackers import check_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoutingOptions:
-    """How the model routes. The defaults are Expert-Token Resonance (router `etr`)."""
+class RoutingOptions(LayerOptions):
+    """The MoE layers. The defaults are Expert-Token Resonance (router `etr`)."""
 
     router: str = "etr"
     """Router with options: NAME or NAME:option=value,...  e.g. etr:frame=orthonormal."""
     capacity: str | None = None
     """Capacity policy with options, e.g. factor:capacity_factor=0.6. None: the router's own."""
+    experts: str = "uniform"
+    """Which weights a chosen expert means, e.g. nulls:count=4, or widths:widths=4x64+2x128."""
+    losses: LossConfig = field(default_factory=LossConfig)
+    """What is added to the loss."""
     num_experts: int = 8
     """Routed experts."""
     top_k: int = 1
     """Experts a token may choose."""
     expert_size: int = 256
     """Width inside each expert."""
-    num_shared_experts: int = 0
-    """Experts that every token passes, beside the routed ones."""
-    experts: str = "uniform"
-    """Which weights a chosen expert means, e.g. nulls:count=4, or widths:widths=4x64+2x128."""
-    rank_by: RankBy | None = None
-    """Whom experts drop first: lowest score or latest position. None: the router's own."""
-    normalize: Normalize | None = None
-    """Normalise combine weights over chosen or kept experts. None: the default for top_k."""
-    activation: Activation = "swiglu"
-    """Expert activation."""
-    backend: str = "auto"
-    """Expert backend."""
-    dispatch: str = "auto"
-    """How rows travel to experts on other ranks, e.g. dedup, or chunked:all_to_all,chunks=4."""
-    eval_selection: str = "threshold"
-    """Selection in evaluation."""
-    losses: LossConfig = field(default_factory=LossConfig)
-    """Weights of the router's losses."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        parse_router(self.router)
-        if self.capacity is not None:
-            parse_capacity(self.capacity)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,17 +85,7 @@ class ModelConfig:
             intermediate_size=routing.expert_size,
             num_experts=routing.num_experts,
             top_k=routing.top_k,
-            router=parse_router(routing.router),
-            capacity=None if routing.capacity is None else parse_capacity(routing.capacity),
-            rank_by=routing.rank_by,
-            normalize=routing.normalize,
-            losses=routing.losses,
-            activation=routing.activation,
-            num_shared_experts=routing.num_shared_experts,
-            experts=routing.experts,
-            backend=routing.backend,
-            dispatch=routing.dispatch,
-            eval_selection=routing.eval_selection,
+            **routing.options(),
         )
 
 
@@ -227,7 +195,8 @@ class TrainConfig:
         """Options that change what is learned, flat, so that a difference can be named."""
         values = {name: value for name, value in self.to_dict().items() if name not in _FREE}
         values["data"].pop("cache_dir", None)
-        values["model"]["routing"].pop("dispatch")
+        for name in ("dispatch", "debug"):
+            values["model"]["routing"].pop(name)
         flat: dict[str, Any] = json.loads(json.dumps(_flat(values)))
         return flat
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from etr.hf import EtrConfig, EtrForCausalLM
-from etr.hf.config import SIZES
+from etr.moe.config import SIZES
 from etr.train.config import ModelConfig
 
 if TYPE_CHECKING:
