@@ -154,7 +154,7 @@ def test_ia3_on_attention_and_the_shared_gate():
     [
         (lambda: lora(), "specify `target_modules` or `target_parameters`"),
         (lambda: peft.IA3Config(task_type="CAUSAL_LM"), "specify `target_modules`"),
-        (lambda: lora(target_modules=["experts"]), "ExpertWeights.* is not supported"),
+        (lambda: lora(target_modules=["experts"]), "Experts.* is not supported"),
         (lambda: lora(target_modules=["router"]), "LinearRouter.* is not supported"),
         (
             lambda: lora(target_modules=[], target_parameters=["experts.down_proj"], use_dora=True),
