@@ -134,10 +134,10 @@ def test_assumed_norms_give_linear_logits() -> None:
 @pytest.mark.parametrize(
     ("router", "options", "reason"),
     [
-        (etr.EtrRouter(gate="sigmoid"), {}, "no softmax"),
-        (etr.EtrRouter(choice="expert"), {}, "no softmax"),
-        ("hash", {"losses": etr.LossConfig(aux_alpha=0.0)}, "no softmax"),
-        (etr.TokenChoice(bias=True), {}, "no softmax"),
+        (etr.EtrRouter(gate="sigmoid"), {}, "is not a softmax"),
+        (etr.EtrRouter(choice="expert"), {}, "is not a softmax"),
+        ("hash", {"losses": etr.LossConfig(aux_alpha=0.0)}, "is not a softmax"),
+        (etr.TokenChoice(bias=True), {}, "is not a softmax"),
         ("etr", {"num_shared_experts": 1}, "num_shared_experts=1 where mixtral has 0"),
         ("etr", {"activation": "gelu"}, "activation='gelu'"),
     ],
