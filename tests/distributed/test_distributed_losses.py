@@ -227,9 +227,9 @@ def one_rank_case(name: str, layout: Layout) -> dict[str, Tensor]:
         layer(batch.x, batch.context(placement=placement_of(layout, 0)))
     after_step(layer)
     rows = layer.loss_rows()
-    layer._losses = tuple(row for row in rows if row.name != "locality")
+    layer.reconfigure(losses=tuple(row for row in rows if row.name != "locality"))
     found = measured(layer, batch)
-    layer._losses = tuple(row for row in rows if row.name == "locality")
+    layer.reconfigure(losses=tuple(row for row in rows if row.name == "locality"))
     for node in set(layout.nodes):
         parts = [batch.of(layout, r) for r in layout.holders if layout.nodes[r] == node]
         here = Batch(*(torch.cat(t) for t in zip(*(astuple(p) for p in parts), strict=True)))

@@ -10,16 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from etr.hf.backbone import MoEBlock
-from etr.hf.config import EtrConfig
+from etr.hf.layer_options import store_options
 from etr.hf.modeling import EtrForCausalLM
-from etr.moe import MoEConfig, moe_layers
+from etr.moe import moe_layers
 from etr.moe.affinity import cosine_affinity, router_dtype
 from etr.moe.capacity import CapacityConfig
 from etr.moe.config import parse_capacity
@@ -28,7 +26,6 @@ from etr.moe.routers import Router
 from etr.moe.routers.etr import EtrRouter
 from etr.moe.routers.token_choice import LinearRouter
 from etr.moe.select import top_experts
-from etr.moe.table import config_to_dict
 from etr.moe.watch import LayerView, watch
 
 FIT_STEPS = 50
@@ -90,7 +87,7 @@ def swap_router(
         ValueError: another router, more experts than hidden dimensions, or no tokens to fit on.
     """
     seen = [_Sample(_linear(layer.router)) for layer in moe_layers(model)]
-    config = _swapped_config(model.config, capacity)
+    policy = parse_capacity(capacity) if isinstance(capacity, str) else capacity
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -102,7 +99,13 @@ def swap_router(
     report = SwapReport(
         layers=tuple(sample.result() for sample in seen), num_tokens=seen[0].num_tokens
     )
-    _replace_blocks(model, config)
+    for layer in moe_layers(model):
+        old = _linear(layer.router)
+        router = EtrRouter(frame="orthonormal", gate=old.config.gate)
+        layer.reconfigure(router=router, capacity=policy, rank_by=None)
+        factor = polar_factor(router_dtype(old.weight))
+        layer.router.get_parameter("weight").copy_(factor)
+    store_options(model)
     model.train(was_training)
     if fit:
         set_temperatures(model, report)
@@ -206,41 +209,3 @@ def _linear(router: Router) -> LinearRouter:
             "have directions that experts were taught by"
         )
     return router
-
-
-def _swapped_config(config: EtrConfig, capacity: str | CapacityConfig) -> EtrConfig:
-    """`config` with the new router and policy; everything else stays."""
-    old: Any = config.moe_config.router_config
-    router = EtrRouter(frame="orthonormal", gate=old.gate)
-    policy = parse_capacity(capacity) if isinstance(capacity, str) else capacity
-    changes = {
-        "router": config_to_dict(router),
-        "capacity": config_to_dict(policy),
-        "rank_by": None,
-    }
-    return EtrConfig(base_config=config.base_config, moe={**config.moe, **changes})
-
-
-def _replace_blocks(model: EtrForCausalLM, config: EtrConfig) -> None:
-    """New routers, policies and state around the old experts."""
-    family, moe_config = config.family, config.moe_config
-    for layer in model.model.layers:
-        old = getattr(layer, family.block)
-        if isinstance(old, MoEBlock):
-            setattr(layer, family.block, _block_like(old, moe_config))
-    model.config.moe = config.moe
-
-
-def _block_like(old: MoEBlock, config: MoEConfig) -> MoEBlock:
-    weight = old.router.get_parameter("weight")
-    with torch.device("meta"):  # no memory for the experts, which are the old ones
-        new = MoEBlock(config, old.layer_index, old.model_config)
-    new.experts, new.shared_experts = old.experts, old.shared_experts
-    new.shared_gate = old.shared_gate
-    for part in (new.router, new.capacity, new.calibration, new.state):
-        part.to_empty(device=weight.device)
-    new.router.reset_parameters()
-    new.router.to(weight.dtype)
-    factor = polar_factor(router_dtype(weight))
-    new.router.get_parameter("weight").copy_(factor)
-    return new

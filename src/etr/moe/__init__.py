@@ -8,7 +8,7 @@ from etr.moe.context import RoutingContext
 from etr.moe.dispatch import DISPATCHERS
 from etr.moe.experts import BANKS, EXPERT_BACKENDS
 from etr.moe.layer import MoE
-from etr.moe.layers import moe_layers, selecting, set_eval_selection
+from etr.moe.layers import moe_layers, reconfigured, selecting, set_eval_selection
 from etr.moe.losses import LOSSES, LossConfig
 from etr.moe.notice import EtrWarning
 from etr.moe.ranks import ExpertParallel
@@ -62,6 +62,7 @@ __all__ = [
     "attach",
     "capacity",
     "moe_layers",
+    "reconfigured",
     "reset_states",
     "selecting",
     "set_eval_selection",

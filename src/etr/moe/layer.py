@@ -14,12 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from etr.moe.arranged import ArrangedParts
 from etr.moe.collector import Collector
 from etr.moe.config import MoEConfig
 from etr.moe.context import RoutingContext
-from etr.moe.dispatch import DISPATCHERS, Permute
 from etr.moe.exchange import Traffic
-from etr.moe.expert_parallel import dispatcher_across, shard_experts
 from etr.moe.experts import (
     EXPERT_BACKENDS,
     ExpertBackend,
@@ -31,15 +30,13 @@ from etr.moe.inputs import check_finite, check_input, local_bonus, router_input
 from etr.moe.keep import Order, keep
 from etr.moe.learner import Seen
 from etr.moe.losses import LossInput, scaled_losses
-from etr.moe.parts import LayerParts
-from etr.moe.ranks import ExpertParallel
 from etr.moe.routing import Kept, Limit, MoEOutput, Routing, Selection
 from etr.moe.select import run_ranks
 from etr.moe.stats import routing_stats
 from etr.moe.view import Watcher
 
 
-class MoE(LayerParts):
+class MoE(ArrangedParts):
     """Mixture-of-Experts feed-forward layer.
 
     A forward changes no state: counters wait in `pending` until `after_step`.
@@ -52,28 +49,8 @@ class MoE(LayerParts):
 
     def __init__(self, config: MoEConfig, layer_index: int = 0) -> None:
         super().__init__(config, layer_index)
-        auto = config.dispatch == "auto"
-        self.dispatcher = Permute() if auto else DISPATCHERS.parse(config.dispatch)
-        self.parallel: ExpertParallel | None = None
         self.watchers: list[Watcher] = []
         self.output_watchers: list[Watcher] = []
-
-    def distribute(self, parallel: ExpertParallel) -> MoE:
-        """Keep this rank's experts alone, and work with the other ranks from now on.
-
-        Call it on every rank, with the same values beforehand or on the meta device. Forward and
-        backward then run on all ranks together, if only on no tokens. Router and state stay whole
-        on every rank; stats and `Routing` speak of this rank's tokens.
-
-        Args:
-            parallel: ranks and groups; may be shared by layers.
-        Raises:
-            ValueError: dispatcher, backend or sizes do not go with these ranks.
-        """
-        dispatcher = dispatcher_across(self.config, parallel)
-        shard_experts(self.bank, parallel)
-        self.dispatcher, self.parallel = dispatcher, parallel
-        return self
 
     def forward(self, hidden_states: Tensor, context: RoutingContext | None = None) -> MoEOutput:
         """Route, run the experts, combine.

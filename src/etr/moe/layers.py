@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -67,3 +68,20 @@ def selecting(model: nn.Module, selection: str | Serving) -> Iterator[None]:
         model.train(modes[0][1])
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def reconfigured(model: nn.Module, **options: Any) -> Iterator[None]:
+    """Other options for the time being; see `MoE.reconfigure`.
+
+    Routers, policies and dispatchers are put back, and what they have learned is as it was before.
+    """
+    layers = moe_layers(model)
+    before = [layer.snapshot() for layer in layers]
+    try:
+        for layer in layers:
+            layer.reconfigure(**options)
+        yield
+    finally:
+        for layer, parts in zip(layers, before, strict=True):
+            layer.restore(parts)

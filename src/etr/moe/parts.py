@@ -36,19 +36,23 @@ class LayerParts(Collected):
         super().__init__(layer_index)
         if not isinstance(config, MoEConfig):
             raise TypeError(f"config is {type(config).__name__}; it must be a MoEConfig")
-        self.config = config
+        self.take_choices(config)
         size = (config.hidden_size, config.num_choices, config.top_k)
         self.router = config.router_config.build(*size)
         self.capacity = config.capacity_config.build(*size)
         self.calibration = Calibration(config.num_choices, self.router.score_scale)
         self.state = LayerState(config.num_choices)
         self.add_experts()
-        self.traits = config.router_config.traits
-        self._losses = config.loss_rows
-        self.rank_by = config.resolved_rank_by
-        self.normalize = config.resolved_normalize
         self.serving = serving_of(config.eval_selection, "eval_selection")
         self.register_load_state_dict_pre_hook(keep_state)
+
+    def take_choices(self, config: MoEConfig) -> None:
+        """Follow a config in all that has neither parameters nor state."""
+        self.config = config
+        self.traits = config.router_config.traits
+        self.rank_by = config.resolved_rank_by
+        self.normalize = config.resolved_normalize
+        self._losses = config.loss_rows
 
     def add_experts(self) -> None:
         """Make the bank and, beside it, the shared experts."""

@@ -14,19 +14,19 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from etr.data import Batch
-from etr.hf import EtrConfig, EtrForCausalLM
+from etr.hf import EtrForCausalLM
+from etr.hf.layer_options import store_options
 from etr.moe import MoE, attach, moe_layers, reset_states
 from etr.moe.affinity import block_width, router_dtype
 from etr.moe.polar import polar_factor
 from etr.moe.routers.etr import EtrRouter
-from etr.moe.table import config_to_dict
 from etr.parallel import Ranks
 from etr.train.config import OptimizerConfig
 from etr.train.loop import TrainingDiverged
@@ -213,16 +213,10 @@ def fix_frame(model: EtrForCausalLM) -> None:
         ValueError: another frame, or a width that blocks do not divide.
     """
     for layer in moe_layers(model):
-        old, sizes = _learned(layer), layer.config
-        config = dataclasses.replace(layer.router.config, frame="fixed")  # type: ignore[call-arg]
-        new = config.build(sizes.hidden_size, sizes.num_choices, sizes.top_k)
-        new.to(device=old.device, dtype=old.dtype)
-        state = layer.router.state_dict()
-        new.load_state_dict({name: state[name] for name in new.state_dict()})
-        layer.router = new.train(layer.training)
-        layer.config = dataclasses.replace(sizes, router=config)
-    moe = {**model.config.moe, "router": config_to_dict(config)}
-    model.config.moe = EtrConfig(base_config=model.config.base_config, moe=moe).moe
+        _learned(layer)  # another frame is refused
+        config: Any = layer.router.config
+        layer.reconfigure(router=dataclasses.replace(config, frame="fixed"))
+    store_options(model)
 
 
 class _Turn:

@@ -8,8 +8,7 @@ that, if asked for, the whole model trains while the directions turn to the fixe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -23,7 +22,7 @@ from etr.data import Batch, DataConfig, OpenedData, TokenLoader, held_out_batche
 from etr.evaluate import calibrate, evaluate
 from etr.hf import EtrForCausalLM
 from etr.hf.swap_router import set_temperatures, swap_router
-from etr.moe import MoE, moe_layers, selecting, set_eval_selection
+from etr.moe import MoE, moe_layers, reconfigured, selecting, set_eval_selection
 from etr.moe.affinity import router_dtype
 from etr.moe.config import parse_capacity
 from etr.moe.routers.token_choice import LinearRouter
@@ -261,7 +260,8 @@ class _Measure:
         for factor in MEASURED_AT[1:]:
             losses[factor] = None
             if thresholds:
-                with _at_capacity(model, float(factor)):
+                policy = f"factor:capacity_factor={factor}"
+                with reconfigured(model, capacity=policy, rank_by="score"):
                     calibrate(model, self._sample)
                     losses[factor] = self._loss(model, "threshold")
         return Stage(name=name, losses=losses, changed_tokens=self._changed(model))
@@ -293,27 +293,6 @@ class _Measure:
             for batch in self._sample:
                 model(**_arguments(batch.to(next(model.parameters()).device)))
         return changed / count
-
-
-@contextmanager
-def _at_capacity(model: EtrForCausalLM, factor: float) -> Iterator[None]:
-    """Let experts keep their best choosers up to a capacity factor; state is put back."""
-    layers = moe_layers(model)
-    policy = parse_capacity(f"factor:capacity_factor={factor}")
-    before = []
-    for layer in layers:
-        config = layer.config
-        state = {name: value.clone() for name, value in layer.calibration.state_dict().items()}
-        before.append((layer.capacity, layer.rank_by, state))
-        layer.capacity = policy.build(config.hidden_size, config.num_choices, config.top_k)
-        layer.capacity.to(next(layer.parameters()).device)
-        layer.rank_by = "score"
-    try:
-        yield
-    finally:
-        for layer, (capacity, rank_by, state) in zip(layers, before, strict=True):
-            layer.capacity, layer.rank_by = capacity, rank_by
-            layer.calibration.load_state_dict(state)
 
 
 def _weight(router: Any) -> Tensor:

@@ -127,8 +127,7 @@ def _arrange(trainer: Trainer, recipe: Recipe, nodes: tuple[int, ...]) -> None:
     if recipe.per_rank:
         parallel = dataclasses.replace(parallel, selection_group=None)
     for layer in layers:
-        layer.parallel = parallel
-        layer.config = dataclasses.replace(layer.config, local_bonus=recipe.local_bonus)
+        layer.reconfigure(parallel=parallel, local_bonus=recipe.local_bonus)
 
 
 def _loader(
