@@ -9,6 +9,9 @@ PIP    := $(BIN)/pip --disable-pip-version-check
 INSTALL = $(PIP) install --quiet $(LOCK:%=--constraint %)
 PYTEST  = $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder --durations 40
 
+# Tests start many processes, which then need not compile every module anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-fast test-newest test-lowest test-pythons test-peers check lock bench study \
         study-smoke results clean
 

@@ -7,6 +7,7 @@ are found by their types, and what a configuration can do by its traits.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from dataclasses import dataclass
@@ -77,10 +78,11 @@ class Cell:
         return layer
 
 
+@functools.cache
 def _short(config: RouterConfig | CapacityConfig) -> str:
-    text = config.name
+    text, defaults = config.name, type(config)()
     for field in dataclasses.fields(config):
-        value, default = getattr(config, field.name), getattr(type(config)(), field.name)
+        value, default = getattr(config, field.name), getattr(defaults, field.name)
         if value != default and not field.name.endswith("factor"):
             text += f"[{field.name}={value.name if isinstance(value, CapacityConfig) else value}]"
     return text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import numbers
 import types
 import typing
@@ -20,11 +21,17 @@ def check_types(config: Any) -> None:
     Raises:
         ValueError: names the field, its value and what it must be.
     """
-    hints = typing.get_type_hints(type(config))
+    hints = _hints(type(config))  # type: ignore[arg-type]  # a class is hashable
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name), hints[field.name]
         if not _fits(value, hint):
             raise ValueError(f"{field.name}={value!r} must be {_words(hint)}")
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """Types of a class's fields; kept, since each annotation is compiled to find them."""
+    return typing.get_type_hints(kind)
 
 
 def _fits(value: Any, hint: Any) -> bool:
