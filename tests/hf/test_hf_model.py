@@ -253,11 +253,11 @@ def test_a_family_model_s_own_config_serves_as_base():
     family_model(tokens())
 
 
-def test_compiled_forward():
+def test_training_compiles_as_one_graph():
     model = make_model("baseline", backend="bmm")
     x = tokens()
     expected = model(x, labels=x)
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     found = compiled(x, labels=x)
     torch.testing.assert_close(found.logits, expected.logits, **TOLERANCE)
     torch.testing.assert_close(found.loss, expected.loss, **TOLERANCE)
