@@ -68,6 +68,8 @@ def make_config(tmp_path: Path, data_config: DataConfig) -> Callable[..., TrainC
             "eval_tokens_per_domain": 128,
             "checkpoint_every": 4,
             "device": "cpu",
+            "diagnostics": False,
+            "profile_every": None,
         }
         return TrainConfig(**{**values, **changes})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -46,6 +47,8 @@ def config(make_config, tmp_path) -> CompareConfig:
 
 
 def test_rows_are_complete_and_reported(config, tmp_path):
+    run = dataclasses.replace(config.run, diagnostics=True, profile_every=0)
+    config = dataclasses.replace(config, run=run)
     results = compare(config, command="etr compare ...")
     assert results is not None
     stored = json.loads((Path(config.run.out) / "results.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -27,6 +28,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
 
 def rows_of(out: str, kind: str) -> list[dict]:
     return [r for r in read_metrics(Path(out) / "metrics.jsonl") if r["kind"] == kind]
+
+
+@pytest.fixture
+def make_config(make_config):
+    """With all that watches a run, as it is unless somebody turns it off."""
+    return functools.partial(make_config, diagnostics=True, profile_every=0)
 
 
 @pytest.mark.parametrize("router", etr.ROUTERS)

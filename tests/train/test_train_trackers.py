@@ -94,7 +94,7 @@ def test_tensorboard_gets_the_curves(make_config, data):
     needs("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = make_config(trackers=("tensorboard",))
+    config = make_config(trackers=("tensorboard",), diagnostics=True)
     with Trainer(config, data) as trainer:
         for _ in range(6):  # two steps past the checkpoint, as if killed there
             trainer.advance()
