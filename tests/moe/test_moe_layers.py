@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 import etr
 from etr.moe import MoE, MoEConfig, selecting
+from etr.moe.layers import tie_experts
 
 SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_experts": 4}
 
@@ -65,3 +68,35 @@ def test_the_layers_of_a_model_are_found_in_order_itself_included() -> None:
     model = model_of()
     assert etr.moe_layers(model) == list(model)
     assert etr.moe_layers(model[0]) == [model[0]]
+
+
+def pair(*changes: dict[str, Any]) -> list[MoE]:
+    """Layers that differ in what is named."""
+    options = {**SIZES, "router": "token_choice", "experts": "shared"}
+    return [MoE(MoEConfig(**{**options, **change}), i) for i, change in enumerate(changes)]
+
+
+def test_layers_of_one_bank_hold_one_module() -> None:
+    """Whatever else they differ in."""
+    layers = pair({}, {"capacity": "none", "top_k": 2}, {})
+    tie_experts(layers)
+    assert layers[0].experts is layers[1].experts is layers[2].experts
+    apart = pair({"experts": "uniform"}, {"experts": "uniform"})
+    tie_experts(apart)
+    assert apart[0].experts is not apart[1].experts
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_experts": 2}, "num_experts: 2, 4"),
+        ({"intermediate_size": 4}, "intermediate_size: 4, 8"),
+        ({"activation": "gelu"}, "activation: 'gelu', 'swiglu'"),
+        ({"experts": "shared:nulls"}, "bank_config: Shared"),
+    ],
+)
+def test_layers_of_other_experts_cannot_share_a_bank(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=f"MoE layers 1 and 0 share a bank and differ in {words}"):
+        tie_experts(pair({}, change))
+    with pytest.raises(ValueError, match="layers 1 and 0 share a bank and differ in bank_config"):
+        tie_experts(pair({"experts": "uniform"}, {}))

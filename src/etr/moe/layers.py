@@ -23,9 +23,28 @@ def tie_experts(layers: Sequence[MoE]) -> None:
 
     Args:
         layers: all of the model's, in order.
+    Raises:
+        ValueError: layers that would share a bank have other experts.
     """
     for place, layer in enumerate(layers):
-        layer.experts = layers[layer.config.bank_config.owner(place)].experts
+        number = layer.config.bank_config.owner(place)
+        own, other = (
+            {name: getattr(config, name) for name in _OF_EXPERTS}
+            for config in (layer.config, layers[number].config)
+        )
+        if own != other:
+            wrong = [f"{n}: {own[n]!r}, {other[n]!r}" for n in own if own[n] != other[n]]
+            raise ValueError(
+                f"MoE layers {place} and {number} share a bank and differ in {'; '.join(wrong)}"
+            )
+        layer.experts = layers[number].experts
+
+
+_OF_EXPERTS = (
+    *("hidden_size", "intermediate_size", "num_experts", "bank_config", "activation"),
+    *("expert_bias", "swiglu_limit", "swiglu_alpha"),
+)
+"""Fields of a config that say what experts are."""
 
 
 def set_eval_selection(model: nn.Module, selection: str | Serving) -> None:
