@@ -161,6 +161,10 @@ def test_help_lists_verbs(capsys):
     ("arguments", "message"),
     [
         (["dance"], "no verb 'dance'"),
+        (["generate", "no/such/folder", "--decoding", "dance"], "decoding='dance' is unknown"),
+        (["evaluate", "no/such/folder", "--objective", "dance"], "objective='dance' is unknown"),
+        (["transform", "dance", "a", "b"], "transform='dance' is unknown"),
+        (["transform", "renumber", "no/such/folder", "b"], "is not a folder"),
         (["generate", "no/such/folder"], "is not a folder"),
         (["routers", "nonsense"], "name='nonsense' is unknown"),
         (["train", "--router", "nonsense"], "router='nonsense' is unknown"),

@@ -39,6 +39,7 @@ VERBS = {
     "trace": "trace {model} --max-tokens 64",
     "export": "export {model} new --num-batches 1",
     "convert": "convert {model} new",
+    "transform": "transform renumber {model} new",
     "finetune": "finetune {model} --recover --out new",
     "sft": "sft {model} --data talks.jsonl --out new",
     "consolidate": "consolidate {model} new",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from etr.cli import main
@@ -203,3 +204,27 @@ def test_what_plan_and_cache_refuse(arguments, message, traced, capsys):
     assert code == 2
     output = capsys.readouterr()
     assert message in " ".join((output.out + output.err).replace("│", " ").split())
+
+
+def test_a_placement_is_carried_out(mixtral, traced, tmp_path, capsys):
+    plan, new = tmp_path / "p.json", tmp_path / "new"
+    arguments = ["plan", "round_robin", str(traced), "--ranks", "2", "--out", str(plan)]
+    assert main(arguments) == 0
+    assert f"etr transform renumber SOURCE NEW_FOLDER --plan {plan}" in capsys.readouterr().out
+    assert main(["transform", "renumber", str(mixtral), str(new)]) == 2
+    assert "give the file of etr plan" in capsys.readouterr().err
+    assert not new.exists()
+    assert main(["transform", "renumber", str(mixtral), str(new), "--plan", str(plan)]) == 0
+    out = capsys.readouterr().out
+    assert "computes what the source does" in out
+    assert "logits differ by at most" in out
+    order = [0, 2, 1, 3]
+    key = "model.layers.{}.block_sparse_moe.gate.weight"
+    old, moved = (load_file(folder / "model.safetensors") for folder in (mixtral, new))
+    for layer in range(2):
+        assert torch.equal(moved[key.format(layer)], old[key.format(layer)][order])
+    # The record of a transform is a plan too, and the same order once more is the way back.
+    back = ["transform", "renumber", str(new), str(tmp_path / "back"), "--no-compare"]
+    assert main([*back, "--plan", str(new / "transform.json")]) == 0
+    again = load_file(tmp_path / "back" / "model.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in old.items())

@@ -141,6 +141,11 @@ def test_plans_for_other_models_are_refused():
         Renumber().check(uneven.to_dict(), layers[:1])
 
 
+def test_experts_that_are_not_uniform_are_refused():
+    with pytest.raises(ValueError, match="experts='nulls': only uniform experts can be renumbered"):
+        Renumber().check(plan_of(ORDER), [config_of("token_choice", experts="nulls")])
+
+
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_every_transform_is_a_frozen_config_with_a_summary(name):
     method = TRANSFORMS.parse(name)

@@ -59,3 +59,46 @@ def test_watchers_go_when_a_forward_fails() -> None:
     with pytest.raises(ValueError, match="hidden_size"), watch(model, lambda place, view: None):
         model(torch.randn(3, 15))
     assert all(not layer.watchers for layer in etr.moe_layers(model))
+
+
+def test_who_needs_outputs_sees_layers_after_their_experts_ran() -> None:
+    config = etr.MoEConfig(
+        hidden_size=16,
+        intermediate_size=8,
+        num_experts=4,
+        top_k=2,
+        capacity="factor:capacity_factor=0.7",
+        num_shared_experts=1,
+        expert_bias=True,
+    )
+    layer, x = etr.MoE(config), torch.randn(40, 16)
+    torch.nn.init.normal_(layer.experts.down_proj_bias)
+    before, after, rows = list[LayerView](), list[LayerView](), list[LayerView]()
+    with (
+        watch(layer, lambda place, view: before.append(view)),
+        watch(layer, lambda place, view: after.append(view), ("outputs",)),
+        watch(layer, lambda place, view: rows.append(view), ("outputs", "rows")),
+    ):
+        y = layer(x).hidden_states
+    assert (before[0].output, before[0].rows, after[0].rows) == (None, None, None)
+    assert torch.equal(after[0].output, y)
+    assert not after[0].output.requires_grad
+    view = rows[0]
+    kept = view.selection.kept
+    assert not kept.all()  # some were dropped
+    assert (view.rows[~kept] == 0).all()
+    weighed = view.rows * view.selection.combine_weight[:, None]
+    routed = torch.zeros_like(y).index_add(0, view.routing.token, weighed)
+    shared = layer.shared_experts
+    params = shared.params(x.dtype)
+    gate, up = (x @ params.up[0].T).chunk(2, -1)
+    wanted = routed + (torch.nn.functional.silu(gate) * up) @ params.down[0].T
+    torch.testing.assert_close(wanted, y)
+    assert not layer.watchers
+    assert not layer.output_watchers
+
+
+def test_what_cannot_be_seen_is_refused() -> None:
+    refused = pytest.raises(ValueError, match="needs='weights' is unknown; choose of outputs and")
+    with refused, watch(two_layers(), lambda place, view: None, ("weights",)):
+        pass

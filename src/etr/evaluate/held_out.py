@@ -83,14 +83,12 @@ def evaluate(
         selection: name in `etr.moe.SERVING`, perhaps with options: threshold, dropless, or batch
             (in which later tokens change earlier ones: not a language-model loss).
         ranks: each runs its rows of every batch; the result is that of one process, on all of them.
-        objective: what the model was trained on; None for the next token. What it draws depends on
-            the number of the batch alone.
+        objective: what the model was trained on; None for the next token.
     Raises:
         ValueError: there is no held-out token.
     """
     ranks, objective = ranks or Ranks(None), objective or Causal()
-    weight = next(model.parameters())
-    layers = moe_layers(model)
+    weight, layers = next(model.parameters()), moe_layers(model)
     nats_of_rows, tokens_of_rows, domain_of_rows = list[Tensor](), list[Tensor](), list[Tensor]()
     pairs = [0, 0, 0]
     with selecting(model, selection):
@@ -108,10 +106,8 @@ def evaluate(
                 pairs = [a + b for a, b in zip(pairs, _pairs(layer, stats), strict=True)]
     if not any(int(tokens.sum()) for part in ranks.gather(tokens_of_rows) for tokens in part):
         raise ValueError("no held-out tokens: the data has no held-out documents")
-    nats, tokens, domain = (
-        torch.cat(ranks.gather(torch.cat(rows)))
-        for rows in (nats_of_rows, tokens_of_rows, domain_of_rows)
-    )
+    parts = (nats_of_rows, tokens_of_rows, domain_of_rows)
+    nats, tokens, domain = (torch.cat(ranks.gather(torch.cat(rows))) for rows in parts)
     kept, slots, choices = map(int, ranks.sum_numbers(pairs))
     seen = {
         name: mask

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from etr.moe.config import MoEConfig
+from etr.moe.experts.uniform import Uniform
 from etr.moe.view import LayerView
 from etr.systems.plan import Plan
 from etr.table import Table
@@ -153,6 +154,10 @@ class Renumber(Transform):
             )
         for place, (row, layer) in enumerate(zip(order, layers, strict=True)):
             router, traits = layer.router_config, layer.router_config.traits
+            if not isinstance(layer.bank_config, Uniform):
+                raise ValueError(
+                    f"experts={layer.bank_config.name!r}: only uniform experts can be renumbered"
+                )
             if traits.numbered:
                 raise ValueError(
                     f"router {router.name!r} sends tokens to experts by their numbers (as it is "

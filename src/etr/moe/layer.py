@@ -33,7 +33,7 @@ from etr.moe.losses import LossInput, scaled_losses
 from etr.moe.routing import Kept, Limit, MoEOutput, Routing, Selection
 from etr.moe.select import run_ranks
 from etr.moe.stats import routing_stats
-from etr.moe.view import Watcher
+from etr.moe.view import Watcher, show
 
 
 class MoE(ArrangedParts):
@@ -82,9 +82,9 @@ class MoE(ArrangedParts):
         routing, limit = self.route(x, context, traffic)
         learns = self.learns_from(context)
         kept = self.keep(routing, limit, traffic, learns=learns)
-        self.show(self.watchers, x, routing, kept.selection)
+        show(self.watchers, self, x, routing, kept.selection)
         y = self.run_experts(x, routing, kept.selection, traffic)
-        self.show(self.output_watchers, x, routing, kept.selection, y)
+        show(self.output_watchers, self, x, routing, kept.selection, y)
         losses = self.losses(x, routing, kept, context, collector) if learns else {}
         stats = self.stats(routing, kept, learns=learns)
         stats |= {f"loss_{name}": loss.detach() for name, loss in losses.items()}

@@ -35,3 +35,18 @@ class LayerView:
 
 Watcher = Callable[[LayerView], None]
 """Called by a layer once its experts have selected, before they run or after."""
+
+
+def show(
+    watchers: list[Watcher],
+    layer: Collected,
+    x: Tensor,
+    routing: Routing,
+    selection: Selection,
+    output: Tensor | None = None,
+) -> None:
+    """Call watchers with what a layer did."""
+    for watcher in watchers:
+        y = None if output is None else output.detach()
+        x = x.detach()
+        watcher(LayerView(layer=layer, x=x, routing=routing, selection=selection, output=y))

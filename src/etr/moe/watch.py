@@ -60,20 +60,26 @@ def watch(
 def expert_rows(view: LayerView) -> Tensor:
     """What the expert of each kept pair makes of its token, before it is weighed, [P, H].
 
+    0 for pairs that were not kept, and for choices without weights.
+
     Raises:
         ValueError: the experts are divided among ranks.
     """
-    layer, kept = view.layer, view.selection.kept
+    layer, routing = view.layer, view.routing
     assert isinstance(layer, MoE)
     if layer.parallel is not None:
         raise ValueError("rows of experts can be seen on one rank alone; load the model there")
-    counts = view.selection.num_tokens_per_expert
-    order = view.routing.expert[kept].argsort(stable=True)
-    x = view.x[view.routing.token[kept][order]]
+    plan = layer.experts.plan(routing, view.selection)
 
-    def run(x: Tensor, params: ExpertParams) -> Tensor:
-        return EXPERT_BACKENDS["loop"].run(x, counts, params)
+    def run(x: Tensor, *parts: ExpertParams) -> Tensor:
+        found = x.new_zeros(len(routing.token), x.shape[1])
+        for params, (inside, selection) in zip(parts, plan, strict=True):
+            pair = selection.kept.nonzero().squeeze(1)
+            pair = pair[inside.expert[pair].argsort(stable=True)]
+            counts = selection.num_tokens_per_expert
+            rows = EXPERT_BACKENDS["loop"].run(x[routing.token[pair]], counts, params)
+            found = found.index_copy(0, pair, rows)
+        return found
 
-    pair = kept.nonzero().squeeze(1)[order]
-    found = layer.experts(x, x.dtype, run)
-    return found.new_zeros(len(kept), x.shape[1]).index_copy(0, pair, found)
+    rows: Tensor = layer.experts(view.x, view.x.dtype, run)
+    return rows

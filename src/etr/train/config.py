@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from etr.data import DataConfig
 from etr.files import read_json
-from etr.model import OBJECTIVES
+from etr.model import OBJECTIVES, Objective
 from etr.moe import LossConfig, MoEConfig
 from etr.moe.checked import check_types
 from etr.moe.options import LayerOptions
@@ -189,7 +189,11 @@ class TrainConfig:
         if self.profile_every is not None and self.profile_every < 0:
             raise ValueError(f"profile_every={self.profile_every} must be >= 0 steps, or None")
         check_trackers(self.trackers)
-        OBJECTIVES.parse(self.objective)
+        self.trained_on()
+
+    def trained_on(self) -> Objective:
+        """The objective."""
+        return OBJECTIVES.parse(self.objective)
 
     def fingerprint(self) -> dict[str, Any]:
         """Options that change what is learned, flat, so that a difference can be named."""

@@ -17,7 +17,6 @@ from etr.data import OpenedData, open_data
 from etr.evaluate import EvalResult, evaluate
 from etr.files import write_json
 from etr.hf import EtrForCausalLM
-from etr.model import OBJECTIVES
 from etr.moe import attach, moe_layers
 from etr.moe.losses import even_losses
 from etr.moe.notice import warn
@@ -129,14 +128,15 @@ class Trainer:
         self.config, self.data = config, data
         self.run = Path(config.out)
         self.device = find_device(config.device)
-        objective = OBJECTIVES.parse(config.objective)
-        self.task = LanguageTask(data, objective)
+        task = self.task = LanguageTask(data, config.trained_on())
         self.model = self.task.build(config)
         torch.nn.Module.to(self.model, self.device).train()
         if config.gradient_checkpointing:
             enable_checkpointing(self.model)
         self.mesh = spread(self.model, config.parallel, self.ranks)
-        self.step_loss = StepLoss(self.model, self.ranks, config.precision, objective, config.seed)
+        self.step_loss = StepLoss(
+            self.model, self.ranks, config.precision, task.objective, config.seed
+        )
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.loader = self.task.training_batches(config, self.ranks.rank, self.ranks.size)
         self.step, self.tokens, self.expert_flops, self.elapsed = 0, 0, 0.0, 0.0
@@ -257,31 +257,23 @@ class Trainer:
 
     def diagnose(self) -> list[MetricsRow]:
         """What routing does to held-out tokens."""
-        data = self.config.data
-        batches = mixed_batches(
-            self.data.dataset, data.sequence_length, data.batch_size, self.config.diagnostics_tokens
-        )
-        domains = self.data.dataset.domains
-        found = diagnose(self.model, batches, domains, self.task.objective)
+        data, count = self.config.data, self.config.diagnostics_tokens
+        batches = mixed_batches(self.data.dataset, data.sequence_length, data.batch_size, count)
+        found = diagnose(self.model, batches, self.task.domains, self.task.objective)
         return self._write("diagnostics", **found)
 
     def profile(self) -> list[MetricsRow]:
         """Where the time of a forward and backward pass over the last batch goes."""
         batch = self._last_batch
-        return self._write(
-            "profile", **profile_pass(self.model, lambda: self.step_loss.local_loss(batch))
-        )
+        found = profile_pass(self.model, lambda: self.step_loss.local_loss(batch))
+        return self._write("profile", **found)
 
     def evaluate_as(self, selection: str) -> EvalResult:
         """Held-out loss with a given selection."""
-        batches = self.task.held_out_batches(self.config)
+        task, ranks = self.task, self.ranks
+        batches, domains = task.held_out_batches(self.config), task.domains
         return evaluate(
-            self.model,
-            batches,
-            self.task.domains,
-            selection,
-            ranks=self.ranks,
-            objective=self.task.objective,
+            self.model, batches, domains, selection, ranks=ranks, objective=task.objective
         )
 
     def save(self) -> None:
