@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 
 import pytest
 
@@ -27,3 +28,17 @@ def test_options_are_checked_without_sizes() -> None:
         LayerOptions(router="etr:frames=fixed")
     with pytest.raises(ValueError, match="LayerOptions has no field hidden_size"):
         LayerOptions.from_dict({"hidden_size": 4})
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("config", "MoEConfig parse_router parse_capacity EVAL_SELECTIONS support_table"),
+        ("config", "unsupported resolve_rank_by config_to_dict"),
+        ("losses", "LossConfig AuxMode balance_loss z_loss locality_loss locality_target"),
+        ("losses", "scaled_losses sum_over_group"),
+    ],
+)
+def test_names_are_importable_from_where_they_were(module: str, names: str) -> None:
+    found = importlib.import_module(f"etr.moe.{module}")
+    assert all(hasattr(found, name) for name in names.split())

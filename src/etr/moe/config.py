@@ -11,7 +11,12 @@ from etr.moe.routers import ROUTERS
 from etr.moe.select import Normalize
 
 __getattr__ = moved(
-    __name__, {"EVAL_SELECTIONS": "etr.moe.serving", "support_table": "etr.moe.rules"}
+    __name__,
+    {
+        "EVAL_SELECTIONS": "etr.moe.serving",
+        "config_to_dict": "etr.table",
+        **dict.fromkeys(("resolve_rank_by", "support_table", "unsupported"), "etr.moe.rules"),
+    },
 )
 
 SIZES = ("hidden_size", "intermediate_size", "num_experts", "top_k")
