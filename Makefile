@@ -12,8 +12,8 @@ PYTEST  = $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadsco
 # Tests start many processes, which then need not compile every module anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-fast test-newest test-lowest test-pythons test-peers check lock bench study \
-        study-smoke results clean
+.PHONY: demo test test-fast test-newest test-lowest test-pythons test-peers criteria check lock bench \
+        study study-smoke results clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +50,10 @@ test-pythons:  ## all tests on the other Pythons
 
 test-peers: $(VENV)/.all  ## transformers' own model tests; more of them with TRANSFORMERS_TESTS=DIR
 	$(BIN)/python tests/peers --page docs/results/peers.md $(TRANSFORMERS_TESTS:%=--tests %)
+
+criteria: $(VENV)/.all  ## the tests of all methods, what they claim, and the page that says so
+	$(BIN)/python tools/criteria.py
+	$(BIN)/etr methods --page docs/methods.md
 
 build/lowest.txt: pyproject.toml tools/versions.py
 	mkdir -p build

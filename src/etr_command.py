@@ -25,12 +25,14 @@ VERBS = {
     "plan": "place experts on ranks by a trace",
     "cache": "replay a trace in a memory that holds a few experts",
     "watch": "follow a run while it trains",
-    "routers": "list routers, capacity policies, and what goes with what",
+    "methods": "list methods, their claims and options, and what goes with what",
     "theory": "success rates, capacities and crossover of the routing theorems",
     "report": "draw the report of runs and comparisons",
     "study": "quality study: every claim at equal steps, compute and time",
     "cluster": "emulate a cluster, measure one, and ETR's benchmark on an emulated one",
 }
+OLD_NAMES = {"routers": "methods"}
+"""Verbs by the name that they had before."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     verb, *rest = arguments
     if verb in ("-V", "--version"):
         return _print(f"etr {version('etr-moe')}")
+    verb = OLD_NAMES.get(verb, verb)
     if verb not in VERBS:
         print(f"etr: there is no verb {verb!r}\n\n{_help()}", file=sys.stderr)
         return 2

@@ -32,19 +32,20 @@ class Table(dict[str, type[T]]):
         self.field, self.others, self.wrapped = field, others, wrapped
 
     def add(self, kind: type[T]) -> None:
-        """Take in one more class.
+        """Take in one more class under its `name`.
 
         Raises:
-            ValueError: its name is taken.
+            ValueError: the name is taken.
         """
-        name: str = kind.name  # type: ignore[attr-defined]
-        if name in self:
-            taken = self[name]
-            raise ValueError(
-                f"{self.field} {name!r} is taken by {taken.__module__}.{taken.__qualname__}; "
-                "choose another name"
-            )
-        self[name] = kind
+        self.refuse_taken(kind)
+        self[kind.name] = kind  # type: ignore[attr-defined]
+
+    def refuse_taken(self, kind: Any) -> None:
+        """Raise the ValueError of `add` without taking the class in."""
+        if kind.name in self or kind.name in self.others:
+            owner = self.get(kind.name)
+            whose = "" if owner is None else f" by {owner.__module__}.{owner.__qualname__}"
+            raise ValueError(f"{self.field} {kind.name!r} is taken{whose}; choose another name")
 
     def parse(self, text: str, field: str | None = None) -> T:
         """Read ``name`` or ``name:option=value,option=value``; values are JSON, or else text.

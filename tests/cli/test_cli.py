@@ -11,7 +11,8 @@ import pytest
 
 import etr
 from etr.cli import VERBS, main
-from etr.cli.routers import field_notes
+from etr.cli.methods import field_notes
+from etr.methods import METHODS
 from etr.recipes import smoke
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
@@ -123,16 +124,39 @@ def test_demo_ends_with_table_report_and_sample(text, tmp_path, monkeypatch, cap
     assert "no curves" not in page.read_text()
 
 
-def test_routers_lists_every_row(capsys):
-    assert main(["routers"]) == 0
+def test_methods_lists_every_row_within_the_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["methods"]) == 0
     out = capsys.readouterr().out
-    for name in (*etr.ROUTERS, *etr.CAPACITIES):
+    assert max(map(len, out.splitlines())) <= 80
+    for name in (*METHODS, *etr.ROUTERS, *etr.CAPACITIES):
         assert name in out
 
 
+def test_methods_has_its_old_name_too(capsys):
+    printed = []
+    for verb in ("methods", "routers"):
+        assert main([verb]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_shows_a_card(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["methods", name]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    card, words = METHODS[name], " ".join(out.split())
+    for said in (card.title, card.summary, card.claim, card.departs, card.paper):
+        assert said in words
+    for option, value in card.options.items():
+        assert f"--{option.replace('_', '-')} {value}" in words
+
+
 @pytest.mark.parametrize("name", [*etr.ROUTERS, *etr.CAPACITIES])
-def test_routers_shows_options(name, capsys):
-    assert main(["routers", name]) == 0
+def test_methods_shows_options(name, capsys):
+    assert main(["methods", name]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert name in out
     for kind in (etr.ROUTERS.get(name), etr.CAPACITIES.get(name)):
@@ -166,7 +190,7 @@ def test_help_lists_verbs(capsys):
         (["transform", "dance", "a", "b"], "transform='dance' is unknown"),
         (["transform", "renumber", "no/such/folder", "b"], "is not a folder"),
         (["generate", "no/such/folder"], "is not a folder"),
-        (["routers", "nonsense"], "name='nonsense' is unknown"),
+        (["methods", "nonsense"], "name='nonsense' is unknown"),
         (["train", "--router", "nonsense"], "router='nonsense' is unknown"),
         (["train", "--top-k", "9", "--router", "token_choice"], "top_k=9 exceeds num_experts=8"),
         (["train", "--data", "no/such/file.txt"], "no/such/file.txt"),

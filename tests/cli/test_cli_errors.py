@@ -59,7 +59,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(
             importlib,
             "import_module",
-            lambda name, *rest: module if name == "etr.cli.routers" else real(name, *rest),
+            lambda name, *rest: module if name == "etr.cli.methods" else real(name, *rest),
         )
 
     return fail_with
@@ -68,9 +68,9 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(("error", "code", "text"), ERRORS, ids=lambda x: type(x).__name__)
 def test_kinds_of_error(failing: Any, capsys: Any, error: Any, code: int, text: str) -> None:
     failing(error)
-    assert main(["routers"]) == code
+    assert main(["methods"]) == code
     said = capsys.readouterr().err
-    assert said.startswith("etr routers: ")
+    assert said.startswith("etr methods: ")
     assert text in said
     assert said.count("\n") == 1
 
@@ -79,7 +79,7 @@ def test_kinds_of_error(failing: Any, capsys: Any, error: Any, code: int, text: 
 def test_faults_of_the_program_show_where(failing: Any, error: Exception) -> None:
     failing(error)
     with pytest.raises(type(error), match="ours"):
-        main(["routers"])
+        main(["methods"])
 
 
 def test_an_interrupt_while_a_verb_is_imported(monkeypatch: Any, capsys: Any) -> None:
@@ -87,8 +87,8 @@ def test_an_interrupt_while_a_verb_is_imported(monkeypatch: Any, capsys: Any) ->
         raise KeyboardInterrupt
 
     monkeypatch.setattr(importlib, "import_module", interrupted)
-    assert main(["routers"]) == 130
-    assert capsys.readouterr().err == "etr routers: interrupted\n"
+    assert main(["methods"]) == 130
+    assert capsys.readouterr().err == "etr methods: interrupted\n"
 
 
 def test_an_error_names_both_files_of_a_move() -> None:

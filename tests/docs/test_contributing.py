@@ -7,14 +7,20 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from markdown_blocks import ROOT, blocks
 
+import etr
+from etr.methods import METHODS, import_file, options_of
+from etr.methods.own import MODULES
+
 PAGE = ROOT / "CONTRIBUTING.md"
-ROUTER = "src/etr/moe/routers/cosine.py"
-TABLE = "src/etr/moe/routers/__init__.py"
+SHELF = "src/etr/methods/__init__.py"
+METHOD, OWN, TEST = "src/etr/methods/cosine.py", "my_method.py", "tests/methods/test_cosine.py"
 LEAST_TESTS = 150
 """Far fewer than there are: what would be left if the suite stopped reading the tables."""
 
@@ -31,23 +37,31 @@ def apply_diff(text: str, hunks: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the library and its conformance tests with the new router added as shown."""
+def files() -> dict[str, str]:
+    """The files of the page, by the path in their first line."""
+    found = {}
+    for block in blocks(PAGE, "python"):
+        path, _, source = block.text.partition("\n")
+        found[path.removeprefix("# ")] = source
+    assert set(found) == {METHOD, OWN, TEST}
+    return found
+
+
+@pytest.fixture(scope="module")
+def copy(files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the library and its tests of methods and conformance, with the method as shown."""
     root = tmp_path_factory.mktemp("contribution")
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    shutil.copytree(ROOT / "src", root / "src", ignore=ignored)
-    shutil.copytree(ROOT / "tests/conformance", root / "tests/conformance", ignore=ignored)
+    for folder in ("src", "tests/conformance", "tests/methods"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
     for name in ("pyproject.toml", "tests/conftest.py"):
         shutil.copy(ROOT / name, root / name)
-
-    (router,) = blocks(PAGE, "python")
-    path, _, source = router.text.partition("\n")
-    assert path == f"# {ROUTER}"
-    (root / ROUTER).write_text(source, encoding="utf-8")
-    (table,) = blocks(PAGE, "diff")
-    assert f"+++ b/{TABLE}\n" in table.text
-    changed = apply_diff((root / TABLE).read_text(encoding="utf-8"), table.text)
-    (root / TABLE).write_text(changed, encoding="utf-8")
+    for path in (METHOD, TEST):
+        (root / path).write_text(files[path], encoding="utf-8")
+    (shelf,) = blocks(PAGE, "diff")
+    assert f"+++ b/{SHELF}\n" in shelf.text
+    changed = apply_diff((root / SHELF).read_text(encoding="utf-8"), shelf.text)
+    (root / SHELF).write_text(changed, encoding="utf-8")
     return root
 
 
@@ -58,22 +72,37 @@ def run(copy: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_router_is_in_the_table(copy: Path) -> None:
-    code = "import etr; print(etr.__file__); print(etr.ROUTERS['cosine']().summary)"
-    file, summary = run(copy, "-c", code).stdout.splitlines()
-    assert Path(file).is_relative_to(copy)
-    assert summary == "cosine to learned expert directions, top-k per token"
-
-
 def test_the_blocks_are_formatted(copy: Path) -> None:
     for tool in (["ruff", "check"], ["ruff", "format", "--check"]):
-        result = run(copy, "-m", *tool, ROUTER, TABLE)
+        result = run(copy, "-m", *tool, METHOD, SHELF, TEST)
         assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.fixture
+def own(files: dict[str, str], tmp_path: Path) -> Iterator[Path]:
+    """The file of one's own; what it adds is taken off again."""
+    path = tmp_path / OWN
+    path.write_text(files[METHOD] + files[OWN], encoding="utf-8")
+    yield path
+    METHODS.pop("cosine", None)
+    etr.ROUTERS.pop("cosine", None)
+    for name in [name for name in sys.modules if name.startswith(MODULES)]:
+        del sys.modules[name]
+
+
+def test_a_file_of_ones_own_adds_the_method(own: Path) -> None:
+    import_file(own)
+    assert options_of("cosine:temperature=5") == {"router": "cosine:temperature=5"}
+    assert METHODS["cosine"].causal is True
+    config = etr.MoEConfig(hidden_size=16, intermediate_size=8, num_experts=4, router="cosine")
+    assert etr.MoE(config)(torch.randn(8, 16)).hidden_states.shape == (8, 16)
+
+
 @pytest.mark.slow
-def test_conformance_picks_the_router_up(copy: Path) -> None:
-    result = run(copy, "-m", "pytest", "tests/conformance", "-k", "cosine")
+def test_the_method_is_tested_on_the_shelf(copy: Path) -> None:
+    """Its own test, the tests of its card, and conformance, which reads the tables."""
+    which = "cosine or every_file_is_a_method"
+    result = run(copy, "-m", "pytest", "tests/methods", "tests/conformance", "-k", which)
     tail = result.stdout[-4000:] + result.stderr[-2000:]
     assert result.returncode == 0, tail
     passed = re.search(r"(\d+) passed", result.stdout)

@@ -1,4 +1,4 @@
-"""The layer needs torch alone."""
+"""The layer and the shelf of methods need torch alone."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import sys
 
 import pytest
 
-EXTRAS = ("transformers", "tokenizers", "safetensors", "tyro", "rich", "matplotlib", "scipy")
-FLOORS = {"etr.moe", "etr.table"}
+EXTRAS = (
+    *("transformers", "tokenizers", "safetensors", "tyro", "rich", "matplotlib", "scipy"),
+    "numpy",
+)
+FLOORS = {"etr.moe", "etr.table", "etr.methods", "etr.model", "etr.systems"}
 WINGS = ("etr.systems", "etr.model")
 """Packages beside the layer that need torch alone too."""
 

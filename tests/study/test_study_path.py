@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from etr.cli import main
+from etr.methods import METHODS, import_file
 from etr.recipes.study import FULL, SMOKE
 from etr.study.grid import Block, runs_of
 from etr.study.queue import load, run_all
@@ -118,3 +119,25 @@ def test_bad_runs_are_refused(field: str, value: object) -> None:
     good = {"task": "teacher-50", "variant": VARIANT, "steps": 2, "seed": 0}
     with pytest.raises(ValueError, match=str(value)):
         Run(**{**good, field: value})
+
+
+def test_workers_run_files_of_ones_own(tmp_path: Path) -> None:
+    """A worker is another process: it knows the method because it was told the file."""
+    file = tmp_path / "my_file.py"
+    file.write_text(
+        "import etr\n"
+        "from etr.methods import Card\n"
+        "etr.methods.add(Card(name='of_a_file', title='Mine', summary='a try', level='model',\n"
+        "    branch='training', claim='It is 1.', options={'router': 'token_choice:bias=true'}))\n",
+        encoding="utf-8",
+    )
+    import_file(file)
+    try:
+        run = Run(task="teacher-50", variant="of_a_file", steps=2, seed=0)
+        run_all([run], tmp_path, workers=1, imports=(str(file),))
+        result = load(run, tmp_path)
+        assert result is not None
+        assert result["config"]["imports"] == [str(file)]
+        assert result["config"]["model"]["routing"]["router"] == "token_choice:bias=true"
+    finally:
+        del METHODS["of_a_file"]

@@ -20,12 +20,23 @@ def run(verb: str, arguments: list[str]) -> int:
 
 def _run(verb: str, arguments: list[str]) -> int | None:
     module = importlib.import_module(f"etr.cli.{verb}")
+    _import_files(arguments)
     _quiet_transformers()
     from etr.cli._progress import pulse
 
     with pulse(verb):
         found: int | None = module.run(arguments)
     return found
+
+
+def _import_files(arguments: list[str]) -> None:
+    """Run the files that ``--import`` names; options that are read after it name their methods."""
+    from etr.methods import import_file
+
+    for place, word in enumerate(arguments):
+        name, equals, value = word.partition("=")
+        if name == "--import" and (equals or place + 1 < len(arguments)):
+            import_file(value if equals else arguments[place + 1])
 
 
 def _quiet_transformers() -> None:

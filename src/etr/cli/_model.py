@@ -11,7 +11,9 @@ from etr.data import load_tokenizer
 from etr.files import read_object
 from etr.hf import EtrForCausalLM, load_pretrained
 from etr.hf.loading import load_causal
-from etr.train.checkpoint_folder import find_model, is_divided, list_checkpoints
+from etr.methods import told_to_import
+from etr.train.checkpoint_folder import find_model, is_divided, list_checkpoints, run_of
+from etr.train.config import imports_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +38,10 @@ def open_model(path: str) -> tuple[EtrForCausalLM, PreTrainedTokenizerBase, Path
             f"{folder} was written by many ranks; make one model of it first: etr consolidate "
             f"{path} NEW_FOLDER"
         )
-    return load_pretrained(folder), load_tokenizer(folder), folder
+    run = run_of(folder)
+    with told_to_import(path, () if run is None else imports_of(run)):
+        model = load_pretrained(folder)
+    return model, load_tokenizer(folder), folder
 
 
 def open_any_model(

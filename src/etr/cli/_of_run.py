@@ -49,8 +49,9 @@ def parse_training(arguments: list[str]) -> TrainConfig:
     stored = stored_config(run) if goes_on else None
     if stored is None:
         return parse(TrainConfig, "train", arguments)
-    own = dataclasses.replace(stored, **dataclasses.asdict(where))
+    own = dataclasses.replace(stored, **dataclasses.asdict(where), imports=())
     config = parse(TrainConfig, "train", arguments, own)
+    config = dataclasses.replace(config, imports=config.imports or stored.imports)
     changed = changed_options(stored.fingerprint(), config.fingerprint())
     if changed:
         pairs = ", ".join(

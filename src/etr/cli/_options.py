@@ -8,7 +8,20 @@ from typing import Any, TypeVar
 
 import tyro
 
+from etr.methods import METHODS, options_of
+from etr.train.config import Imports
+
 T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WithImports:
+    """What verbs share that read models: `etr.cli.run` runs these files before anything else."""
+
+    imports: Imports = ()
+    """Python file that adds methods of your own, where the model was made with one. May be
+    repeated."""
+
 
 USUAL = {
     "lr": "--learning-rate",
@@ -76,10 +89,39 @@ def parse(kind: type[T], verb: str, arguments: list[str], default: T | None = No
     return tyro.cli(
         kind,
         prog=f"etr {verb}",
-        args=arguments,
+        args=_with_methods(verb, arguments, known) if "router" in known else arguments,
         config=(tyro.conf.OmitArgPrefixes,),
         default=tyro.MISSING_NONPROP if default is None else default,
     )
+
+
+def _with_methods(verb: str, arguments: list[str], known: set[str]) -> list[str]:
+    """Arguments in which a method after ``--router`` is written out as the options that it sets.
+
+    Options that are named beside it win.
+
+    Raises:
+        ValueError: the method sets what this verb has no option for.
+    """
+    words = list(arguments)
+    named = {word.removeprefix("--").partition("=")[0].replace("_", "-") for word in words}
+    for place, word in enumerate(words):
+        name, equals, text = word.partition("=")
+        if name != "--router" or not (equals or place + 1 < len(words)):
+            continue
+        text = text if equals else words[place + 1]
+        if text.partition(":")[0] not in METHODS:
+            continue
+        options = options_of(text)
+        set_too = {key.replace("_", "-"): value for key, value in options.items()}
+        for key, option in zip(options, set_too, strict=True):
+            if option not in known:
+                raise ValueError(f"router={text!r} sets {key}, for which etr {verb} has no option")
+        router = set_too.pop("router", None)
+        words[place : place + (1 if equals else 2)] = [] if router is None else ["--router", router]
+        more = {key: value for key, value in set_too.items() if key not in named}
+        return [*(f"--{key}={value}" for key, value in more.items()), *words]
+    return words
 
 
 def _names(kind: Any) -> set[str]:

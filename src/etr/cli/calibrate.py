@@ -13,6 +13,7 @@ import tyro
 
 from etr.cli._model import open_model
 from etr.cli._of_run import parse_with_text, run_at
+from etr.cli._options import WithImports
 from etr.cli._progress import track
 from etr.data import DataConfig, TokenLoader, open_data
 from etr.evaluate import calibrate
@@ -21,7 +22,7 @@ from etr.train.folders import making, writing
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateConfig:
+class CalibrateConfig(WithImports):
     """Which model to calibrate, and on what."""
 
     model: Annotated[str, tyro.conf.Positional]

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from etr.cli._model import open_any_model
 from etr.cli._of_run import objective_of, parse_with_text
+from etr.cli._options import WithImports
 from etr.cli._tables import make_table
 from etr.data import DataConfig, held_out_batches, open_data
 from etr.evaluate import (
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(WithImports):
     """What to evaluate, and on what."""
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional]

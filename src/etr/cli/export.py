@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from etr.cli._model import open_model
 from etr.cli._of_run import parse_with_text
+from etr.cli._options import WithImports
 from etr.cli._progress import bytes_progress
 from etr.data import IGNORED, Batch, DataConfig, open_data
 from etr.evaluate.held_out import effective_selection
@@ -25,7 +26,7 @@ from etr.train.folders import making
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig:
+class ExportConfig(WithImports):
     """Which model to export, and where to."""
 
     source: Annotated[str, tyro.conf.Positional]

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from etr.cli._model import open_model
 from etr.cli._of_run import parse_with_text
+from etr.cli._options import WithImports
 from etr.cli._progress import steps_progress
 from etr.cli._tables import make_table
 from etr.data import open_data
@@ -25,7 +26,7 @@ from etr.train.recover import MEASURED_AT, RecoverConfig, Recovery, recover
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(RecoverConfig):
+class FinetuneConfig(RecoverConfig, WithImports):
     """Which model to fine-tune, and how."""
 
     model: Annotated[str, tyro.conf.Positional]

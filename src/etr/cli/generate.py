@@ -10,7 +10,7 @@ import tyro
 
 from etr.cli._model import open_model
 from etr.cli._of_run import say_which
-from etr.cli._options import parse
+from etr.cli._options import WithImports, parse
 from etr.data import encode_prompt
 from etr.hf import EtrForCausalLM
 from etr.hf.decode import generate
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
+class GenerateConfig(WithImports):
     """What to continue and how."""
 
     model: Annotated[str, tyro.conf.Positional]

@@ -11,13 +11,13 @@ from typing import Annotated
 import tyro
 
 from etr.cli._model import open_any_model
-from etr.cli._options import parse
+from etr.cli._options import WithImports, parse
 from etr.train.folders import making
 from etr.train.sft import SftConfig, sft
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftArguments(SftConfig):
+class SftArguments(SftConfig, WithImports):
     """Which model to fine-tune, on what, and how."""
 
     model: Annotated[str, tyro.conf.Positional]

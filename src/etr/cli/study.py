@@ -19,8 +19,9 @@ from rich.progress import (
 )
 
 from etr.cli._of_run import command_line
-from etr.cli._options import parse
+from etr.cli._options import WithImports, parse
 from etr.files import read_json
+from etr.methods import told_to_import
 from etr.recipes.study import FULL, SMOKE
 from etr.study.run import Run, execute
 from etr.study.study import StudyRunner
@@ -35,7 +36,7 @@ training carries the last bits far."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyCommand:
+class StudyCommand(WithImports):
     """Run what is missing, then write the page."""
 
     out: str = "runs/study"
@@ -69,7 +70,9 @@ def _study(command: StudyCommand, again: str) -> int:
     study = SMOKE if command.smoke else FULL
     out = Path(command.out)
     weights = Path(command.weights) if command.weights else out / "weights"
-    runner = StudyRunner(study=study, out=out, weights=weights, workers=command.workers)
+    runner = StudyRunner(
+        study=study, out=out, weights=weights, workers=command.workers, imports=command.imports
+    )
     console = Console(file=sys.stdout)
     columns = (
         TextColumn("{task.description:>28}"),
@@ -103,8 +106,9 @@ def _replay(path: Path, out: Path) -> int:
     if not path.exists():
         raise FileNotFoundError(f"replay={str(path)!r} does not exist")
     stored = read_json(path)
-    run = Run(**stored["run"])
-    result = execute(run, out / "replay", config=TrainConfig.from_dict(stored["config"]))
+    with told_to_import(str(path), stored["config"].get("imports", ())):
+        run, config = Run(**stored["run"]), TrainConfig.from_dict(stored["config"])
+    result = execute(run, out / "replay", config=config)
     before, now = stored["final"]["served_loss"], result["final"]["served_loss"]
     print(f"{run.row}, seed {run.seed}: held-out loss {now:.6f}, stored {before:.6f}")
     if abs(now - before) <= SAME:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from etr.cli._model import open_any_model
 from etr.cli._of_run import parse_with_text
+from etr.cli._options import WithImports
 from etr.cli._progress import track
 from etr.cli._tables import make_table
 from etr.data import DataConfig, open_data
@@ -32,7 +33,7 @@ from etr.train.model import find_device
 
 
 @dataclass(frozen=True, kw_only=True)
-class TraceConfig:
+class TraceConfig(WithImports):
     """What to trace, and on what."""
 
     model: Annotated[str, tyro.conf.Positional]

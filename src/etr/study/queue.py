@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from etr.files import read_json
+from etr.methods import import_file
 from etr.study.run import FORMAT, Run, execute
 
 REPORT_EVERY = 10
@@ -40,6 +41,7 @@ def run_all(
     *,
     weights: Path | None = None,
     workers: int = 2,
+    imports: tuple[str, ...] = (),
     on_progress: Callable[[dict[Run, int]], None] = lambda steps: None,
 ) -> None:
     """Execute what is missing.
@@ -52,6 +54,7 @@ def run_all(
         folder: of the results.
         weights: folder for trained weights, or None.
         workers: processes.
+        imports: Python files with methods of one's own, which every process runs first.
         on_progress: called about twice a second with the steps done of each run in flight.
     """
     missing = [run for run in runs if load(run, folder) is None]
@@ -62,9 +65,11 @@ def run_all(
     context.set_forkserver_preload([__name__])
     with context.Manager() as manager:
         steps = manager.dict()
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread)
+        pool = ProcessPoolExecutor(
+            workers, mp_context=context, initializer=_begin, initargs=(imports,)
+        )
         waiting = {
-            pool.submit(_work, run, folder, weights, steps, number)
+            pool.submit(_work, run, folder, weights, steps, number, imports)
             for number, run in enumerate(missing)
         }
         try:
@@ -81,15 +86,25 @@ def run_all(
         pool.shutdown()
 
 
-def _one_thread() -> None:
+def _begin(imports: tuple[str, ...]) -> None:
     import torch
 
     torch.set_num_threads(1)
+    for path in imports:
+        import_file(path)
 
 
-def _work(run: Run, folder: Path, weights: Path | None, steps: Any, number: int) -> None:
+def _work(
+    run: Run,
+    folder: Path,
+    weights: Path | None,
+    steps: Any,
+    number: int,
+    imports: tuple[str, ...],
+) -> None:
     def note(step: int) -> None:
         if step % REPORT_EVERY == 0 or step == run.steps:
             steps[number] = step
 
-    execute(run, folder, weights=weights, on_step=note)
+    config = dataclasses.replace(run.config(), imports=imports)
+    execute(run, folder, config=config, weights=weights, on_step=note)

@@ -57,6 +57,8 @@ class StudyRunner:
     """Folder of trained weights, for timing and diagnostics."""
     workers: int = 2
     """Runs side by side."""
+    imports: tuple[str, ...] = ()
+    """Python files with methods of one's own, which every worker runs."""
 
     @property
     def results(self) -> Path:
@@ -121,6 +123,7 @@ class StudyRunner:
             self.results,
             weights=self.weights,
             workers=self.workers,
+            imports=self.imports,
             on_progress=progress,
         )
         show(block.name, total, total)

@@ -214,6 +214,7 @@ def _refuse_others(out: Path, config: CompareConfig) -> None:
 
 def _plain(run: TrainConfig) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(json.dumps(run.to_dict()))
+    del values["imports"]  # where a file lies changes nothing
     return values
 
 

@@ -6,10 +6,13 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from etr.data import DataConfig
 from etr.files import read_json
+from etr.methods import check_router, told_to_import
 from etr.model import OBJECTIVES, Objective
 from etr.moe import LossConfig, MoEConfig
 from etr.moe.checked import check_types
@@ -17,13 +20,18 @@ from etr.moe.options import LayerOptions
 from etr.parallel import ParallelConfig
 from etr.train.trackers import check_trackers
 
+Imports = Annotated[
+    tuple[str, ...], tyro.conf.arg(name="import", metavar="FILE"), tyro.conf.UseAppendAction
+]
+"""Python files with methods of one's own; the option is ``--import FILE``, once for each."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingOptions(LayerOptions):
     """The MoE layers. The defaults are Expert-Token Resonance (router `etr`)."""
 
     router: str = "etr"
-    """Router with options: NAME or NAME:option=value,...  e.g. etr:frame=orthonormal."""
+    """Method, or router with options: NAME or NAME:option=value,...  e.g. etr:frame=orthonormal."""
     capacity: str | None = None
     """Capacity policy with options, e.g. factor:capacity_factor=0.6. None: the router's own."""
     experts: str = "uniform"
@@ -36,6 +44,11 @@ class RoutingOptions(LayerOptions):
     """Experts a token may choose."""
     expert_size: int = 256
     """Width inside each expert."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_router(self.router)
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +188,9 @@ class TrainConfig:
     """Go on from the newest checkpoint in `out` whose files are whole."""
     auto_resume: bool = False
     """Resume where `out` has a checkpoint, else start: for jobs that restart by themselves."""
+    imports: Imports = ()
+    """Python file that adds methods of your own (etr.methods.add); it runs first. May be repeated.
+    The run notes it, and asks for it by name when it is resumed or evaluated."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -227,16 +243,27 @@ def stored_config(run: Path) -> TrainConfig | None:
     path = run / "config.json"
     if not path.is_file():
         return None
+    with told_to_import(str(run), imports_of(run)):
+        try:
+            return TrainConfig.from_dict(read_json(path))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is not the config of a run: {error}") from error
+
+
+def imports_of(run: Path) -> tuple[str, ...]:
+    """Files that a run was made with, as it notes them; none where nothing readable is noted."""
     try:
-        return TrainConfig.from_dict(read_json(path))
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not the config of a run: {error}") from error
+        values = read_json(run / "config.json")
+    except (OSError, ValueError):
+        return ()
+    paths = values.get("imports") if isinstance(values, dict) else None
+    return tuple(map(str, paths)) if isinstance(paths, list) else ()
 
 
 _FREE = {
     *("out", "resume", "auto_resume", "device", "gradient_checkpointing", "parallel"),
     *("eval_every", "eval_tokens_per_domain", "checkpoint_every", "keep_checkpoints"),
-    *("background_checkpoints",),
+    *("background_checkpoints", "imports"),
     *("diagnostics", "diagnostics_tokens", "profile_every", "trackers"),
 }
 """Options that change nothing of what is learned."""

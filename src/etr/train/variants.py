@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Any
 
+from etr.methods import options_of
+from etr.methods.card import value_of
 from etr.moe import LossConfig
 from etr.train.config import RoutingOptions, TrainConfig
+
+TEXTS = ("router", "capacity", "losses")
+"""Fields that stay text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +45,14 @@ class Variant:
 def parse_variant(text: str) -> Variant:
     """Read ``[NAME=]ROUTER[:options][/field=value]...``.
 
-    A field is one of RoutingOptions or LossConfig, or `steps`; ``capacity`` and ``losses`` may
-    carry their own options. Examples: ``baseline``, ``etr``,
+    ROUTER is a method, which stands for all its options, or a router. A field is one of
+    RoutingOptions or LossConfig, or `steps`; ``capacity`` and ``losses`` may carry their own
+    options. Examples: ``baseline``, ``etr``, ``loss_free_balance:bias_rate=0.01``,
     ``etr-0.6=etr:frame=orthonormal/capacity=factor:capacity_factor=0.6``,
     ``etr/losses=balance:mode=running,z:weight=1e-3``.
 
     Raises:
-        ValueError: an unknown field, or a part that does not read field=value.
+        ValueError: an unknown name or field, or a part that does not read field=value.
     """
     head, *parts = text.split("/")
     before_options = head.partition(":")[0]
@@ -55,17 +60,18 @@ def parse_variant(text: str) -> Variant:
     router = head[len(name) + 1 :] if equals else head
     allowed = {f.name for cls in (RoutingOptions, LossConfig) for f in dataclasses.fields(cls)}
     allowed = (allowed | {"steps"}) - {"router"}
-    changes: dict[str, Any] = {"router": router}
-    for part in parts:
-        field, equals, value = part.partition("=")
-        if not equals or field not in allowed:
-            raise ValueError(
-                f"variant {text!r}: {part!r} must read field=value with a field of "
-                f"{', '.join(sorted(allowed))}"
-            )
-        changes[field] = value if field in ("capacity", "losses") else _value(value)
-    steps = changes.pop("steps", None)
+    changes: dict[str, Any] = {}
     try:
+        for field, value in options_of(router).items():
+            changes[field] = value if field in TEXTS else value_of(value)
+        for part in parts:
+            field, equals, value = part.partition("=")
+            if not equals or field not in allowed:
+                raise ValueError(
+                    f"{part!r} must read field=value with a field of {', '.join(sorted(allowed))}"
+                )
+            changes[field] = value if field in TEXTS else value_of(value)
+        steps = changes.pop("steps", None)
         RoutingOptions(**{k: v for k, v in changes.items() if k in ("router", "capacity")})
         LossConfig(losses=changes.get("losses"))
     except ValueError as error:
@@ -73,10 +79,3 @@ def parse_variant(text: str) -> Variant:
     return Variant(
         name=name if equals or "=" in before_options else text, changes=changes, steps=steps
     )
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text

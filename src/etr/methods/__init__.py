@@ -1,0 +1,118 @@
+"""Methods: one file each, one line each in `METHODS`. Imports torch alone.
+
+A method is rows on seams, a card that says what it claims, and a test that holds it to that. Its
+name stands for all its options, in ``--router NAME`` and as a row of a comparison.
+"""
+
+from __future__ import annotations
+
+from etr.methods import (
+    baseline,
+    etr,
+    etr_paper,
+    expert_choice,
+    hash,
+    locmoe,
+    loss_free_balance,
+    token_choice,
+)
+from etr.methods.card import BRANCHES, Card, Row
+from etr.methods.own import import_file, told_to_import
+from etr.moe.routers import ROUTERS
+from etr.table import check_name
+
+METHODS: dict[str, Card] = {
+    "etr": etr.CARD,
+    "etr_paper": etr_paper.CARD,
+    "baseline": baseline.CARD,
+    "token_choice": token_choice.CARD,
+    "loss_free_balance": loss_free_balance.CARD,
+    "expert_choice": expert_choice.CARD,
+    "hash": hash.CARD,
+    "locmoe": locmoe.CARD,
+}
+"""Cards by name."""
+
+
+def _add_rows(card: Card) -> None:
+    """Put a card's rows into their tables; those that are there already stay."""
+    new = [row for row in card.rows if row.table.get(row.kind.name) is not row.kind]
+    for row in new:
+        row.table.refuse_taken(row.kind)
+    for row in new:
+        row.table.add(row.kind)
+
+
+for _card in METHODS.values():
+    _add_rows(_card)
+
+
+def add(card: Card) -> None:
+    """Put a method of one's own on the shelf, and its rows into their tables.
+
+    Where anything is refused, nothing has changed.
+
+    Raises:
+        ValueError: the name of the card or of a row is taken.
+    """
+    if card.name in METHODS:
+        raise ValueError(f"method {card.name!r} is taken; choose another name")
+    if card.name in ROUTERS and all(row.kind is not ROUTERS[card.name] for row in card.rows):
+        raise ValueError(
+            f"method {card.name!r} is taken by a router that is not its own; choose another name"
+        )
+    _add_rows(card)
+    METHODS[card.name] = card
+
+
+def options_of(text: str) -> dict[str, str]:
+    """What a router's text stands for: a method's options as a whole, or else the router alone.
+
+    Args:
+        text: ``NAME`` or ``NAME:option=value,...``; options are those of the method's router.
+    Returns:
+        Values by field, as the command line writes them.
+    Raises:
+        ValueError: neither a method nor a router has the name, or the method sets no router that
+            could have options.
+    """
+    name, _, more = text.partition(":")
+    check_name("router", name, tuple(dict.fromkeys((*ROUTERS, *METHODS))))
+    if name not in METHODS:
+        return {"router": text}
+    options = dict(METHODS[name].options)
+    if more:
+        router = options.get("router")
+        if router is None:
+            raise ValueError(f"{text!r}: method {name!r} sets no router, so it takes no options")
+        options["router"] = f"{router}{',' if ':' in router else ':'}{more}"
+    return options
+
+
+def check_router(text: str) -> None:
+    """Refuse what is not a router's text, as a config holds it.
+
+    Raises:
+        ValueError: no router has the name, or an option is refused.
+    """
+    name = text.partition(":")[0]
+    options = options_of(text)
+    if name not in ROUTERS:
+        raise ValueError(
+            f"router={name!r} is a method, which sets {', '.join(options)}: "
+            f"RoutingOptions(**etr.methods.options_of({name!r}))"
+        )
+    ROUTERS.parse(text)
+
+
+__all__ = [
+    "BRANCHES",
+    "METHODS",
+    "Card",
+    "Row",
+    "add",
+    "check_router",
+    "import_file",
+    "options_of",
+    "told_to_import",
+]
