@@ -39,6 +39,9 @@ SEAMS = (
     Seam("a loss", "etr.moe.losses:LOSSES", "moe/losses", "a `Loss`, called with a `LossInput`"),
     Seam("how a layer serves", "etr.moe.serving:SERVING", "moe/serving", "a `Serving`"),
     Seam("a way for rows to travel", "etr.moe:DISPATCHERS", "moe/dispatch", "a `Dispatcher`"),
+    Seam(
+        "which weights are meant", "etr.moe:BANKS", "moe/experts", "a config that builds a `Bank`"
+    ),
     Seam("an expert backend", "etr.moe:EXPERT_BACKENDS", "moe/experts", "an `ExpertBackend`"),
     Seam("another checkpoint of one", "etr.model:TRANSFORMS", "model", "a `Transform`"),
     Seam("what is trained on", "etr.model:OBJECTIVES", "model", "an `Objective`"),
