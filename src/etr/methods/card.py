@@ -41,7 +41,7 @@ class Row:
 
     table: Table[Any]
     """ROUTERS, CAPACITIES, ..."""
-    kind: type
+    kind: type[Any]
     """A frozen config with a `name`."""
 
 
