@@ -31,7 +31,8 @@ class Mine(TokenChoice):
 etr.methods.add(Card(
     name="my_method", title="Mine", summary="a try", level="model", branch="dynamic routing",
     claim="It takes 2 experts.", rows=(Row(table=ROUTERS, kind=Mine),),
-    options={"router": "mine", "capacity": "none", "top_k": "2", "z_beta": "0.001"},
+    options={"router": "mine", "capacity": "none", "top_k": "2", "rank_by": "score",
+        "z_beta": "0.001"},
 ))
 '''
 
