@@ -171,7 +171,7 @@ def test_errors_are_sentences(name, text, message, tmp_path: Path, capsys) -> No
 
 
 def test_a_verb_without_the_option_says_so(tmp_path: Path, capsys) -> None:
-    """`etr upcycle` has no z_beta: the method cannot be taken as a whole."""
+    """`etr upcycle` has no rank_by: the method cannot be taken as a whole."""
     file = tmp_path / "my_file.py"
     file.write_text(METHOD, encoding="utf-8")
     from etr.methods import import_file
@@ -179,4 +179,4 @@ def test_a_verb_without_the_option_says_so(tmp_path: Path, capsys) -> None:
     import_file(file)
     assert main(["upcycle", "SRC", "DST", "--router", "my_method"]) == 2
     said = capsys.readouterr().err
-    assert "router='my_method' sets z_beta, for which etr upcycle has no option" in said
+    assert "router='my_method' sets rank_by, for which etr upcycle has no option" in said
