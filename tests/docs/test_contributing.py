@@ -22,7 +22,7 @@ PAGE = ROOT / "CONTRIBUTING.md"
 SHELF = "src/etr/methods/__init__.py"
 METHOD, OWN, TEST = "src/etr/methods/cosine.py", "my_method.py", "tests/methods/test_cosine.py"
 CONFORMANCE = ("tests/conformance/test_conformance_reference.py",)
-"""What is run for the copy: values and gradients against plain loops, in every cell. The other files
+"""What is run for the copy: values and gradients against plain loops, in every cell. Other files
 read the same cells, and would take minutes."""
 LEAST_TESTS = 50
 """Far fewer than there are: what would be left if the suite stopped reading the tables."""
