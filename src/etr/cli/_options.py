@@ -35,7 +35,6 @@ USUAL = {
     "seq-len": "--sequence-length",
     "max-seq-length": "--sequence-length",
     "context-length": "--sequence-length",
-    "experts": "--num-experts",
     "n-experts": "--num-experts",
     "num-local-experts": "--num-experts",
     "num-experts-per-tok": "--top-k",
