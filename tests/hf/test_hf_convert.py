@@ -239,7 +239,7 @@ def test_a_partial_folder_of_another_source_is_not_continued(
 ) -> None:
     source = save(tmp_path / "a")
     with monkeypatch.context() as patched:
-        patched.setattr("etr.hf.shards.os.replace", _fail_at(3))
+        patched.setattr("os.replace", _fail_at(3))
         with pytest.raises(OSError, match="no space"):
             convert(source, tmp_path / "b", max_shard_bytes=20_000)
     rewrite(lambda w: w.update({"lm_head.weight": w["lm_head.weight"] + 1}))(source)

@@ -117,7 +117,7 @@ class MoE(ArrangedParts):
             position_free=self.traits.position_free,
             step=self.state.step,
             layer_index=self.layer_index,
-            bonus=local_bonus(x, context, bonus, self.config.num_choices) if learns else None,
+            bonus=local_bonus(x, context, bonus, self.num_choices) if learns else None,
         )
         if learns:
             routing, limit = self.router(x, inputs), None
@@ -144,7 +144,7 @@ class MoE(ArrangedParts):
             rank_by=self.rank_by,
             pool=self.traits.expert_pool,
             normalize=self.normalize,
-            num_weighed=self.config.bank_config.num_weighed(self.config.num_experts),
+            num_weighed=self.num_weighed,
             scale=self.config.routed_scale,
         )
         gather = learns and any(learner.observes_choosers for learner in self.learners())
