@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 import importlib.util
 import json
 import logging
+import os
 import platform
 import sysconfig
 import warnings
@@ -172,10 +174,12 @@ def _under(root: Path | None, pattern: str, skip: Iterable[str] = ()) -> Iterato
     if root is None or not root.is_dir():
         return
     skipped = {"site-packages", "__pycache__", *skip}
-    for path in root.rglob(pattern):
-        parts = path.relative_to(root).parts
-        if skipped.isdisjoint(parts) and path.is_file():
-            yield "/".join(parts), path
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in skipped]
+        for name in fnmatch.filter(names, pattern):
+            path = Path(folder, name)
+            if path.is_file():
+                yield path.relative_to(root).as_posix(), path
 
 
 def _standard_library() -> Path:
@@ -217,15 +221,19 @@ def _find_english() -> Iterator[File]:
     yield from _under(_standard_library() / "pydoc_data", "topics.py")
     for package in _LICENSED.split():
         try:
-            files = metadata.distribution(package).files or []
+            installed = metadata.distribution(package)
         except metadata.PackageNotFoundError:
             continue
-        for file in files:
-            wanted = any(word in file.name.upper() for word in ("LICEN", "COPYING", "NOTICE"))
-            in_info = file.parts[0].endswith(".dist-info")
-            path = Path(str(file.locate()))
-            if in_info and (wanted or file.name == "METADATA") and path.is_file():
-                yield f"{package}/{'/'.join(file.parts[1:])}", path
+        # Not by `files`, which makes a path of each of the many thousand lines.
+        for line in (installed.read_text("RECORD") or "").splitlines():
+            info, in_info, name = line.partition(",")[0].partition(".dist-info/")
+            last = name.rpartition("/")[2]
+            wanted = any(word in last.upper() for word in ("LICEN", "COPYING", "NOTICE"))
+            if not in_info or "/" in info or not (wanted or last == "METADATA"):
+                continue
+            path = Path(str(installed.locate_file(f"{info}.dist-info/{name}")))
+            if path.is_file():
+                yield f"{package}/{name}", path
 
 
 SOURCES: dict[str, DomainSource] = {
