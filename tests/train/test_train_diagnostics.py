@@ -277,3 +277,9 @@ def test_evaluation_after_diagnostics_selects_as_before(make_config, data):
         after = evaluate(trainer.model, trainer.task.held_out_batches(config), data.dataset.domains)
     assert before == after
     assert before.selection == "threshold"
+
+
+def test_without_held_out_text_there_is_nothing_to_diagnose(make_config, data, monkeypatch):
+    monkeypatch.setattr("etr.train.loop.mixed_batches", lambda *_: [])
+    with Trainer(make_config(), data) as trainer:
+        assert trainer.diagnose() == []

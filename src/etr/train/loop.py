@@ -256,9 +256,11 @@ class Trainer:
         return rows
 
     def diagnose(self) -> list[MetricsRow]:
-        """What routing does to held-out tokens."""
+        """What routing does to held-out tokens; nothing where there are none."""
         data, count = self.config.data, self.config.diagnostics_tokens
         batches = mixed_batches(self.data.dataset, data.sequence_length, data.batch_size, count)
+        if not batches:
+            return []
         found = diagnose(self.model, batches, self.task.domains, self.task.objective)
         return self._write("diagnostics", **found)
 
