@@ -41,6 +41,14 @@ def test_help_and_version_import_neither_etr_nor_torch(arguments: list[str]) -> 
         assert all(f"  {verb} " in done.stdout + done.stderr for verb in etr_command.VERBS)
 
 
+def test_verbs_that_read_no_model_start_without_transformers() -> None:
+    code = (
+        "import sys, etr.cli.methods, etr.cli.plan, etr.cli.cache, etr.cli.theory, etr.cli.report; "
+        "assert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_there_is_one_table_of_verbs() -> None:
     assert etr.cli.VERBS is etr_command.VERBS
     assert etr.cli.main is etr_command.main

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import END, PAGE, STEPS, Outcome, killed, spoiled, table, undisturbed
+from benchmarks import faults
+from benchmarks.faults import END, PAGE, Outcome, killed, spoiled, table, undisturbed
 from benchmarks.faults_worker import MESSAGE
+
+STEPS = 20
 
 pytestmark = [
     pytest.mark.faults,
@@ -15,6 +19,14 @@ pytestmark = [
     pytest.mark.distributed,
     pytest.mark.timeout(1200),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short() -> Iterator[None]:
+    """Shorter runs than those of the page."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(faults, "STEPS", STEPS)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import tyro
 
+from etr.import_option import Imports
 from etr.methods import METHODS, options_of
-from etr.train.config import Imports
 
 T = TypeVar("T")
 

@@ -6,12 +6,11 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Any, Literal
 
 from etr.data import DataConfig
 from etr.files import read_json
+from etr.import_option import Imports
 from etr.methods import check_router, told_to_import
 from etr.model import OBJECTIVES, Objective
 from etr.moe import LossConfig, MoEConfig
@@ -19,11 +18,6 @@ from etr.moe.checked import check_types
 from etr.moe.options import LayerOptions
 from etr.parallel import ParallelConfig
 from etr.train.trackers import check_trackers
-
-Imports = Annotated[
-    tuple[str, ...], tyro.conf.arg(name="import", metavar="FILE"), tyro.conf.UseAppendAction
-]
-"""Python files with methods of one's own; the option is ``--import FILE``, once for each."""
 
 
 @dataclass(frozen=True, kw_only=True)
