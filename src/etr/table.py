@@ -64,7 +64,7 @@ class Table(dict[str, type[T]]):
                     f"{field or self.field} option {option!r} in {text!r} must read option=value"
                 )
             key, value = (key, value) if equals else (str(self.wrapped), key)
-            values[key] = {"name": value} if key == self.wrapped else _value(value)
+            values[key] = {"name": value} if key == self.wrapped else value_of(value)
         return self.from_dict(values, field)
 
     def from_dict(self, values: dict[str, Any], field: str | None = None) -> T:
@@ -123,7 +123,8 @@ def check_name(field: str, value: Any, known: Collection[str], others: Iterable[
         raise ValueError(f"{field}={value!r} is unknown; choose one of {names}")
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
+    """A value as options are written: JSON, or else text."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:

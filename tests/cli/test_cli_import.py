@@ -180,3 +180,76 @@ def test_a_verb_without_the_option_says_so(tmp_path: Path, capsys) -> None:
     assert main(["upcycle", "SRC", "DST", "--router", "my_method"]) == 2
     said = capsys.readouterr().err
     assert "router='my_method' sets rank_by, for which etr upcycle has no option" in said
+
+
+SEAMS = """
+from dataclasses import dataclass
+import torch
+import etr
+from etr.methods import Card, Row
+from etr.model import TRANSFORMS, Transform
+from etr.systems import CACHES, PLANNERS
+from etr.systems.cache import LeastRecentlyUsed
+from etr.systems.plan import Planner
+
+@dataclass(frozen=True, kw_only=True)
+class Backwards(Planner):
+    name = "backwards"
+    summary = "the last experts on the first rank"
+
+    def place(self, demand, devices):
+        layers, experts = demand.counts.shape
+        return (torch.arange(experts).flip(0) // (experts // devices.num_ranks)).repeat(layers, 1)
+
+@dataclass(frozen=True, kw_only=True)
+class Same(Transform):
+    name = "same"
+    summary = "the same again"
+
+    def apply(self, tensors, plan, place):
+        return tensors
+
+@dataclass(frozen=True, kw_only=True)
+class Again(LeastRecentlyUsed):
+    name = "again"
+
+etr.methods.add(Card(
+    name="my_seams", title="Seams", summary="a try", level="system", branch="parallelism",
+    claim="It takes 3 seams.",
+    rows=(Row(table=PLANNERS, kind=Backwards), Row(table=TRANSFORMS, kind=Same),
+        Row(table=CACHES, kind=Again)),
+))
+"""
+
+
+def test_planners_caches_and_transforms_may_be_ones_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from etr.model import TRANSFORMS
+    from etr.systems import CACHES, PLANNERS
+
+    (tmp_path / "seams.py").write_text(SEAMS, encoding="utf-8")
+    own = ["--import", str(tmp_path / "seams.py")]
+    run, text = tmp_path / "run", tmp_path / "text"
+    text.mkdir()
+    for number in range(40):
+        (text / f"{number}.txt").write_text(" ".join(str(number * i % 7) for i in range(200)))
+    size = ["--hidden-size", "16", "--num-layers", "1", "--num-heads", "2", "--steps", "2"]
+    size += ["--num-key-value-heads", "2", "--num-experts", "4", "--expert-size", "8"]
+    data = ["--data", str(text), "--sequence-length", "32", "--batch-size", "4"]
+    data += ["--cache-dir", str(tmp_path / "cache")]
+    try:
+        assert main(["train", "--out", str(run), "--device", "cpu", *size, *data]) == 0
+        assert main(["trace", str(run), "--max-tokens", "64", *data]) == 0
+        trace = str(run / "trace.parquet")
+        assert main(["plan", "backwards", trace, "--ranks", "2", *own]) == 0
+        plan = json.loads((run / "plan.json").read_text())
+        assert plan["rank_of_expert"] == [[1, 1, 0, 0]]
+        assert main(["cache", trace, "--caches", "again", *own]) == 0
+        assert "again" in capsys.readouterr().out
+        assert main(["transform", "same", str(run), str(tmp_path / "new"), *own]) == 0
+        assert (tmp_path / "new/transform.json").is_file()
+    finally:
+        for table, name in ((PLANNERS, "backwards"), (TRANSFORMS, "same"), (CACHES, "again")):
+            table.pop(name, None)
+        METHODS.pop("my_seams", None)

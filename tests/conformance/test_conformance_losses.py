@@ -207,13 +207,23 @@ class Coupling(Loss):
     """Share of the mean token in a direction."""
 
     def __call__(self, given: LossInput) -> Tensor:
-        assert given.x is not None
         assert given.experts is not None
         weight = given.router.weight.to(given.experts.up)
-        mean = mean_over_valid(given.x.to(weight), given.routing, None)
-        answers = torch.einsum("eih,dh->ed", given.experts.up, weight + self.pull * mean).square()
+        if self.pull:
+            assert given.x is not None
+            weight = weight + self.pull * mean_over_valid(given.x.to(weight), given.routing, None)
+        answers = torch.einsum("eih,dh->ed", given.experts.up, weight).square()
         own = answers.diagonal(given.first_expert)[: len(answers)]
         return whole_over_group((answers.mean(1) - own).sum(), given.expert_group)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnCoupling(Coupling):
+    """The same without tokens, which ranks that divide the experts can compute."""
+
+    name = "own_coupling"
+    needs_tokens = False
+    pull: float = 0.0
 
 
 def test_its_gradient() -> None:

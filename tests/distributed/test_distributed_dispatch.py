@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from layouts import LAYOUTS, Batch, E, Layout, assert_one_rank, parallel, run, run_here
+from test_conformance_losses import Coupling
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -362,6 +363,8 @@ def mistakes() -> dict[str, str]:
         "number": message(across(num_experts=8)),
         "widths": message(across(experts="widths:widths=2x8+2x4")),
         "shared": message(across(experts="shared")),
+        "loss": message(across(losses=(Coupling(weight=0.5),))),
+        "loss of weight 0": message(across(losses=(Coupling(weight=0.0),))),
         "twice": message(lambda: twice.distribute(good)),
     }
 
@@ -388,6 +391,8 @@ def uneven_nodes() -> dict[str, str]:
         (2, "twice", "distribute once"),
         (2, "widths", "experts='widths' cannot be divided among ranks: ranks would hold unequal"),
         (2, "shared", "experts='shared' cannot be divided among ranks: layers would divide"),
+        (2, "loss", "loss 'coupling' asks for tokens and experts' weights"),
+        (2, "loss of weight 0", "no error"),
         (4, "dedup", "the same number of ranks of the expert group on every node"),
         (4, "hierarchical", "the same number of ranks of the expert group on every node"),
         (4, "chunked:dedup", "the same number of ranks of the expert group on every node"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from layouts import LAYOUTS, Batch, Layout, parallel
-from test_conformance_losses import ROWS, Coupling
+from test_conformance_losses import ROWS, OwnCoupling
 from torch import Tensor
 
 from etr.moe import (
@@ -34,7 +34,7 @@ MASKS = {
 }
 LOSSES: dict[str, Any] = {
     **{getattr(row, "mode", row.name): (row,) for row in ROWS if row.counts_ranks},
-    "of experts": (Coupling(weight=0.5, pull=0.0),),
+    "of experts": (OwnCoupling(weight=0.5),),
     "all": LossConfig(aux_mode="ranks", z_beta=0.1, locality_mu=0.5),
 }
 """Every row of the table, each in all its modes, one that asks for experts, and several at once."""

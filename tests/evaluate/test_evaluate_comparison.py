@@ -130,7 +130,7 @@ def test_a_two_layer_model_and_a_dense_one(
     files = ["--markdown", str(table), "--json", str(values)]
     assert main(["evaluate", str(ours), str(dense), *options, *files]) == 0
     out = capsys.readouterr().out
-    assert "dropless selection: it drops by position in training, for which no causal" in out
+    assert "dropless selection: its experts do not rank tokens by a score, on which a" in out
     assert "no experts that select" in out
     assert "| task | category | measure | n | ours | dense |" in table.read_text()
     models = read_models(json.loads(values.read_text()))

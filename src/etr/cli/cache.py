@@ -9,7 +9,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from etr.cli._options import parse
+from etr.cli._options import WithImports, parse
 from etr.cli._progress import track
 from etr.cli._tables import make_table
 from etr.systems import CACHES, replay
@@ -17,7 +17,7 @@ from etr.trace import read_trace
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheConfig:
+class CacheConfig(WithImports):
     """Which trace to replay, and in which memories."""
 
     trace: Annotated[str, tyro.conf.Positional]

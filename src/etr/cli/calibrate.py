@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -14,8 +13,8 @@ import tyro
 from etr.cli._model import open_model
 from etr.cli._of_run import parse_with_text, run_at
 from etr.cli._options import WithImports
-from etr.cli._progress import track
-from etr.data import DataConfig, TokenLoader, open_data
+from etr.cli._text import training_batches
+from etr.data import DataConfig, open_data
 from etr.evaluate import calibrate
 from etr.train.checkpoint import rewrite_model
 from etr.train.folders import making, writing
@@ -48,13 +47,8 @@ def run(arguments: list[str]) -> int:
         model, _, folder = open_model(config.model)
         target = folder if config.save_to is None else Path(config.save_to)
         data = open_data(dataclasses.replace(config.data, tokenizer=str(folder)))
-        loader = TokenLoader(
-            data.dataset,
-            sequence_length=config.data.sequence_length,
-            batch_size=config.data.batch_size,
-        )
-        batches = track(islice(loader, config.num_batches), "calibrating", total=config.num_batches)
-        kept = calibrate(model, batches)
+        size = (config.data.sequence_length, config.data.batch_size, config.num_batches)
+        kept = calibrate(model, training_batches(data, *size, "calibrating"))
         rewrite_model(folder, target, model)
     for layer, share in enumerate(kept):
         print(f"layer {layer}: thresholds keep {share:.1%} of choices")

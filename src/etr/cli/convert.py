@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,10 +13,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from etr.cli._options import parse
-from etr.cli._progress import bytes_progress, track
+from etr.cli._options import WithImports, parse
+from etr.cli._progress import bytes_progress
 from etr.cli._tables import make_table
-from etr.data import Batch, DataConfig, OpenedData, TokenLoader, held_out_batches, open_data
+from etr.cli._text import OnText, arguments_of
+from etr.data import OpenedData, held_out_batches, open_data
 from etr.evaluate import calibrate, evaluate
 from etr.hf import EtrForCausalLM, convert, load_pretrained
 from etr.hf.convert import Direction, TransformReport, write_model
@@ -33,7 +32,7 @@ HELD_OUT_TOKENS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertConfig:
+class ConvertConfig(OnText, WithImports):
     """Which folder to convert, and into what."""
 
     source: Annotated[str, tyro.conf.Positional]
@@ -45,16 +44,6 @@ class ConvertConfig:
     ones, with temperatures and thresholds calibrated on text."""
     to: Direction | None = None
     """etr or hf; by default the one that the source is not."""
-    calibrate: tuple[str, ...] = ("builtin",)
-    """Text for router etr: "builtin" (installed with the library), text files, folders, .jsonl."""
-    sequence_length: int = 256
-    """Length of its sequences, tokens."""
-    batch_size: int = 8
-    """Sequences in a batch."""
-    num_batches: int = 16
-    """Batches to calibrate on."""
-    cache_dir: str = "~/.cache/etr"
-    """Folder for its tokens; ~ is the home folder."""
     capacity: str = "factor"
     """With router etr, the capacity that thresholds imitate, perhaps with options:
     factor:capacity_factor=0.6."""
@@ -65,21 +54,10 @@ class ConvertConfig:
     that is more than rounding. Holds one whole model in memory, which converting alone does not."""
 
     def __post_init__(self) -> None:
-        if self.num_batches < 1:
-            raise ValueError(f"num_batches={self.num_batches} must be at least 1")
+        super().__post_init__()
         if self.router == "etr" and self.to == "hf":
             raise ValueError("router='etr' with to='hf': no family of transformers has that router")
         parse_capacity(self.capacity)
-
-    def data(self, tokenizer: str) -> DataConfig:
-        """The text, cut by a tokenizer."""
-        return DataConfig(
-            data=self.calibrate,
-            tokenizer=tokenizer,
-            sequence_length=self.sequence_length,
-            batch_size=self.batch_size,
-            cache_dir=self.cache_dir,
-        )
 
 
 def run(arguments: list[str]) -> int:
@@ -137,13 +115,13 @@ def _swap(config: ConvertConfig, kept: Path, target: Path) -> None:
     model.to(device or "cpu")  # type: ignore[arg-type]
     losses = [("original router", _loss(model, data, config, "dropless"))]
     report = swap_router(
-        model, map(_arguments, _batches(data, config, "fitting")), capacity=config.capacity,
+        model, map(arguments_of, config.batches(data, "fitting")), capacity=config.capacity,
         fit=False,
     )  # fmt: skip
     losses.append(("orthonormal router", _loss(model, data, config, "dropless")))
     set_temperatures(model, report)
     losses.append(("temperatures fitted", _loss(model, data, config, "dropless")))
-    calibrate(model, _batches(data, config, "calibrating"))
+    calibrate(model, config.batches(data, "calibrating"))
     losses.append((f"thresholds of {config.capacity}", _loss(model, data, config, "threshold")))
     write_model(model, target, kept)
     Console().print(_layers(model, report))
@@ -152,19 +130,6 @@ def _swap(config: ConvertConfig, kept: Path, target: Path) -> None:
         f"{report.changed_tokens:.1%} of {report.num_tokens:,} tokens choose other experts than "
         f"before, on average over layers\nsaved: {target}"
     )
-
-
-def _batches(data: OpenedData, config: ConvertConfig, what: str) -> Iterator[Batch]:
-    loader = TokenLoader(
-        data.dataset,
-        sequence_length=config.sequence_length,
-        batch_size=config.batch_size,
-    )
-    yield from track(islice(loader, config.num_batches), what, total=config.num_batches)
-
-
-def _arguments(batch: Batch) -> dict[str, torch.Tensor]:
-    return {"input_ids": batch.input_ids, "attention_mask": batch.valid_mask.long()}
 
 
 def _loss(model: EtrForCausalLM, data: OpenedData, config: ConvertConfig, selection: str) -> float:

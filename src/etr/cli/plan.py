@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from etr.cli._options import parse
+from etr.cli._options import WithImports, parse
 from etr.cli._tables import make_table
 from etr.files import write_json
 from etr.systems import PLANNERS, Demand, Devices, Travel, travel
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig:
+class PlanConfig(WithImports):
     """What to plan by, and for which ranks."""
 
     name: Annotated[str, tyro.conf.Positional]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import tyro
 
-from etr.cli._options import parse
-from etr.cli._progress import bytes_progress, track
-from etr.data import DataConfig, TokenLoader, open_data
+from etr.cli._options import WithImports, parse
+from etr.cli._progress import bytes_progress
+from etr.cli._text import OnText, arguments_of, print_made
+from etr.data import open_data
 from etr.files import read_json
 from etr.hf.transform import transform
 from etr.model.transform import TRANSFORMS
@@ -22,7 +22,7 @@ from etr.train.folders import making
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformArguments:
+class TransformArguments(OnText, WithImports):
     """What to make of which folder."""
 
     name: Annotated[str, tyro.conf.Positional]
@@ -34,16 +34,6 @@ class TransformArguments:
     plan: str | None = None
     """JSON file with the plan: of etr plan for renumber, else transform.json of an earlier result,
     as it is or changed. By default the method plans, on text where it measures."""
-    calibrate: tuple[str, ...] = ("builtin",)
-    """Text to measure on: "builtin" (installed with the library), text files, folders, .jsonl."""
-    sequence_length: int = 256
-    """Length of its sequences, tokens."""
-    batch_size: int = 8
-    """Sequences in a batch."""
-    num_batches: int = 16
-    """Batches to measure on."""
-    cache_dir: str = "~/.cache/etr"
-    """Folder for its tokens; ~ is the home folder."""
     max_shard_bytes: int = 4 * 10**9
     """Size from which a new file of weights begins."""
     compare: bool = True
@@ -52,9 +42,8 @@ class TransformArguments:
     which transforming alone does not."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         TRANSFORMS.parse(self.name)
-        if self.num_batches < 1:
-            raise ValueError(f"num_batches={self.num_batches} must be at least 1")
 
 
 def run(arguments: list[str]) -> int:
@@ -79,31 +68,10 @@ def run(arguments: list[str]) -> int:
                 progress=progress,
                 compare=config.compare,
             )
-    if report.same_function:
-        print("computes what the source does, as long as nothing is dropped")
-    else:
-        print(f"computes something else than the source: {report.reason}")
-    if report.difference is not None:
-        print(report.difference)
-    print(
-        f"saved: {report.target} ({report.num_tensors} tensors, {report.num_bytes / 1e6:,.1f} MB)"
-    )
+    print_made(report, "the source")
     return 0
 
 
 def _text(config: TransformArguments, source: Path) -> Iterator[dict[str, torch.Tensor]]:
     """Batches as arguments of the model's forward."""
-    data = open_data(
-        DataConfig(
-            data=config.calibrate,
-            tokenizer=str(source),
-            sequence_length=config.sequence_length,
-            batch_size=config.batch_size,
-            cache_dir=config.cache_dir,
-        )
-    )
-    loader = TokenLoader(
-        data.dataset, sequence_length=config.sequence_length, batch_size=config.batch_size
-    )
-    for batch in track(islice(loader, config.num_batches), "measuring", total=config.num_batches):
-        yield {"input_ids": batch.input_ids, "attention_mask": batch.valid_mask.long()}
+    return map(arguments_of, config.batches(open_data(config.data(str(source))), "measuring"))

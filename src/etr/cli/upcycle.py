@@ -8,15 +8,16 @@ from typing import Annotated
 
 import tyro
 
-from etr.cli._options import parse
+from etr.cli._options import WithImports, parse
 from etr.cli._progress import bytes_progress
+from etr.cli._text import print_made
 from etr.hf.upcycle import UpcycleConfig, upcycle
 from etr.train.checkpoint_folder import find_model
 from etr.train.folders import making
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpcycleArguments(UpcycleConfig):
+class UpcycleArguments(UpcycleConfig, WithImports):
     """Which model to upcycle, and into what."""
 
     source: Annotated[str, tyro.conf.Positional]
@@ -42,11 +43,5 @@ def run(arguments: list[str]) -> int:
             progress=progress,
             compare=config.compare,
         )
-    if report.same_function:
-        print("computes what the dense model does, as long as nothing is dropped")
-    else:
-        print(f"computes something else than the dense model: {report.reason}")
-    if report.difference is not None:
-        print(report.difference)
-    print(f"saved: {report.target} ({report.num_bytes / 1e6:,.1f} MB)")
+    print_made(report, "the dense model")
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -11,7 +10,7 @@ from typing import Any, Literal
 from etr.moe.capacity import CAPACITIES
 from etr.moe.losses import LossConfig
 from etr.moe.routers import ROUTERS, RouterTraits
-from etr.table import Table
+from etr.table import Table, value_of
 
 BRANCHES: dict[str, tuple[str, ...]] = {
     "model": (
@@ -133,11 +132,3 @@ class Card:
                 values[name] = table.parse(self.options[name])
         weights = {f.name: values.pop(f.name) for f in fields(LossConfig) if f.name in values}
         return {**values, **({"losses": LossConfig(**weights)} if weights else {})}
-
-
-def value_of(text: str) -> Any:
-    """A value as the command line writes it: JSON, or else text."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text

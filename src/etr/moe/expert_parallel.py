@@ -14,7 +14,8 @@ def dispatcher_across(config: MoEConfig, parallel: ExpertParallel) -> Dispatcher
     """The dispatcher that `config.dispatch` means on these ranks.
 
     Raises:
-        ValueError: it, the backend, the bank or the number of experts does not go with them.
+        ValueError: it, the backend, the bank, a loss or the number of experts does not go with
+            them.
     """
     bank = config.bank_config
     if bank.undivided is not None:
@@ -22,6 +23,8 @@ def dispatcher_across(config: MoEConfig, parallel: ExpertParallel) -> Dispatcher
             f"experts={bank.name!r} cannot be divided among ranks: {bank.undivided}; use 'uniform' "
             "or 'nulls', or train on one process"
         )
+    if parallel.expert_peers.size > 1:
+        _check_losses(config)
     name = config.dispatch
     if name == "auto":
         alone = parallel.expert_peers.size == 1
@@ -42,6 +45,18 @@ def dispatcher_across(config: MoEConfig, parallel: ExpertParallel) -> Dispatcher
             f"{parallel.placement.num_experts}: call ExpertParallel.create with the layer's number"
         )
     return dispatcher
+
+
+def _check_losses(config: MoEConfig) -> None:
+    """Refuse what would lose a gradient: tokens meet this rank's experts alone in such a loss."""
+    traits = config.router_config.traits
+    for row in config.loss_rows:
+        if row.needs_tokens and row.needs_experts and row.weight_for(traits):
+            raise ValueError(
+                f"loss {row.name!r} asks for tokens and experts' weights, and its gradient of the "
+                "tokens would lack the experts of other ranks; divide no experts among ranks "
+                "(expert_ranks=1), or give it weight 0"
+            )
 
 
 def shard_experts(bank: Bank, parallel: ExpertParallel) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from etr.moe.calibration import Calibration
 from etr.moe.collector import Collected, Collector
@@ -16,12 +16,10 @@ from etr.moe.learner import LayerState, Learner, learners_in
 from etr.moe.losses import Loss
 from etr.moe.notice import warn
 from etr.moe.routers import Router
-from etr.moe.routing import Routing, Selection
 from etr.moe.serving import LayerFacts, Serving, serving_of
 from etr.moe.serving.dropless import Dropless
 from etr.moe.state import keep_state
 from etr.moe.stats import target_kept
-from etr.moe.view import LayerView, Watcher
 
 
 class LayerParts(Collected):
@@ -170,22 +168,6 @@ class LayerParts(Collected):
             reason = self.serving.refuses(self.facts())
             if reason is not None:
                 warn(f"MoE layer evaluates dropless: {reason}")
-
-    def show(
-        self,
-        watchers: list[Watcher],
-        x: Tensor,
-        routing: Routing,
-        selection: Selection,
-        output: Tensor | None = None,
-    ) -> None:
-        """Call watchers with what the layer did."""
-        for watcher in watchers:
-            y = None if output is None else output.detach()
-            view = LayerView(
-                layer=self, x=x.detach(), routing=routing, selection=selection, output=y
-            )
-            watcher(view)
 
     def learns_from(self, context: RoutingContext) -> bool:
         """Whether a call trains: the training policy selects, and losses and counters are taken."""

@@ -216,7 +216,7 @@ class Consecutive(Planner):
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRobin(Planner):
-    """Experts dealt out to the ranks in turn, the most chosen ones first."""
+    """Experts dealt out to the ranks in turn, by number or by load."""
 
     name = "round_robin"
     summary = "experts dealt out in turn"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from etr.methods import options_of
-from etr.methods.card import value_of
 from etr.moe import LossConfig
+from etr.table import value_of
 from etr.train.config import RoutingOptions, TrainConfig
 
 TEXTS = ("router", "capacity", "losses")

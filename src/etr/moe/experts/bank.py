@@ -79,9 +79,9 @@ class Bank(nn.Module):
         raise NotImplementedError
 
     @property
-    def num_choices(self) -> int:
-        """What the router scores; experts with weights come first."""
-        return sum(part.num_experts for part in self.parts)
+    def sizes(self) -> list[float]:
+        """Weights of each expert, numbered through the parts."""
+        return [part.size_of_one for part in self.parts for _ in range(part.num_experts)]
 
     def whole(self) -> list[nn.Parameter]:
         """Parameters beside the experts' weights, which every rank holds whole."""
@@ -136,13 +136,12 @@ class Bank(nn.Module):
             float64 []; what choices without weights add counts nothing.
         """
         counts = num_tokens_per_expert.cpu().double()
-        sizes = [size for part in self.parts for size in [part.size_of_one] * part.num_experts]
-        return 2 * (counts[: len(sizes)] * torch.tensor(sizes, dtype=torch.float64)).sum()
+        sizes = torch.tensor(self.sizes, dtype=torch.float64)
+        return 2 * (counts[: len(sizes)] * sizes).sum()
 
     def parameters_of_a_token(self, top_k: int) -> float:
         """Most parameters that the `top_k` choices of a token mean; what is `whole` counts too."""
-        sizes = [size for part in self.parts for size in [part.size_of_one] * part.num_experts]
-        return sum(sorted(sizes)[-top_k:]) + sum(value.numel() for value in self.whole())
+        return sum(sorted(self.sizes)[-top_k:]) + sum(value.numel() for value in self.whole())
 
 
 def pairs_of(

@@ -71,10 +71,6 @@ class NullExperts(Experts):
         self.register_parameter("constants", value)
         self.reset_parameters()
 
-    @property
-    def num_choices(self) -> int:
-        return self.num_experts + self.count
-
     def idle(self, x: Tensor, routing: Routing, selection: Selection) -> Tensor | None:
         if self.kind == "zero" or not self.count:
             return None

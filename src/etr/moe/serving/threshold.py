@@ -22,7 +22,7 @@ class Threshold(Serving):
 
     def refuses(self, facts: LayerFacts) -> str | None:
         if not facts.ranks_by_score:
-            return "it drops by position in training, for which no causal threshold exists"
+            return "its experts do not rank tokens by a score, on which a threshold could be put"
         if facts.calibrated is False:
             return "its thresholds are not calibrated (train it, or run `etr calibrate`)"
         return None
