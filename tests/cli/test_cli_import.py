@@ -11,7 +11,7 @@ import pytest
 
 from etr.cli import main
 from etr.methods import METHODS
-from etr.methods.own import MODULES
+from etr.methods.own import MODULES, import_file, is_imported
 from etr.moe import ROUTERS
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
@@ -253,3 +253,15 @@ def test_planners_caches_and_transforms_may_be_ones_own(
         for table, name in ((PLANNERS, "backwards"), (TRANSFORMS, "same"), (CACHES, "again")):
             table.pop(name, None)
         METHODS.pop("my_seams", None)
+
+
+def test_a_file_that_raised_is_not_taken_for_imported(tmp_path: Path) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text("raise ValueError('no')", encoding="utf-8")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="line 1: no"):
+            import_file(path)
+        assert not is_imported(path)
+    path.write_text("x = 1", encoding="utf-8")
+    import_file(path)
+    assert is_imported(path)
