@@ -225,6 +225,7 @@ etr.methods.add(Card(
 def test_planners_caches_and_transforms_may_be_ones_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from etr.cli.cache import CacheConfig
     from etr.model import TRANSFORMS
     from etr.systems import CACHES, PLANNERS
 
@@ -245,7 +246,8 @@ def test_planners_caches_and_transforms_may_be_ones_own(
         assert main(["plan", "backwards", trace, "--ranks", "2", *own]) == 0
         plan = json.loads((run / "plan.json").read_text())
         assert plan["rank_of_expert"] == [[1, 1, 0, 0]]
-        assert main(["cache", trace, "--caches", "again", *own]) == 0
+        # The default is every policy that there is now, whenever the verb was read first.
+        assert main(["cache", trace, *own]) == 0
         assert "again" in capsys.readouterr().out
         assert main(["transform", "same", str(run), str(tmp_path / "new"), *own]) == 0
         assert (tmp_path / "new/transform.json").is_file()
@@ -253,6 +255,7 @@ def test_planners_caches_and_transforms_may_be_ones_own(
         for table, name in ((PLANNERS, "backwards"), (TRANSFORMS, "same"), (CACHES, "again")):
             table.pop(name, None)
         METHODS.pop("my_seams", None)
+    assert "again" not in CacheConfig(trace=trace).caches
 
 
 def test_a_file_that_raised_is_not_taken_for_imported(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import torch
@@ -22,7 +22,7 @@ class CacheConfig(WithImports):
 
     trace: Annotated[str, tyro.conf.Positional]
     """File that etr trace wrote."""
-    caches: tuple[str, ...] = tuple(CACHES)
+    caches: tuple[str, ...] = field(default_factory=lambda: tuple(CACHES))
     """Policies: who leaves when another expert must come in. oracle knows what comes: a bound."""
     sizes: tuple[int, ...] = ()
     """Experts that a memory holds; by default 1, 2, 4, ... up to all of them."""
