@@ -65,7 +65,10 @@ def seed_of(node_id: str) -> int:
 def seed(request: pytest.FixtureRequest) -> int:
     """Seeds torch's global generator from the test's node id."""
     value = seed_of(request.node.nodeid)
-    torch.manual_seed(value)
+    # Without an accelerator torch.manual_seed would keep a stack trace per device kind and test.
+    torch.default_generator.manual_seed(value)
+    if torch.accelerator.is_available():
+        torch.manual_seed(value)
     return value
 
 

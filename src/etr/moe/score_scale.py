@@ -6,6 +6,7 @@ crowd around 0 at first and anywhere later; probabilities crowd at chance, at 0 
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -44,7 +45,6 @@ class CosineScale(ScoreScale):
     def __init__(self, hidden_size: int) -> None:
         self.scale = math.sqrt(hidden_size)
         self.span = math.asinh(self.scale)
-        self._edges = self._find_edges()
 
     def coordinate(self, score: Tensor) -> Tensor:
         return 0.5 + 0.25 * (score + (score * self.scale).asinh() / self.span)
@@ -55,7 +55,8 @@ class CosineScale(ScoreScale):
         low = place.long().clamp_max(NUM_BINS - 1)
         return edges[low] + (place - low) * (edges[low + 1] - edges[low])
 
-    def _find_edges(self) -> Tensor:
+    @functools.cached_property
+    def _edges(self) -> Tensor:
         """Bisect `coordinate`, which has no closed inverse, at the bin edges."""
         goal = torch.linspace(0, 1, NUM_BINS + 1, dtype=torch.float64, device="cpu")
         low, high = torch.full_like(goal, -1.0), torch.full_like(goal, 1.0)
