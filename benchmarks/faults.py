@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import tyro
 
@@ -56,6 +56,41 @@ class Outcome:
     error: str = ""
 
 
+class Agent(Protocol):
+    """An agent of torchrun, as `subprocess.Popen` shows it."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int | None: ...
+
+
+StartAgent = Callable[[list[str], list[str], dict[str, str], Path], Agent]
+"""Starts an agent: torchrun's options, module and arguments of the ranks, variables, log."""
+
+
+def start_torchrun(
+    options: list[str], command: list[str], environment: dict[str, str], log: Path
+) -> Agent:
+    """The command torchrun.
+
+    Args:
+        options: of torchrun.
+        command: module that each rank runs, and its arguments.
+        environment: variables beside those of this process.
+        log: gets what is printed, after what it holds.
+    """
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *options, "-m", *command],
+            env={**os.environ, **environment},
+            cwd=ROOT,
+            stdout=output,
+            stderr=output,
+        )
+
+
 @dataclass
 class Job:
     """A training run under torchrun, in a folder of its own.
@@ -64,6 +99,7 @@ class Job:
         folder: gets the run, its corpus and what is printed.
         nodes: agents of torchrun; each starts ``2 / nodes`` ranks.
         module: what each rank runs, with its first arguments.
+        start_agent: as `start_torchrun`.
     """
 
     folder: Path
@@ -71,7 +107,8 @@ class Job:
     module: tuple[str, ...] = ("etr", "train")
     restarts: int = 2
     timeout_seconds: int = 60
-    agents: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    start_agent: StartAgent = start_torchrun
+    agents: list[Agent] = field(default_factory=list)
     port: int = 0
 
     @property
@@ -90,19 +127,12 @@ class Job:
     def start_node(self, node: int) -> None:
         """Start the agent of a node; a later call for the same node replaces it."""
         environment = {
-            **os.environ,
             "OMP_NUM_THREADS": "1",
             # Restarted ranks would read the addresses of those before them.
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         }
-        with (self.folder / f"node{node}.log").open("ab") as log:
-            agent = subprocess.Popen(
-                [*self._launcher(node), *self.module, *self._options()],
-                env=environment,
-                cwd=ROOT,
-                stdout=log,
-                stderr=log,
-            )
+        command, log = [*self.module, *self._options()], self.folder / f"node{node}.log"
+        agent = self.start_agent(self._launcher(node), command, environment, log)
         self.agents[node : node + 1] = [agent]
 
     def kill_rank(self) -> None:
@@ -152,11 +182,10 @@ class Job:
 
     def _launcher(self, node: int) -> list[str]:
         return [
-            *(sys.executable, "-m", "torch.distributed.run"),
             *("--nnodes", str(self.nodes), "--nproc-per-node", str(2 // self.nodes)),
             *("--max-restarts", str(self.restarts), "--rdzv-backend", "c10d"),
             *("--rdzv-endpoint", f"127.0.0.1:{self.port}", "--rdzv-id", "faults"),
-            *("--rdzv-conf", f"is_host={'true' if node == 0 else 'false'}", "-m"),
+            *("--rdzv-conf", f"is_host={'true' if node == 0 else 'false'}"),
         ]
 
     def _options(self) -> list[str]:
@@ -168,7 +197,8 @@ class Job:
         paths = {"out": "run", "data": "corpus", "cache-dir": "cache"}
         values = sizes | {name: self.folder / path for name, path in paths.items()}
         pairs = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-        return [*pairs, "--device", "cpu", "--expert-ranks", "2", "--auto-resume"]
+        flags = ("--device", "cpu", "--expert-ranks", "2", "--profile-every", "None")
+        return [*pairs, *flags, "--auto-resume"]
 
 
 def children(pid: int) -> list[int]:
@@ -193,9 +223,9 @@ def undisturbed(folder: Path) -> Outcome:
     return _outcome(job, "none", time.monotonic() - began, 0)
 
 
-def killed(folder: Path, nodes: int) -> Outcome:
+def killed(folder: Path, nodes: int, start_agent: StartAgent = start_torchrun) -> Outcome:
     """A rank (of one node) or a whole node (of two) is killed in the middle of the run."""
-    job = Job(folder, nodes=nodes)
+    job = Job(folder, nodes=nodes, start_agent=start_agent)
     job.start()
     job.wait_for(lambda: len(job.steps()) >= KILL_AFTER)
     before = job.steps()
@@ -212,10 +242,10 @@ def killed(folder: Path, nodes: int) -> Outcome:
     return _outcome(job, name, seconds, len(before) - kept)
 
 
-def spoiled(folder: Path, fault: str) -> Outcome:
+def spoiled(folder: Path, fault: str, start_agent: StartAgent = start_torchrun) -> Outcome:
     """A rank raises, or hangs, and no restart is allowed."""
     module = ("benchmarks.faults_worker", fault, "1", "3")
-    job = Job(folder, module=module, restarts=0, timeout_seconds=10)
+    job = Job(folder, 1, module, restarts=0, timeout_seconds=10, start_agent=start_agent)
     job.start()
     job.wait_for(lambda: len(job.steps()) >= 3)
     began = time.monotonic()
@@ -232,12 +262,12 @@ def spoiled(folder: Path, fault: str) -> Outcome:
 
 
 def _outcome(job: Job, name: str, seconds: float, lost: int) -> Outcome:
-    for agent in job.agents:
-        agent.wait(timeout=PATIENCE_SECONDS)
+    codes = [agent.wait(timeout=PATIENCE_SECONDS) for agent in job.agents]
+    assert codes[0] is not None
     rows = read_metrics(job.metrics) if job.metrics.exists() else []
     return Outcome(
         name=name,
-        exit_code=job.agents[0].returncode,
+        exit_code=codes[0],
         output=job.output(),
         seconds=seconds,
         lost_steps=lost,

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+PRELOADED = ["etr.train", "etr.cli.train", "torch.distributed.run"]
+
 
 def spawn(world: int, work: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
     """What ``work(*args)`` returns on each of `world` gloo ranks.
@@ -28,8 +30,14 @@ def start(work: Callable[..., None], args: tuple[Any, ...], world: int) -> None:
 
     They are copies of a process that has imported the library, which is most of a start.
     """
-    torch.multiprocessing.set_forkserver_preload(["etr.train"])
+    context()
     torch.multiprocessing.start_processes(work, args, world, start_method="forkserver")
+
+
+def context() -> Any:
+    """`multiprocessing` whose processes are copies of one that has imported the library."""
+    torch.multiprocessing.set_forkserver_preload(PRELOADED)
+    return torch.multiprocessing.get_context("forkserver")
 
 
 def _rank(rank: int, world: int, work: Callable[..., Any], folder: str, args: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forked_torchrun import ForkedAgent
 
 from benchmarks import faults
 from benchmarks.faults import END, PAGE, Outcome, killed, spoiled, table, undisturbed
@@ -41,7 +42,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 def test_a_killed_job_restarts_and_learns_the_same(
     tmp_path: Path, whole: Outcome, nodes: int
 ) -> None:
-    outcome = killed(tmp_path / "job", nodes)
+    outcome = killed(tmp_path / "job", nodes, ForkedAgent)
     assert outcome.exit_code == 0, outcome.output
     assert outcome.lost_steps > 0
     assert outcome.losses == whole.losses
@@ -51,7 +52,7 @@ def test_a_killed_job_restarts_and_learns_the_same(
     ("fault", "words"), [("raise", f"RuntimeError: {MESSAGE}"), ("hang", "imed out")]
 )
 def test_a_rank_at_fault_ends_the_job(tmp_path: Path, fault: str, words: str) -> None:
-    outcome = spoiled(tmp_path / "job", fault)
+    outcome = spoiled(tmp_path / "job", fault, ForkedAgent)
     assert outcome.exit_code != 0
     assert words in outcome.output
     assert len(outcome.losses) == 3
