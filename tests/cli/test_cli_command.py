@@ -41,11 +41,11 @@ def test_help_and_version_import_neither_etr_nor_torch(arguments: list[str]) -> 
         assert all(f"  {verb} " in done.stdout + done.stderr for verb in etr_command.VERBS)
 
 
-def test_verbs_that_read_no_model_start_without_transformers() -> None:
-    code = (
-        "import sys, etr.cli.methods, etr.cli.plan, etr.cli.cache, etr.cli.theory, etr.cli.report; "
-        "assert 'transformers' not in sys.modules"
-    )
+def test_what_reads_no_model_starts_without_transformers() -> None:
+    """Verbs, and the ranks of the cluster's benchmark."""
+    verbs = [f"etr.cli.{verb}" for verb in ("methods", "plan", "cache", "theory", "report")]
+    modules = ", ".join([*verbs, "etr.cluster.bench.timing"])
+    code = f"import sys, {modules}; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

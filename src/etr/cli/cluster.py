@@ -110,7 +110,7 @@ class BenchCommand:
 
 
 def _bench(arguments: list[str]) -> int:
-    from etr.cluster.bench import bench
+    from etr.cluster.bench.run import bench
     from etr.recipes.cluster import FULL, SMOKE
 
     command = parse(BenchCommand, "cluster bench", arguments)

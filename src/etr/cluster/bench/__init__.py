@@ -7,6 +7,9 @@
 """
 
 from etr.cluster.bench.plan import BenchConfig
-from etr.cluster.bench.run import bench
+from etr.moe.moved import moved
 
-__all__ = ["BenchConfig", "bench"]
+# A rank that times imports this package too, and need not wait for the trainer.
+__getattr__ = moved(__name__, {"bench": "etr.cluster.bench.run"})
+
+__all__ = ["BenchConfig"]

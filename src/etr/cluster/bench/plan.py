@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from etr.cluster.network import parse_rate
 from etr.data import DataConfig
 from etr.moe import LossConfig
 from etr.moe.config import parse_router
-from etr.train import ModelConfig, OptimizerConfig, RoutingOptions, TrainConfig
+
+if TYPE_CHECKING:
+    from etr.train import TrainConfig
 
 RANKS = 4
 """Ranks of every run; both shapes have as many."""
@@ -196,6 +198,9 @@ class BenchConfig:
 
     def training(self, run: BenchRun, out: str) -> TrainConfig:
         """Config of a training run."""
+        # Here, so that ranks that time without training start without the trainer.
+        from etr.train import ModelConfig, OptimizerConfig, RoutingOptions, TrainConfig
+
         recipe = RECIPES[run.recipe]
         base = TrainConfig(
             out=out,

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from etr.cluster.bench.page import page
-from etr.cluster.bench.plan import BenchConfig
+from etr.cluster.bench.plan import BenchConfig, BenchRun
 from etr.cluster.bench.training import train_missing
 from etr.cluster.launch import EmulatedCluster, emulate
 from etr.cluster.network import why_unavailable
 from etr.files import read_json, write_json, write_text
+from etr.train import TrainConfig
 
 
 def bench(
@@ -73,6 +74,7 @@ def _time_shape(config: BenchConfig, shape: str, out: Path, say: Callable[[str],
     plan = {
         "bench": dataclasses.asdict(config),
         "jobs": jobs,
+        "layers": {run.name: _layer(out, run) for run in config.runs()},
         "curve": None if curve.exists() else str(curve),
     }
     path = out / f".plan-{shape}.json"
@@ -83,6 +85,12 @@ def _time_shape(config: BenchConfig, shape: str, out: Path, say: Callable[[str],
     )
     command = [sys.executable, "-m", "etr.cluster.bench.timing", str(path)]
     return emulate(cluster, command, say)
+
+
+def _layer(out: Path, run: BenchRun) -> dict[str, Any]:
+    """Config of the MoE layers of a trained model, for ranks that know nothing of training."""
+    stored = read_json(out / "trained" / run.name / "result.json")
+    return TrainConfig.from_dict(stored["config"]).model.moe_config().to_dict()
 
 
 def _jobs(config: BenchConfig, shape: str, out: Path) -> list[dict[str, Any]]:

@@ -30,11 +30,10 @@ from etr.cluster.bench.plan import (
 from etr.cluster.bench.sleep import add_sleeping_experts
 from etr.cluster.measure import MeasureConfig, join_group, measure_curve
 from etr.files import read_json, write_json
-from etr.moe import MoE, set_progress
+from etr.moe import MoE, MoEConfig, set_progress
 from etr.moe.ranks import ExpertParallel
 from etr.moe.topology import Topology
 from etr.moe.watch import LayerView, watch
-from etr.train.config import TrainConfig
 
 WARM_UP = 1
 """Steps of each variant before its clock starts."""
@@ -59,9 +58,10 @@ def main(arguments: list[str]) -> None:
         curve = measure_curve(MeasureConfig(sizes=sizes))
         if dist.get_rank() == 0:
             write_json(Path(plan["curve"]), curve.to_dict())
-    parallel = ranks_of(bench, topology)
+    layers = {name: MoEConfig.from_dict(values) for name, values in plan["layers"].items()}
+    parallel = ranks_of(layers, topology)
     for number, job in enumerate(plan["jobs"], 1):
-        result = _time(bench, job, parallel)
+        result = _time(bench, job, layers, parallel)
         if dist.get_rank() == 0:
             write_json(Path(job["out"]), result)
             middle = sorted(result["seconds"])[len(result["seconds"]) // 2]
@@ -71,19 +71,24 @@ def main(arguments: list[str]) -> None:
     dist.destroy_process_group()
 
 
-def ranks_of(bench: BenchConfig, topology: Topology) -> ExpertParallel:
+def ranks_of(layers: dict[str, MoEConfig], topology: Topology) -> ExpertParallel:
     """The ranks as all models of the benchmark use them.
 
     Made once for all timings: the threads of a group stay until its process ends, and slow it down.
     """
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("expert",))
-    (num_experts,) = {bench.training(run, "").model.routing.num_experts for run in bench.runs()}
+    (num_experts,) = {config.num_experts for config in layers.values()}
     return ExpertParallel.create(mesh, topology, num_experts)
 
 
-def _time(bench: BenchConfig, job: dict[str, Any], parallel: ExpertParallel) -> dict[str, Any]:
-    run = BenchRun(**job["run"])
-    replay = TimedReplay(bench, run, ROWS[job["variant"]].dispatch, job["compute"], parallel)
+def _time(
+    bench: BenchConfig,
+    job: dict[str, Any],
+    layers: dict[str, MoEConfig],
+    parallel: ExpertParallel,
+) -> dict[str, Any]:
+    run, dispatch = BenchRun(**job["run"]), ROWS[job["variant"]].dispatch
+    replay = TimedReplay(bench, run, layers[run.name], dispatch, job["compute"], parallel)
     for batch in range(WARM_UP):
         replay.step(batch)
     seconds = []
@@ -98,6 +103,7 @@ class TimedReplay:
     Args:
         bench: sizes and folders.
         run: the training run.
+        config: of its MoE layers.
         dispatch: how rows travel.
         compute: name of an emulated compute, or REAL.
         parallel: the ranks, see `ranks_of`.
@@ -107,15 +113,15 @@ class TimedReplay:
         self,
         bench: BenchConfig,
         run: BenchRun,
+        config: MoEConfig,
         dispatch: str,
         compute: str,
         parallel: ExpertParallel,
     ) -> None:
         folder = Path(bench.out) / "trained" / run.name
         rank, recipe = dist.get_rank(), RECIPES[run.recipe]
-        stored = read_json(folder / "result.json")
         config = dataclasses.replace(
-            TrainConfig.from_dict(stored["config"]).model.moe_config(),
+            config,
             dispatch=dispatch,
             backend="auto" if compute == REAL else compute,
             local_bonus=recipe.local_bonus,
