@@ -11,10 +11,13 @@ import builtins
 import json
 import os
 import sys
-from typing import Any, BinaryIO
 
 from . import limits, literals, namespaces, syscalls
 from .view import Entry
+
+TYPE_CHECKING = False  # each program starts anew, and `typing` would be a tenth of that
+if TYPE_CHECKING:
+    from typing import Any, BinaryIO
 
 MESSAGE_BYTES = 2**22
 """Longest answer to a call."""

@@ -8,10 +8,14 @@ begins with its tag.
 from __future__ import annotations
 
 import builtins
-import decimal
-import fractions
-from collections.abc import Callable, Iterator
-from typing import Any
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from decimal import Decimal
+    from fractions import Fraction
+    from typing import Any
 
 MANY = 100_000
 """Most items that are read from an iterable which is not a literal, e.g. a generator."""
@@ -41,22 +45,39 @@ WRITERS: dict[type, Callable[[Any], Any]] = {
     complex: lambda v: [v.real.hex(), v.imag.hex()],
     bytes: lambda v: v.hex(),
     bytearray: lambda v: v.hex(),
-    decimal.Decimal: str,
-    fractions.Fraction: lambda v: [hex(v.numerator), hex(v.denominator)],
     list: lambda v: [write(x) for x in v],
     tuple: lambda v: [write(x) for x in v],
     set: lambda v: [write(x) for x in v],
     frozenset: lambda v: [write(x) for x in v],
     dict: lambda v: [[write(key), write(x)] for key, x in v.items()],
 }
+NUMBERS: dict[tuple[str, str], Callable[[Any], Any]] = {
+    ("decimal", "Decimal"): str,
+    ("fractions", "Fraction"): lambda v: [hex(v.numerator), hex(v.denominator)],
+}
+"""As `WRITERS`, of modules that most programs do without: no value is of one never imported."""
+
+
+def _decimal(text: str) -> Decimal:
+    import decimal
+
+    return decimal.Decimal(text)
+
+
+def _fraction(terms: list[str]) -> Fraction:
+    import fractions
+
+    return fractions.Fraction(*(int(x, 16) for x in terms))
+
+
 READERS: dict[str, Callable[[Any], Any]] = {
     "int": lambda v: int(v, 16),
     "float": float.fromhex,
     "complex": lambda v: complex(*map(float.fromhex, v)),
     "bytes": bytes.fromhex,
     "bytearray": bytearray.fromhex,
-    "Decimal": decimal.Decimal,
-    "Fraction": lambda v: fractions.Fraction(*(int(x, 16) for x in v)),
+    "Decimal": _decimal,
+    "Fraction": _fraction,
     "list": lambda v: [read(x) for x in v],
     "tuple": lambda v: tuple(read(x) for x in v),
     "set": lambda v: {read(x) for x in v},
@@ -75,6 +96,9 @@ def write(value: Any) -> Any:
     for kind, writer in WRITERS.items():
         if isinstance(value, kind):
             return [kind.__name__, writer(value)]
+    for (module, name), writer in NUMBERS.items():
+        if module in sys.modules and isinstance(value, getattr(sys.modules[module], name)):
+            return [name, writer(value)]
     items = write(_items(value)) if hasattr(value, "__iter__") else None
     return ["other", [type(value).__name__, bool(value), items]]
 

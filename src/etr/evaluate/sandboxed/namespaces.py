@@ -10,10 +10,13 @@ import ctypes
 import os
 import select
 import signal
-from collections.abc import Callable
-from typing import Any
 
 from .view import USER, WRITABLE, Entry
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 # Of linux/sched.h, linux/mount.h, linux/prctl.h and linux/capability.h.
 CLONE_ALL = 0x10000000 | 0x20000000 | 0x40000000 | 0x20000 | 0x8000000 | 0x4000000 | 0x2000000

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import sys
-from typing import NamedTuple
+from collections import namedtuple
 
 WRITABLE = "/tmp"
 """Where the one writable folder is, inside."""
@@ -20,7 +19,7 @@ LIBRARIES = (
 DEVICES = ("/dev/null", "/dev/urandom")
 
 
-class Entry(NamedTuple):
+class Entry(namedtuple("Entry", ("kind", "path"))):
     """A path and what becomes of it: "bind" (shown as it is), "link" (the same symbolic link), or
     "hide" (an empty folder in its place)."""
 
@@ -36,6 +35,8 @@ def interpreter() -> str:
 def visible() -> list[Entry]:
     """All that a program sees of this machine, read-only; no installed package is among it, since
     those may hold the tests."""
+    import glob  # who asks for this is outside, where its time does not count
+
     python = interpreter()
     prefixes = (os.path.dirname(os.path.dirname(python)), sys.base_prefix, sys.base_exec_prefix)
     own = [os.path.realpath(f"{prefix}/{name}") for prefix in prefixes for name in ("lib", "lib64")]
