@@ -127,12 +127,26 @@ def policy(text: str) -> CapacityConfig:
     return tight(parse_capacity(text))
 
 
+def on_the_shelf(kind: type) -> bool:
+    """Whether a row comes from a method's file."""
+    return kind.__module__.startswith("etr.methods.")
+
+
+def _policies(name: str) -> list[str]:
+    """Policies to pair a router with: a policy sees a `Routing`, whoever made it, so that of the
+    shelf's routers their own default and least scores are enough."""
+    if not on_the_shelf(ROUTERS[name]):
+        return list(CAPACITIES)
+    return [ROUTERS[name]().traits.default_capacity.partition(":")[0], "threshold"]
+
+
 def _default_cells() -> list[Cell]:
     return [
         Cell(router=ROUTERS[router](), capacity=policy(capacity))
         for router in ROUTERS
         for capacity in CAPACITIES
-        if unsupported(ROUTERS[router](), CAPACITIES[capacity]()) is None
+        if capacity in _policies(router)
+        and unsupported(ROUTERS[router](), CAPACITIES[capacity]()) is None
     ]
 
 
@@ -149,7 +163,7 @@ def _variant_cells() -> list[Cell]:
             )
             if router is not None:
                 cells.append(Cell(router=router, capacity=capacity))
-    for name in ROUTERS:
+    for name in (name for name in ROUTERS if not on_the_shelf(ROUTERS[name])):
         router = ROUTERS[name]()
         for order in router.traits.rank_by[1:]:
             capacity = policy(router.traits.default_capacity)
@@ -159,7 +173,8 @@ def _variant_cells() -> list[Cell]:
 
 
 CELLS = _default_cells()
-"""Every supported cell of router x policy at default options (capacities made tight)."""
+"""Every cell of router x policy at default options (capacities made tight) that is supported, and
+of the shelf's routers some."""
 
 VARIANTS = _variant_cells()
 """Every other value of every option, one at a time."""

@@ -139,7 +139,8 @@ def test_no_token_and_one_token(cell: Cell) -> None:
             assert all(float(loss.detach()) == 0 for loss in output.losses.values())
             assert not output.stats["num_tokens_per_expert"].any()
         elif cell.traits.tokens_choose and getattr(cell.router, "expert_pool", "") != "all":
-            assert int(output.stats["num_tokens_per_expert"].sum()) == cell.top_k
+            served = int(output.stats["num_tokens_per_expert"].sum())
+            assert served == cell.top_k if cell.traits.fixed_k else 1 <= served <= E
 
 
 @pytest.mark.parametrize("cell", with_backends(ALL), ids=ids)
@@ -224,7 +225,7 @@ def test_replay_uses_recorded_choices_with_live_gates(cell: Cell) -> None:
 def test_replaying_ones_own_choices_changes_nothing(cell: Cell) -> None:
     layer, x, ctx = cell.layer(), tokens(), context()
     routing, _ = layer.route(x, ctx)
-    replay = {0: Replay(expert=routing.expert.view(T, cell.top_k))}
+    replay = {0: Replay(expert=routing.expert.view(T, -1))}
     again = layer(x, dataclasses.replace(ctx, replay=replay)).hidden_states
     assert torch.equal(again, layer(x, ctx).hidden_states)
 
@@ -246,14 +247,14 @@ def test_local_bonus_attracts_but_does_not_weigh(cell: Cell, rank: int) -> None:
     routing, _ = with_bonus.route(x, ctx)
     base, _ = plain.route(x, ctx)
     if cell.traits.tokens_choose:
-        assert set(routing.expert.tolist()) <= near
+        assert set(routing.expert.view(T, -1)[:, 0].tolist()) <= near
     assert routing.scores is not None
     assert base.scores is not None
     assert torch.equal(routing.scores, base.scores)  # thresholds are read off these
     if routing.probs is not None and base.probs is not None:
         assert torch.equal(routing.probs, base.probs)
     if cell.traits.tokens_choose:
-        replay = {0: Replay(expert=routing.expert.view(T, 1))}
+        replay = {0: Replay(expert=routing.expert.view(T, -1))}
         base, _ = plain.route(x, dataclasses.replace(ctx, replay=replay))
     assert torch.equal(routing.gate, base.gate)
     with_bonus.eval(), plain.eval()

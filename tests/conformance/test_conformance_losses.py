@@ -273,7 +273,7 @@ def test_names_weights_and_texts_are_checked(coupling: type[Loss]) -> None:
         LOSSES.add(coupling)
     for text, message in {
         "coupling": "loss 'coupling' needs a weight, as in coupling:weight=0.01",
-        "entropy:weight=1": "loss='entropy' is unknown; choose one of balance, z, locality",
+        "evenness:weight=1": "loss='evenness' is unknown; choose one of balance, z, locality",
         "balance:wait=1": "loss 'balance' has no option wait; it has weight, mode",
         "balance,z,balance": "losses name 'aux' 2 times",
         "balance:weight=-1": "weight=-1 of loss 'balance' must be >= 0",

@@ -68,15 +68,21 @@ def test_values_and_gradients_equal_the_reference(cell: Cell) -> None:
     mask = torch.rand(T) > 0.15
     layer, ctx = cell.layer(), context(valid_mask=mask)
     routing = compare(layer, tokens(), ctx)
-    if cell.traits.tokens_choose and routing.scores is not None:
-        chosen = pairs(routing, routing.valid)
-        wanted = {
-            (t, e)
-            for t, row in enumerate(routing.scores.tolist())
-            if mask[t]
-            for e in reference.top_k(row, cell.top_k)
-        }
-        assert chosen == wanted
+    if cell.traits.tokens_choose and cell.traits.causal and routing.scores is not None:
+        assert_best(routing, mask)
+
+
+def assert_best(routing: Routing, mask: Tensor) -> None:
+    """Every valid token chose those it scores highest, best first, and as many as it should."""
+    assert routing.scores is not None
+    for t, chosen in enumerate(routing.expert.view(T, -1).tolist()):
+        count = sum(e < E for e in chosen)
+        assert chosen[count:] == [E] * (len(chosen) - count)
+        assert chosen[:count] == reference.top_k(routing.scores[t].tolist(), count)
+        if not mask[t]:
+            assert count == 0
+        elif routing.fixed_k:
+            assert count == routing.top_k
 
 
 @pytest.mark.parametrize("cell", ALL, ids=ids)
@@ -94,9 +100,10 @@ def test_pairs_and_tokens_are_conserved(cell: Cell) -> None:
     assert {t for t, _ in kept} <= set(mask.nonzero().flatten().tolist())
     assert int(stats["num_valid_tokens"]) == valid
     if cell.traits.tokens_choose:
-        assert int(stats["num_choices_per_expert"].sum()) == valid * cell.top_k
-        dropped = routing.valid & ~selection.kept
-        assert len(kept) + int(dropped.sum()) == valid * cell.top_k
+        asked = int(stats["num_choices_per_expert"].sum())
+        assert asked == valid * cell.top_k or not cell.traits.fixed_k
+        assert int(stats["num_slots"]) == asked
+        assert len(kept) + int((routing.valid & ~selection.kept).sum()) == asked
     lonely = [t for t in range(T) if t not in {t for t, _ in kept}]
     assert torch.equal(output.hidden_states[lonely], torch.zeros(len(lonely), H).double())
     assert int(stats["num_tokens_without_expert"]) == sum(bool(mask[t]) for t in lonely)
@@ -161,7 +168,7 @@ def test_top_k(cell: Cell, top_k: int) -> None:
     if top_k > cell.top_k and cell.top_k == 1:
         pytest.skip("defined for top_k=1")
     routing = compare(cell.layer(top_k=top_k), tokens(), context())
-    if cell.traits.tokens_choose:
+    if cell.traits.tokens_choose and cell.traits.fixed_k:
         assert int(routing.valid.sum()) == T * top_k
 
 
@@ -172,8 +179,9 @@ def test_eval_selections(cell: Cell, selection: str) -> None:
     layer = cell.layer(eval_selection=selection).eval()
     routing = compare(layer, tokens(), context())
     if selection == "dropless":
-        assert bool(layer.keep(*layer.route(tokens(), context())).selection.kept.all())
-        assert int(routing.valid.sum()) == T * cell.top_k
+        routing, limit = layer.route(tokens(), context())
+        assert torch.equal(layer.keep(routing, limit).selection.kept, routing.valid)
+        assert int(routing.valid.sum()) == T * cell.top_k or not cell.traits.fixed_k
 
 
 @pytest.mark.parametrize(
@@ -254,6 +262,14 @@ def test_flag_fixed_load(cell: Cell) -> None:
     counts = [layer(tokens(), context()).stats["num_tokens_per_expert"].tolist() for _ in range(8)]
     equal = [min(count) == max(count) > 0 for count in counts]
     assert all(equal) == cell.traits.fixed_load, counts
+
+
+@pytest.mark.parametrize("cell", [c for c in ROUTER_CELLS if c.traits.tokens_choose], ids=ids)
+def test_flag_fixed_k(cell: Cell) -> None:
+    """Where it is False, tokens of a batch take unequal numbers of experts; else `top_k` each."""
+    routing, _ = cell.layer().route(tokens(), context())
+    counts = set(routing.routing_map().sum(1).tolist())
+    assert counts == {cell.top_k} if cell.traits.fixed_k else len(counts) > 1
 
 
 def test_the_cells_pair_every_gate_with_every_score() -> None:

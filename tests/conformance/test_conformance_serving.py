@@ -121,12 +121,12 @@ def test_what_a_layer_refuses_drops_nothing(cell: Cell, text: str) -> None:
     facts = layer.facts(wait=False)
     assert facts == LayerFacts(traits=cell.traits, rank_by=layer.rank_by)
     found, dropless = (
-        layer.keep(*layer.route(x, replace(labelled(T), serving=how))).selection
-        for how in (text, "dropless")
+        layer.route(x, replace(labelled(T), serving=how)) for how in (text, "dropless")
     )
     if SERVING[text]().refuses(facts) is not None:
-        assert torch.equal(found.kept, dropless.kept)
-        assert bool(dropless.kept.all())
+        kept = layer.keep(*found).selection.kept
+        assert torch.equal(kept, layer.keep(*dropless).selection.kept)
+        assert torch.equal(kept, dropless[0].valid)
 
 
 def test_a_policy_knows_its_layer_before_it_serves_it() -> None:

@@ -47,7 +47,7 @@ class MoEConfig(LayerOptions):
                 f"top_k={self.top_k} exceeds num_experts={self.num_choices}: a token cannot choose "
                 "more experts than there are"
             )
-        if self.top_k == 1 and self.normalize not in (None, "none"):
+        if self._one_expert and self.normalize not in (None, "none"):
             raise ValueError(
                 f"normalize={self.normalize!r} with top_k=1 makes every weight 1, so the router "
                 "gets no gradient; use normalize='none'"
@@ -64,8 +64,17 @@ class MoEConfig(LayerOptions):
         """How combine weights are normalised."""
         if self.normalize is not None:
             return self.normalize
-        one = self.top_k == 1 or not self.router_config.traits.tokens_choose
+        one = self._one_expert or not self.router_config.traits.tokens_choose
         return "none" if one else "chosen"
+
+    @property
+    def most_choices(self) -> int:
+        """Most experts that a token may choose."""
+        return self.top_k if self.router_config.traits.fixed_k else self.num_choices
+
+    @property
+    def _one_expert(self) -> bool:
+        return self.top_k == 1 and self.router_config.traits.fixed_k
 
     @property
     def shared_width(self) -> int:

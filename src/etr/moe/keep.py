@@ -97,7 +97,7 @@ def keep(
     choices = selection.num_tokens_per_expert
     if routing.tokens_choose:
         choices = routing.num_choices_per_expert()
-        slots = routing.num_valid_tokens() * routing.top_k
+        slots = routing.num_valid_tokens() * routing.top_k if routing.fixed_k else choices.sum()
     elif limit.capacity is not None:
         slots = limit.capacity.sum()
     else:

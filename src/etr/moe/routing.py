@@ -55,6 +55,7 @@ class Routing:
         num_experts: E.
         top_k: experts a token may choose.
         tokens_choose: False where experts pick tokens and the pairs are all of [T, E].
+        fixed_k: False where a token asks for any number of experts.
     """
 
     token: Tensor
@@ -68,6 +69,7 @@ class Routing:
     num_experts: int
     top_k: int
     tokens_choose: bool = True
+    fixed_k: bool = True
 
     @property
     def num_tokens(self) -> int:

@@ -265,7 +265,7 @@ def count_parameters(model: EtrForCausalLM) -> tuple[int, int]:
     total = sum(p.numel() for p in model.parameters())
     used: dict[Bank, float] = {}  # layers may share one
     for layer in moe_layers(model):
-        own = layer.bank.parameters_of_a_token(layer.config.top_k)
+        own = layer.bank.parameters_of_a_token(layer.config.most_choices)
         used[layer.bank] = used.get(layer.bank, 0.0) + own
     sizes = {bank: sum(p.numel() for p in bank.parameters()) for bank in used}
     idle = sum(size - min(used[bank], size) for bank, size in sizes.items())

@@ -26,6 +26,8 @@ class RouterTraits:
             router is concerned (a capacity may still drop by rivals).
         fixed_load: every expert gets the same number of tokens by construction.
         tokens_choose: tokens ask for experts; False where experts pick among all tokens.
+        fixed_k: a token asks for `top_k` experts; False where its scores say for how many, and
+            `top_k` is what capacities and reports expect.
         has_scores: gives selection scores, so choosers can be ranked and thresholds calibrated.
         has_probs: gives a distribution over experts, so a balance loss is defined.
         has_cosine: scores are cosines, so the capacity lower bound applies.
@@ -41,6 +43,7 @@ class RouterTraits:
     causal: bool = True
     fixed_load: bool = False
     tokens_choose: bool = True
+    fixed_k: bool = True
     has_scores: bool = True
     has_probs: bool = True
     has_cosine: bool = False
@@ -96,8 +99,9 @@ else:
 class Router(_KeptFromDecay):
     """Base of the routers.
 
-    Subclasses implement `scores`; those that do not choose each token's k best experts implement
-    `choose` too. A router neither drops nor balances nor logs.
+    Subclasses implement `scores`; those whose tokens do not choose their k best experts implement
+    `choose_alone` too, and those that look at other tokens for it, or let experts choose, `choose`.
+    A router neither drops nor balances nor logs.
 
     It is a LayerNorm by type alone: by that transformers' Trainer, and what is built on it, knows
     whose parameters weight decay must leave alone. It would pull a learned temperature to 1.
@@ -130,8 +134,9 @@ class Router(_KeptFromDecay):
         Args:
             x: tokens, float [T, H].
             inputs: everything that is not the hidden state.
-            tokens_choose: whether an expert-choosing router gives each token its k best. As a
-                tensor, bool [], the device decides, and the pairs are all of [T, E] either way.
+            tokens_choose: whether each token chooses alone, where experts choose in training or
+                the batch decides. As a tensor, bool [], the device says whether tokens choose in
+                the place of experts, and the pairs are all of [T, E] either way.
         """
         # Autocast would run the scores in half precision and flip choices.
         with torch.autocast(device_type=x.device.type, enabled=False):
@@ -141,14 +146,14 @@ class Router(_KeptFromDecay):
             if isinstance(tokens_choose, Tensor):
                 return self._choose_where(tokens_choose, scores, inputs)
             if tokens_choose:
-                return Router.choose(self, scores, inputs)
+                return self.choose_alone(scores, inputs)
             return self.choose(scores, inputs)
 
     def _choose_where(self, tokens_choose: Tensor, scores: Scores, inputs: RouterInput) -> Routing:
         routing = self.choose(scores, inputs)
         if routing.tokens_choose:
             return routing
-        best = Router.choose(self, scores, inputs).expert.view(-1, self.top_k)
+        best = self.choose_alone(scores, inputs).expert.view(routing.num_tokens, -1)
         best = F.pad(best, (0, self.num_experts - best.shape[1]), value=self.num_experts)
         expert = torch.where(tokens_choose, best, routing.expert.view_as(best))
         return replace(self.routing_of(scores, expert, inputs), tokens_choose=False)
@@ -175,7 +180,11 @@ class Router(_KeptFromDecay):
         raise NotImplementedError
 
     def choose(self, scores: Scores, inputs: RouterInput) -> Routing:
-        """Turn scores into choices; by default each token's `top_k` best (token choice)."""
+        """Turn scores into choices, in training; by default as each token does alone."""
+        return self.choose_alone(scores, inputs)
+
+    def choose_alone(self, scores: Scores, inputs: RouterInput) -> Routing:
+        """What each token chooses whatever the others are; by default its `top_k` best."""
         table = self.preferences(scores)
         if inputs.bonus is not None:
             table = table + inputs.bonus
@@ -190,7 +199,8 @@ class Router(_KeptFromDecay):
 
         Args:
             scores: the full tables.
-            expert: chosen experts, int64 [T, k]; ``num_experts`` marks an unused place.
+            expert: chosen experts, int64 [T, k], best first, where k may be any number;
+                ``num_experts`` marks an unused place.
             inputs: mask and bonus.
         """
         token, flat = token_pairs(expert, inputs.valid_mask, self.num_experts)
@@ -211,6 +221,7 @@ class Router(_KeptFromDecay):
             probs=scores.probs,
             num_experts=self.num_experts,
             top_k=self.top_k,
+            fixed_k=self.config.traits.fixed_k,
         )
 
     def all_pairs(self, scores: Scores, inputs: RouterInput) -> Routing:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-
 from etr.moe.context import RouterInput
 from etr.moe.routers.base import Router, RouterConfig, RouterTraits
+from etr.moe.routers.linear import SoftmaxRouter
 from etr.moe.routing import Routing, Scores
-from etr.moe.score_scale import OddsScale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,24 +29,6 @@ class ExpertChoice(RouterConfig):
         return _ExpertChoiceRouter(self, hidden_size, num_experts, top_k)
 
 
-class _ExpertChoiceRouter(Router):
-    config: ExpertChoice
-
-    def __init__(
-        self, config: ExpertChoice, hidden_size: int, num_experts: int, top_k: int
-    ) -> None:
-        super().__init__(config, hidden_size, num_experts, top_k)
-        self.score_scale = OddsScale(1 / num_experts)
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.hidden_size**-0.5)
-
-    def scores(self, x: Tensor, inputs: RouterInput) -> Scores:
-        logits = x @ self.weight.to(x.dtype).T
-        probs = logits.softmax(-1)
-        return Scores(scores=probs, logits=logits, gates=probs, probs=probs)
-
+class _ExpertChoiceRouter(SoftmaxRouter):
     def choose(self, scores: Scores, inputs: RouterInput) -> Routing:
         return self.all_pairs(scores, inputs)

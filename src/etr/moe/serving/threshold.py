@@ -32,7 +32,6 @@ class Threshold(Serving):
     ) -> tuple[Routing, Limit]:
         # Thresholds that nothing was learned for are -inf, which keeps every choice. Where experts
         # choose they would take every token: the device then lets tokens choose.
-        choose = router.config.traits.tokens_choose
-        unknown = False if choose else learned.num_updates == 0
-        routing = router(x, inputs, tokens_choose=unknown)
+        alone = router.config.traits.tokens_choose or learned.num_updates == 0
+        routing = router(x, inputs, tokens_choose=alone)
         return routing, Limit(min_score=learned.threshold)
