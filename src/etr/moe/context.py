@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -217,6 +217,9 @@ class RouterInput:
         layer_index: number of the MoE layer in the model.
         bonus: added to the selection score of each expert, float [E], or None.
         replay: recorded choices for this layer, or None.
+        gather: brings rows [T, N] of all ranks whose tokens compete, in the order of the global
+            batch and without gradient, for a router that looks at the whole batch; every rank must
+            call it. None where this rank's tokens are the batch.
     """
 
     valid_mask: Tensor
@@ -230,3 +233,4 @@ class RouterInput:
     task: Tensor | None = None
     time: Tensor | None = None
     labels: Tensor | None = None
+    gather: Callable[[Tensor], Tensor] | None = None

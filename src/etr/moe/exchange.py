@@ -129,6 +129,15 @@ def exchange_evenly(values: Tensor, peers: Peers, traffic: Traffic) -> Tensor:
     return found
 
 
+@torch.no_grad()
+def rows_of_all(rows: Tensor, peers: Peers, traffic: Traffic) -> Tensor:
+    """Rows [T, ...] of all ranks, by rank that they come from. The host waits for their numbers."""
+    own = torch.full((peers.size, 1), len(rows), device=rows.device)
+    counts = exchange_evenly(own, peers, traffic).flatten().tolist()
+    to_each = rows.expand(peers.size, *rows.shape).flatten(0, 1)
+    return arrive(depart(to_each, [len(rows)] * peers.size, counts, peers, traffic))
+
+
 class _Flight:
     """One exchange, there in the forward pass and back in the backward pass."""
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from etr.moe.context import RouterInput, RoutingContext
-from etr.moe.exchange import Traffic, exchange_evenly, meet
+from etr.moe.exchange import Traffic, exchange_evenly, meet, rows_of_all
 
 
 def check_input(hidden_states: Tensor, context: RoutingContext, hidden_size: int) -> None:
@@ -79,6 +81,10 @@ def router_input(
     if mask is None:
         mask = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
     labels = {name: getattr(context, name) for name in ("block", "task", "labels", "time")}
+    peers = None if traffic is None else traffic.parallel.selection_peers
+    gather = None
+    if traffic is not None and peers is not None:
+        gather = partial(rows_of_all, peers=peers, traffic=traffic)
     return RouterInput(
         valid_mask=mask.reshape(-1),
         token_ids=None if ids is None else ids.reshape(-1),
@@ -88,6 +94,7 @@ def router_input(
         layer_index=layer_index,
         bonus=bonus,
         replay=(context.replay and context.replay.get(layer_index)) or None,
+        gather=gather,
     )
 
 

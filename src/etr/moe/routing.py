@@ -8,6 +8,7 @@ Shapes are static: an unused or invalid pair has ``expert == num_experts`` and i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -56,6 +57,8 @@ class Routing:
         top_k: experts a token may choose.
         tokens_choose: False where experts pick tokens and the pairs are all of [T, E].
         fixed_k: False where a token asks for any number of experts.
+        counters: what the router counted while it chose, by name, for its own learners: summable
+            over micro-batches and ranks.
     """
 
     token: Tensor
@@ -70,6 +73,7 @@ class Routing:
     top_k: int
     tokens_choose: bool = True
     fixed_k: bool = True
+    counters: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:

@@ -153,7 +153,8 @@ class Router(_KeptFromDecay):
         routing = self.choose(scores, inputs)
         if routing.tokens_choose:
             return routing
-        best = self.choose_alone(scores, inputs).expert.view(routing.num_tokens, -1)
+        best = self.choose_alone(scores, inputs).expert
+        best = best.view(routing.num_tokens, len(best) // max(routing.num_tokens, 1))
         best = F.pad(best, (0, self.num_experts - best.shape[1]), value=self.num_experts)
         expert = torch.where(tokens_choose, best, routing.expert.view_as(best))
         return replace(self.routing_of(scores, expert, inputs), tokens_choose=False)
