@@ -117,7 +117,7 @@ def test_imports_at_load_are_torch_and_the_layer(path: Path) -> None:
 
 
 def test_old_texts_mean_what_they_meant() -> None:
-    for name in ROUTERS:
+    for name in (name for name in ROUTERS if ROUTERS[name].__module__.startswith("etr.moe.")):
         assert options_of(name) == {"router": name}
         assert options_of(f"{name}:seed=3") == {"router": f"{name}:seed=3"}
 

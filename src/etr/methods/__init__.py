@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from etr.methods import (
     baseline,
+    bip,
+    dynamic_top_p,
     etr,
     etr_paper,
     expert_choice,
+    global_balance,
     hash,
     locmoe,
     loss_free_balance,
@@ -30,6 +33,9 @@ METHODS: dict[str, Card] = {
     "expert_choice": expert_choice.CARD,
     "hash": hash.CARD,
     "locmoe": locmoe.CARD,
+    "dynamic_top_p": dynamic_top_p.CARD,
+    "global_balance": global_balance.CARD,
+    "bip": bip.CARD,
 }
 """Cards by name."""
 

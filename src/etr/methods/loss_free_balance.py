@@ -1,4 +1,7 @@
-"""Load balance without a loss: a selection bias that moves once a step (arXiv 2408.15664)."""
+"""Load balance without a loss: a selection bias that moves once a step (arXiv 2408.15664).
+
+What moves it is `bias_update` of `TokenChoice`, in three forms (arXiv 2512.03915).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ CARD = Card(
     name="loss_free_balance",
     title="Auxiliary-loss-free load balancing",
     summary="sigmoid gates, and a selection bias that moves against the load; no balance loss",
-    paper="2408.15664",
+    paper="2408.15664, 2512.03915",
     level="model",
     branch="training",
     rows=(Row(table=ROUTERS, kind=TokenChoice),),
@@ -17,7 +20,11 @@ CARD = Card(
     moves=("loss", "load"),
     claim=(
         "Where one of 8 experts is the favourite of all tokens, the bias alone brings MaxVio from "
-        "over 2 to under 0.25, and combine weights are those of the scores without it."
+        "over 2 to under 0.25, in each of its three forms, and combine weights are those of the "
+        "scores without it."
     ),
-    departs="The capacity is the router's own here; the paper drops no token.",
+    departs=(
+        "The capacity is the router's own here; the paper drops no token. The published step is by "
+        "sign; bias_update=proportional and decaying are those of its theory."
+    ),
 )
