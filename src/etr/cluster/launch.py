@@ -10,12 +10,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO
 
 from etr.cluster.network import INTERFACE, Network, NetworkConfig, network
 
 PORT = 29400
 """Port of the rendezvous on node 0."""
+AGENT = str(Path(__file__).with_name("agent.py"))
+"""Started as a file, so that an agent does not wait for the library."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +110,7 @@ def _start(
     command = [argument.replace("$", "$$") for argument in command]
     inside = ("ip", "netns", "exec", net.nodes[node])
     return subprocess.Popen(
-        [*inside, sys.executable, "-m", "etr.cluster.agent", *launcher, *command],
+        [*inside, sys.executable, "-P", AGENT, *launcher, *command],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
