@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from etr.cluster import why_unavailable
+from etr.cluster.bench import run as bench_run
 from etr.cluster.bench.book import local_share
 from etr.cluster.bench.page import page
 from etr.cluster.bench.plan import (
@@ -39,8 +40,7 @@ CURVE = {"line": LINE, "within": LINE, "between": LINE}
 def test_every_row_can_be_built(name):
     parse_dispatcher(ROWS[name].dispatch)
     assert name in (*OWN_TEXT, *MIXED_TEXT)
-    run = FULL.run_of("2x2", "own", name, 0)
-    FULL.training(run, "somewhere").model.moe_config()
+    FULL.training(FULL.run_of("2x2", "own", name, 0), "somewhere").model.moe_config()
 
 
 def test_training_that_nodes_do_not_change_is_done_once():
@@ -170,15 +170,16 @@ def test_the_page_is_what_its_results_say():
 @pytest.mark.skipif(
     why_unavailable() is not None, reason=f"no cluster can be emulated: {why_unavailable()}"
 )
-def test_the_whole_path_and_that_nothing_runs_twice(tmp_path):
-    config = dataclasses.replace(
-        SMOKE, out=str(tmp_path), variants=("baseline", "etr-published", "sharded")
-    )
+def test_the_whole_path_and_that_nothing_runs_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_run, "CURVE_SIZES", (1 << 16, 1 << 20))
+    variants = ("baseline", "etr-published", "sharded")
+    config = dataclasses.replace(SMOKE, out=str(tmp_path), steps=4, variants=variants)
     lines: list[str] = []
     assert bench(config, lines.append) == 0
     found = results(tmp_path)
     assert len(found["trained"]) == len(config.runs())
     assert {one["variant"] for one in found["timed"]} == set(config.variants)
+    assert found["curves"]["2x2"]["sizes"] == list(bench_run.CURVE_SIZES)
     assert all(one["bytes_between_nodes"] > 0 for one in found["timed"])
     assert "baseline" in (tmp_path / "cluster.md").read_text()
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/**/*.json")}

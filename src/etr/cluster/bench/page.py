@@ -7,6 +7,7 @@ from typing import Any
 
 from etr.cluster.bench.book import Book, MeasuredRow, average, with_interval
 from etr.cluster.bench.plan import (
+    CURVE_SIZES,
     EMULATED,
     MAIN_ROWS,
     RANKS,
@@ -217,7 +218,8 @@ def _network(book: Book) -> str:
     if not rows:
         return ""
     return (
-        "## The network as measured\n\nFitted to messages of 64 KiB to 8 MiB. What fits into "
-        "buffers of sockets and into a bucket's burst passes at full speed, so that short messages "
+        "## The network as measured\n\nFitted to messages of "
+        f"{CURVE_SIZES[0] >> 10} KiB to {CURVE_SIZES[-1] >> 20} MiB. What fits into buffers "
+        "of sockets and into a bucket's burst passes at full speed, so that short messages "
         "look faster than the rate that is kept.\n\n"
     ) + table(("shape", "what", "latency (ms)", "rate (Mbit/s)"), rows)

@@ -20,6 +20,8 @@ TextKind = Literal["own", "mixed"]
 EMULATED, REAL = "emulated", "real"
 PADDED, PLAIN = "all_to_all_padded", "all_to_all"
 CHUNKED = "chunked:all_to_all,chunks=4"
+CURVE_SIZES = (1 << 16, 1 << 18, 1 << 20, 1 << 23)
+"""Bytes of the messages that measure the network; the last are beyond bursts and buffers."""
 _SHAPES = {"2x2": 2, "4x1": 4}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from etr.cluster.bench.page import page
-from etr.cluster.bench.plan import BenchConfig, BenchRun
+from etr.cluster.bench.plan import CURVE_SIZES, BenchConfig, BenchRun
 from etr.cluster.bench.training import train_missing
 from etr.cluster.launch import EmulatedCluster, emulate
 from etr.cluster.network import why_unavailable
@@ -76,6 +76,7 @@ def _time_shape(config: BenchConfig, shape: str, out: Path, say: Callable[[str],
         "jobs": jobs,
         "layers": {run.name: _layer(out, run) for run in config.runs()},
         "curve": None if curve.exists() else str(curve),
+        "sizes": CURVE_SIZES,
     }
     path = out / f".plan-{shape}.json"
     write_json(path, plan)

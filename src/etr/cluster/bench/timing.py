@@ -54,8 +54,7 @@ def main(arguments: list[str]) -> None:
         add_sleeping_experts(emulated_at(other), bench.seconds_per_row(other))
     topology = Topology.from_environment()
     if plan["curve"]:
-        sizes = (1 << 16, 1 << 18, 1 << 20, 1 << 23)  # the last is beyond bursts and buffers
-        curve = measure_curve(MeasureConfig(sizes=sizes))
+        curve = measure_curve(MeasureConfig(sizes=tuple(plan["sizes"])))
         if dist.get_rank() == 0:
             write_json(Path(plan["curve"]), curve.to_dict())
     layers = {name: MoEConfig.from_dict(values) for name, values in plan["layers"].items()}
