@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import MixtralConfig
 from etr.data import BYTE_VOCAB_SIZE, DataConfig, OpenedData
 from etr.hf import EtrConfig, EtrForCausalLM
 from etr.moe import moe_layers
+from etr.recipes import recover as recover_recipe
 from etr.recipes.recover import STAGES, RecoverRecipe, page, run
 from etr.train.recover import MEASURED_AT, RecoverConfig, recover
 
@@ -94,8 +96,11 @@ def test_bad_input_is_refused(data: OpenedData, data_config: DataConfig) -> None
         config(data_config, steps=-1)
 
 
-@pytest.mark.slow
-def test_the_worked_example(data_config: DataConfig, tmp_path: Path) -> None:
+def test_the_worked_example(
+    data_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = functools.partial(RecoverConfig, calibration_batches=2)
+    monkeypatch.setattr(recover_recipe, "RecoverConfig", few)
     recipe = RecoverRecipe(
         out=str(tmp_path),
         data=data_config,
