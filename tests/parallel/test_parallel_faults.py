@@ -12,7 +12,7 @@ from benchmarks import faults
 from benchmarks.faults import END, PAGE, Outcome, killed, spoiled, table, undisturbed
 from benchmarks.faults_worker import MESSAGE
 
-STEPS = 20
+STEPS, KILL_AFTER = 14, 7
 
 pytestmark = [
     pytest.mark.faults,
@@ -27,6 +27,7 @@ def short() -> Iterator[None]:
     """Shorter runs than those of the page."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(faults, "STEPS", STEPS)
+        patched.setattr(faults, "KILL_AFTER", KILL_AFTER)
         yield
 
 
