@@ -14,6 +14,7 @@ from etr.cli import VERBS, main
 from etr.cli.methods import field_notes
 from etr.methods import METHODS
 from etr.recipes import smoke
+from etr.report import FIGURES
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
 
@@ -96,7 +97,9 @@ def test_calibrate_writes_a_copy(run, options, tmp_path, capsys):
     assert not list(tmp_path.glob(".tmp*"))
 
 
-def test_compare_and_report(options, size, tmp_path, capsys):
+def test_compare_and_report(options, size, tmp_path, monkeypatch, capsys):
+    # The demo draws all figures of its runs.
+    monkeypatch.setattr("etr.report.figures.FIGURES", FIGURES[:3])
     out = tmp_path / "compare"
     arguments = ["--variants", "baseline", "etr", "--out", str(out), *options, *size]
     assert main(["compare", *arguments]) == 0

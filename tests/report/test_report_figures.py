@@ -138,7 +138,7 @@ def test_results_without_anything_skip_every_figure_with_a_reason(tmp_path: Path
 
 
 def test_names_with_marks_of_formulas_and_markup_are_drawn(tmp_path: Path) -> None:
-    content = make_results(tmp_path, seeds=1, steps=3, variants=2)
+    content = make_results(tmp_path, seeds=1, steps=3, variants=2, layers=1)
     name = '$a$b$ <b>&" #0067b1 id='
     content["rows"][1]["name"] = name
     for figure in draw_figures(load_results(content, metrics_root=tmp_path)):

@@ -70,7 +70,7 @@ def test_backticks_are_bold_in_a_terminal() -> None:
     ]
 
 
-def test_alarms_and_their_commands_on_the_page(tmp_path: Path) -> None:
+def test_alarms_and_their_commands_on_the_page(tmp_path: Path, few: int) -> None:
     content = make_results(tmp_path, seeds=1, steps=8, variants=1, layers=1)
     path, row = write_results(tmp_path, content), content["rows"][0]
     with (tmp_path / row["metrics"]).open("a") as file:
