@@ -24,7 +24,7 @@ METHOD, OWN, TEST = "src/etr/methods/cosine.py", "my_method.py", "tests/methods/
 CONFORMANCE = ("tests/conformance/test_conformance_reference.py",)
 """What is run for the copy: values and gradients against plain loops, in every cell. Other files
 read the same cells, and would take minutes."""
-LEAST_TESTS = 25
+LEAST_TESTS = 15
 """Far fewer than there are: what would be left if the suite stopped reading the tables."""
 
 

@@ -54,7 +54,8 @@ def test_every_router_can_be_diagnosed(make_config, data, router):
     for layer, values in zip(moe_layers(model), row["layers"], strict=True):
         counts = torch.tensor(values["domain_expert"])
         assert counts.shape == (2, 4)
-        assert int(counts.sum()) == tokens  # top_k is 1
+        most = 1 if layer.traits.fixed_k else 4  # top_k is 1
+        assert tokens <= int(counts.sum()) <= most * tokens
         assert 0 <= values["mutual_information_bits"] <= 1
         similarity = torch.tensor(values["expert_similarity"])
         torch.testing.assert_close(similarity, similarity.T)

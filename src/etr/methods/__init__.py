@@ -6,37 +6,29 @@ name stands for all its options, in ``--router NAME`` and as a row of a comparis
 
 from __future__ import annotations
 
-from etr.methods import (
-    baseline,
-    bip,
-    dynamic_top_p,
-    etr,
-    etr_paper,
-    expert_choice,
-    global_balance,
-    hash,
-    locmoe,
-    loss_free_balance,
-    token_choice,
-)
+from importlib import import_module
+
 from etr.methods.card import BRANCHES, Card, Row
 from etr.methods.own import import_file, told_to_import
 from etr.moe.routers import ROUTERS
 from etr.table import check_name
 
-METHODS: dict[str, Card] = {
-    "etr": etr.CARD,
-    "etr_paper": etr_paper.CARD,
-    "baseline": baseline.CARD,
-    "token_choice": token_choice.CARD,
-    "loss_free_balance": loss_free_balance.CARD,
-    "expert_choice": expert_choice.CARD,
-    "hash": hash.CARD,
-    "locmoe": locmoe.CARD,
-    "dynamic_top_p": dynamic_top_p.CARD,
-    "global_balance": global_balance.CARD,
-    "bip": bip.CARD,
-}
+SHELF = (
+    "etr",
+    "etr_paper",
+    "baseline",
+    "token_choice",
+    "loss_free_balance",
+    "expert_choice",
+    "hash",
+    "locmoe",
+    "dynamic_top_p",
+    "global_balance",
+    "bip",
+)
+"""Files of this folder, each a method of its name, in the order in which pages list them."""
+
+METHODS: dict[str, Card] = {name: import_module(f"{__name__}.{name}").CARD for name in SHELF}
 """Cards by name."""
 
 
