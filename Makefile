@@ -28,7 +28,7 @@ $(VENV)/.all: $(VENV)/.train
 	$(INSTALL) --no-build-isolation --editable '.[all,dev]'
 	touch $@
 
-demo: $(VENV)/.train  ## train and compare four routers on built-in text, with a report
+demo: $(VENV)/.train  ## train and compare two routers on built-in text, a minute, with a report
 	$(BIN)/etr demo
 
 test: $(VENV)/.all  ## all tests
@@ -82,7 +82,7 @@ study-smoke: $(VENV)/.train  ## the whole path of the study on a few steps
 	$(BIN)/etr study --smoke --out runs/study-smoke
 
 results: $(VENV)/.train  ## regenerate docs/results/demo.md and its picture (two seeds)
-	$(BIN)/etr demo --out runs/results --seeds 0 1 --markdown docs/results/demo.md
+	$(BIN)/etr demo --full --out runs/results --seeds 0 1 --markdown docs/results/demo.md
 	$(BIN)/etr report runs/results --figures
 	cp runs/results/figures/loss-by-steps.svg docs/images/demo-loss.svg
 	cp runs/results/results.json docs/results/demo.json

@@ -8,7 +8,7 @@ import sys
 from importlib.metadata import version
 
 VERBS = {
-    "demo": "compare baseline, LocMoE, published ETR and ETR on built-in text, with a report",
+    "demo": "compare baseline and ETR on built-in text in a minute; --full: four routers",
     "train": "train a language model",
     "consolidate": "make one model of a checkpoint that many ranks wrote",
     "compare": "train several routers on the same work and report",
@@ -68,5 +68,9 @@ def _help() -> str:
     width = max(map(len, VERBS))
     lines = [f"  {verb:{width}}  {what}" for verb, what in VERBS.items()]
     return "\n".join(
-        ["usage: etr VERB [options]   (etr VERB --help lists the options)", "", *lines]
+        [
+            "usage: etr VERB [options]   (etr VERB --help: main options, --help-all: all of them)",
+            "",
+            *lines,
+        ]
     )

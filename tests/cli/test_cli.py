@@ -11,7 +11,7 @@ import pytest
 
 import etr
 from etr.cli import VERBS, main
-from etr.cli.methods import field_notes
+from etr.field_notes import field_notes
 from etr.methods import METHODS
 from etr.recipes import smoke
 from etr.report import FIGURES
@@ -110,21 +110,37 @@ def test_compare_and_report(options, size, tmp_path, monkeypatch, capsys):
     assert "report:" in capsys.readouterr().out
 
 
-def test_demo_ends_with_table_report_and_sample(text, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("full", [False, True])
+def test_demo_ends_with_table_report_and_sample(full, text, tmp_path, monkeypatch, capsys):
     import etr.cli.demo
 
     small = smoke(str(tmp_path / "demo"))
     data = replace(small.run.data, data=(str(text),), cache_dir=str(tmp_path / "cache"))
     small = replace(small, run=replace(small.run, data=data))
-    monkeypatch.setattr(etr.cli.demo, "demo", lambda out, seeds: replace(small, seeds=seeds))
+    recipe = "demo" if full else "quick_demo"
+    monkeypatch.setattr(etr.cli.demo, recipe, lambda out, seeds: replace(small, seeds=seeds))
     page = tmp_path / "docs" / "demo.md"
     arguments = ["--out", str(tmp_path / "demo"), "--markdown", str(page), "--prompt", "one"]
-    assert main(["demo", *arguments]) == 0
+    assert main(["demo", *(["--full"] if full else []), *arguments]) == 0
     out = capsys.readouterr().out
     assert "MaxVio" in out
     assert str(tmp_path / "demo" / "report.html") in out
     assert "ETR continues 'one':" in out
     assert "no curves" not in page.read_text()
+    assert ("etr demo --full\n" if full else "etr demo\n") in page.read_text()
+    assert ("It cannot say which router" in out) == (not full)
+
+
+def test_the_demo_has_its_folders_apart(monkeypatch):
+    import etr.cli.demo
+
+    found = []
+    for recipe in ("demo", "quick_demo"):
+        monkeypatch.setattr(etr.cli.demo, recipe, lambda out, seeds: found.append((out, seeds)))
+    monkeypatch.setattr(etr.cli.demo, "run_comparison", lambda *arguments: None)
+    assert main(["demo"]) == 130
+    assert main(["demo", "--full", "--seeds", "0", "1"]) == 130
+    assert found == [("runs/demo", (0,)), ("runs/demo-full", (0, 1))]
 
 
 def test_methods_lists_every_row_within_the_terminal(capsys, monkeypatch):
@@ -166,16 +182,6 @@ def test_methods_shows_options(name, capsys):
         for field in () if kind is None else fields(kind):
             assert f"{field.name} = " in out
             assert field_notes(kind)[field.name]
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help(verb, capsys):
-    try:
-        code = main([verb, "--help"])
-    except SystemExit as end:
-        code = end.code
-    assert code == 0
-    assert f"etr {verb}" in capsys.readouterr().out
 
 
 def test_help_lists_verbs(capsys):

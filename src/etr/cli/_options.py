@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from typing import Any, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import tyro
 
+from etr.cli._short_help import description, main_options
 from etr.import_option import Imports
 from etr.methods import METHODS, options_of
 
 T = TypeVar("T")
+Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+Target = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,31 +70,55 @@ USUAL = {
 """What other programs call an option, to what it is called here."""
 
 
+HELP_OPTIONS = {"-h", "--help", "--help-all"}
+FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalMetavarFromFieldName)
+"""Options without the names of the configs that they are nested in, positionals by name."""
+
+
 def parse(kind: type[T], verb: str, arguments: list[str], default: T | None = None) -> T:
     """Read a dataclass from the command line; nested fields are flat options.
+
+    ``--help`` shows the main options and ends the program, ``--help-all`` shows all of them.
 
     Args:
         kind: the dataclass.
         verb: name of the verb.
         arguments: of the command line.
         default: where options that are not named come from; the dataclass's own by default.
-
     Raises:
         ValueError: an option that other programs have and this verb has under another name.
     """
+    if not HELP_OPTIONS.isdisjoint(arguments):
+        _show_help(kind, verb, arguments, default)
     known = _names(kind)
     for argument in arguments:
         name = argument.removeprefix("--").partition("=")[0].replace("_", "-")
         usual = USUAL.get(name) if argument.startswith("--") and name not in known else None
         if usual is not None and usual.split()[0].removeprefix("--") in known:
             raise ValueError(f"there is no option --{name}; use {usual}")
+    words = _with_methods(verb, arguments, known) if "router" in known else arguments
     return tyro.cli(
         kind,
         prog=f"etr {verb}",
-        args=_with_methods(verb, arguments, known) if "router" in known else arguments,
-        config=(tyro.conf.OmitArgPrefixes,),
+        args=words,
+        config=FLAT,
         default=tyro.MISSING_NONPROP if default is None else default,
     )
+
+
+def _show_help(kind: type[T], verb: str, arguments: list[str], default: T | None) -> NoReturn:
+    shown: Any = kind
+    words = ["--help" if word in HELP_OPTIONS else word for word in arguments]
+    if dataclasses.is_dataclass(kind):  # others have parts, which the words choose from
+        words = ["--help"]
+        if short := "--help-all" not in arguments:
+            shown, default = main_options(kind, verb, default), None
+    else:
+        short = False
+    print(description(kind, verb, short=short))
+    start = tyro.MISSING_NONPROP if default is None else default
+    tyro.cli(shown, prog=f"etr {verb}", args=words, description="", config=FLAT, default=start)
+    raise SystemExit(0)
 
 
 def _with_methods(verb: str, arguments: list[str], known: set[str]) -> list[str]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from etr.cli._options import parse
+from etr.cli._options import HELP_OPTIONS, parse
+from etr.cli._short_help import HELP
 from etr.cluster import EmulatedCluster, emulate, remove_leftovers
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ _PARTS = {
 def run(arguments: list[str]) -> int:
     """Run one part of the verb."""
     part, *rest = arguments or ["--help"]
-    if part in ("-h", "--help"):
+    if part in HELP_OPTIONS:
         print(_help())
         return 0
     if part not in _PARTS:
@@ -133,4 +134,5 @@ def _clean(arguments: list[str]) -> int:
 
 def _help() -> str:
     lines = [f"  {part:8} {what}" for part, what in _PARTS.items()]
-    return "\n".join(["usage: etr cluster PART [options]", "", *lines])
+    example = f"Example: {HELP['cluster'].example}"
+    return "\n".join([example, "", "usage: etr cluster PART [options]", "", *lines])

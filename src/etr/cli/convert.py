@@ -6,14 +6,13 @@ import dataclasses
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
-from etr.cli._options import WithImports, parse
+from etr.cli._options import Source, Target, WithImports, parse
 from etr.cli._progress import bytes_progress
 from etr.cli._tables import make_table
 from etr.cli._text import OnText, arguments_of
@@ -35,9 +34,9 @@ HELD_OUT_TOKENS = 4096
 class ConvertConfig(OnText, WithImports):
     """Which folder to convert, and into what."""
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Source
     """Model folder with safetensors, of a known family or of this library."""
-    target: Annotated[str, tyro.conf.Positional]
+    target: Target
     """New folder."""
     router: Literal["keep", "etr"] = "keep"
     """keep: the same function as before. etr: orthonormal directions in the place of the learned

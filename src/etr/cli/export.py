@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from torch import Tensor
 from torch.nn import functional as F
 
 from etr.cli._model import open_model
 from etr.cli._of_run import parse_with_text
-from etr.cli._options import WithImports
+from etr.cli._options import Source, Target, WithImports
 from etr.cli._progress import bytes_progress
 from etr.data import IGNORED, Batch, DataConfig, open_data
 from etr.evaluate.held_out import effective_selection
@@ -29,9 +28,9 @@ from etr.train.folders import making
 class ExportConfig(WithImports):
     """Which model to export, and where to."""
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Source
     """Checkpoint, or a run's folder."""
-    target: Annotated[str, tyro.conf.Positional]
+    target: Target
     """New folder."""
     data: DataConfig = field(default_factory=DataConfig)
     """Text by which norms, losses and the difference of logits are measured; its held-out part is

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
-import itertools
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +16,7 @@ from rich.text import Text
 
 from etr.cli._options import WithImports, parse
 from etr.cli._tables import make_table
+from etr.field_notes import field_notes
 from etr.files import write_text
 from etr.methods import METHODS, Card
 from etr.moe import CAPACITIES, ROUTERS, support_table
@@ -108,21 +106,6 @@ def _show_options(console: Console, kind: Any) -> None:
         console.print(Text(f"  {field.name} = {default!r}"))
         console.print(Padding(Text(notes.get(field.name, "")), (0, 0, 0, 6)))
     console.print()
-
-
-def field_notes(kind: type) -> dict[str, str]:
-    """What the line under each field of a config says."""
-    notes: dict[str, str] = {}
-    for owner in reversed([c for c in kind.__mro__ if dataclasses.is_dataclass(c)]):
-        (body,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
-        assert isinstance(body, ast.ClassDef)
-        for field, text in itertools.pairwise(body.body):
-            if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
-                continue
-            match text:
-                case ast.Expr(value=ast.Constant(value=str(said))):
-                    notes[field.target.id] = " ".join(said.split())
-    return notes
 
 
 def method_tables() -> list[Table]:

@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from etr.cli._options import WithImports, parse
+from etr.cli._options import Source, Target, WithImports, parse
 from etr.cli._progress import bytes_progress
 from etr.cli._text import OnText, arguments_of, print_made
 from etr.data import open_data
@@ -27,9 +27,9 @@ class TransformArguments(OnText, WithImports):
 
     name: Annotated[str, tyro.conf.Positional]
     """Transform, perhaps with options: renumber."""
-    source: Annotated[str, tyro.conf.Positional]
+    source: Source
     """Model folder with safetensors, of this library or of a known family."""
-    target: Annotated[str, tyro.conf.Positional]
+    target: Target
     """New folder."""
     plan: str | None = None
     """JSON file with the plan: of etr plan for renumber, else transform.json of an earlier result,

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from etr.cli._options import WithImports, parse
+from etr.cli._options import Source, Target, WithImports, parse
 from etr.cli._progress import bytes_progress
 from etr.cli._text import print_made
 from etr.hf.upcycle import UpcycleConfig, upcycle
@@ -20,9 +17,9 @@ from etr.train.folders import making
 class UpcycleArguments(UpcycleConfig, WithImports):
     """Which model to upcycle, and into what."""
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Source
     """Folder of a dense Llama, Mistral, Qwen2 or Qwen3 model with safetensors."""
-    target: Annotated[str, tyro.conf.Positional]
+    target: Target
     """New folder."""
     max_shard_bytes: int = 4 * 10**9
     """Size from which a new file of weights begins."""

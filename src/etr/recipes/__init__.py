@@ -1,5 +1,5 @@
 """Recipes: functions that return configs."""
 
-from etr.recipes.demo import demo, smoke
+from etr.recipes.demo import demo, quick_demo, smoke
 
-__all__ = ["demo", "smoke"]
+__all__ = ["demo", "quick_demo", "smoke"]
