@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-WITHOUT = ("-p", "no:xdist")
+OPTIONS = ("--measured", "--timeout=3600", "-p", "no:xdist")
 
 
 class Outcomes:
@@ -41,7 +41,7 @@ def main() -> int:
     from etr.report.criteria import RECORD, record_of
 
     outcomes = Outcomes()
-    code = pytest.main([str(ROOT / "tests/methods"), "--measured", *WITHOUT], plugins=[outcomes])
+    code = pytest.main([str(ROOT / "tests/methods"), *OPTIONS], plugins=[outcomes])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         return int(code)
     passed = {name: outcomes.passed(name) for name in METHODS}

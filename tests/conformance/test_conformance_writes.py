@@ -55,7 +55,7 @@ def in_mode(layer: MoE, training: bool) -> MoE:
 
 
 def train(layer: MoE, num_steps: int) -> None:
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
     attachment = attach(layer, optimizer, num_steps)
     for _ in range(num_steps):
         output = layer(tokens(64), context(64))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from layouts import LAYOUTS, Batch, Layout, parallel
-from test_conformance_losses import ROWS, OwnCoupling
+from test_conformance_losses import ROWS, OwnCoupling, router_of
 from torch import Tensor
 
 from etr.moe import (
@@ -33,7 +33,7 @@ MASKS = {
     "none at all": torch.zeros(WORLD, T, dtype=torch.bool),
 }
 LOSSES: dict[str, Any] = {
-    **{getattr(row, "mode", row.name): (row,) for row in ROWS if row.counts_ranks},
+    **{getattr(row, "mode", str(row)): (row,) for row in ROWS if row.counts_ranks},
     "of experts": (OwnCoupling(weight=0.5),),
     "all": LossConfig(aux_mode="ranks", z_beta=0.1, locality_mu=0.5),
 }
@@ -58,13 +58,13 @@ def tokens() -> Tensor:
     return x
 
 
-def layer_of(losses: Any, capacity: Any = "none", router: str = "token_choice") -> MoE:
+def layer_of(losses: Any, capacity: Any = "none", router: str | None = None) -> MoE:
     torch.manual_seed(3)
     config = MoEConfig(
         hidden_size=H,
         intermediate_size=4,
         num_experts=E,
-        router=router,
+        router=router or router_of(losses),
         capacity=capacity,
         losses=losses,
     )

@@ -29,7 +29,7 @@ from etr.moe.routing import Limit, Routing
 H, E = 16, 4
 
 
-STEP = Step(counters={}, affinity_p99=torch.zeros(()), number=torch.tensor(1))
+STEP = Step(counters={}, layers=(), affinity_p99=torch.zeros(()), number=torch.tensor(1))
 
 
 def routing_of(num_tokens: int, top_k: int = 1, num_valid: int | None = None) -> Routing:

@@ -70,7 +70,9 @@ def test_the_selection_bias_moves_towards_an_even_load(update: str, want: list[f
     selection = config.build(H, 4, 1).selection
     assert isinstance(selection, SelectionBias)
     counters = {"num_choices_per_expert": torch.tensor([5, 1, 2, 0])}
-    step = Step(counters=counters, affinity_p99=torch.zeros(()), number=torch.tensor(4))
+    step = Step(
+        counters=counters, layers=[counters], affinity_p99=torch.zeros(()), number=torch.tensor(4)
+    )
     selection.after_step(step)
     torch.testing.assert_close(selection.bias, torch.tensor(want))
     assert selection.moves == (update != "none")

@@ -64,8 +64,9 @@ class MoEConfig(LayerOptions):
         """How combine weights are normalised."""
         if self.normalize is not None:
             return self.normalize
-        one = self._one_expert or not self.router_config.traits.tokens_choose
-        return "none" if one else "chosen"
+        traits = self.router_config.traits
+        one = self._one_expert or not traits.tokens_choose
+        return traits.normalize or ("none" if one else "chosen")
 
     @property
     def most_choices(self) -> int:

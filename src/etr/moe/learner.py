@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,11 +31,13 @@ class Step:
 
     Args:
         counters: of the layer, by name, summed over micro-batches and ranks.
+        layers: those of every layer of the model that ran, in its order, for what layers share.
         affinity_p99: 99th percentile of the step's chosen scores, float32 [].
         number: optimizer steps that the layer has done, with this one, int64 [].
     """
 
     counters: dict[str, Tensor]
+    layers: Sequence[dict[str, Tensor]]
     affinity_p99: Tensor
     number: Tensor
 

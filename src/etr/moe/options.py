@@ -31,8 +31,8 @@ class LayerOptions:
     rank_by: RankBy | None = None
     """Whom experts drop first: the lowest score, or the latest position. None: the router's own."""
     normalize: Normalize | None = None
-    """Divide combine weights by their sum over the token's chosen or kept experts. None: 'none'
-    for top_k 1 or where experts choose, else 'chosen'."""
+    """Divide combine weights by their sum over the token's chosen or kept experts. None: the
+    router's own, else 'none' for top_k 1 or where experts choose, and 'chosen' otherwise."""
     losses: Losses = field(default_factory=LossConfig)
     """What is added to the loss: weights, rows of LOSSES, or their text, such as
     balance:mode=running,z:weight=1e-3."""

@@ -54,11 +54,12 @@ def after_step(model: nn.Module, group: ProcessGroup | None = None) -> list[dict
     found = [layer.pending for layer in layers]
     if group is not None:
         found = _reduced(found, group)
+    ran = [stats for stats in found if stats]
     for layer, stats in zip(layers, found, strict=True):
         layer.pending = {}
         layer.unlearned.learned()
         if stats:
-            _learn(layer, stats)
+            _learn(layer, stats, ran)
     return found
 
 
@@ -215,9 +216,9 @@ def _add_dimensions(optimizer: Optimizer) -> None:
                 state[name] = state[name].reshape(1)
 
 
-def _learn(layer: MoE, stats: dict[str, Tensor]) -> None:
+def _learn(layer: MoE, stats: dict[str, Tensor], ran: list[dict[str, Tensor]]) -> None:
     p99, number = layer.calibration.affinity_p99, layer.state.step + 1
-    step = Step(counters=stats, affinity_p99=p99, number=number)
+    step = Step(counters=stats, layers=ran, affinity_p99=p99, number=number)
     for learner in layer.learners():
         learner.after_step(step)
 

@@ -26,6 +26,7 @@ AuxMode = Literal["micro", "ranks", "running", "previous"]
 _LACKS = {
     "has_probs": "router {} has no probabilities, so the loss is undefined",
     "has_scores": "router {} has no scores, so the loss is undefined",
+    "sparse_gates": "gates of router {} are not 0 where closed, so the loss is undefined",
     "has_cosine": "scores of router {} are not cosines, so the loss is undefined",
     "tokens_choose": "in router {} experts choose, so the load is even by construction",
 }

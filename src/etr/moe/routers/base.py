@@ -14,7 +14,7 @@ from etr.moe.checked import check_types
 from etr.moe.context import Replay, RouterInput
 from etr.moe.routing import Routing, Scores
 from etr.moe.score_scale import OddsScale, ScoreScale
-from etr.moe.select import ExpertPool, RankBy, token_pairs, top_experts
+from etr.moe.select import ExpertPool, Normalize, RankBy, token_pairs, top_experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +28,13 @@ class RouterTraits:
         tokens_choose: tokens ask for experts; False where experts pick among all tokens.
         fixed_k: a token asks for `top_k` experts; False where its scores say for how many, and
             `top_k` is what capacities and reports expect.
+        normalize: how combine weights are normalised where no option says so; None: as
+            `LayerOptions.normalize` has it.
         has_scores: gives selection scores, so choosers can be ranked and thresholds calibrated.
         has_probs: gives a distribution over experts, so a balance loss is defined.
         has_cosine: scores are cosines, so the capacity lower bound applies.
+        sparse_gates: gates are 0 where a token does not take the expert, and a loss on them, which
+            the router's `pressure` weighs, closes more.
         rank_by: orders in which experts may fill up; the first is the default.
         expert_pool: whom experts rank: their choosers, or all tokens.
         default_capacity: policy used when none is named, perhaps with options.
@@ -44,9 +48,11 @@ class RouterTraits:
     fixed_load: bool = False
     tokens_choose: bool = True
     fixed_k: bool = True
+    normalize: Normalize | None = None
     has_scores: bool = True
     has_probs: bool = True
     has_cosine: bool = False
+    sparse_gates: bool = False
     rank_by: tuple[RankBy, ...] = ("score", "position")
     expert_pool: ExpertPool = "choosers"
     default_capacity: str = "factor"
