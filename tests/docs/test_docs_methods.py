@@ -8,7 +8,7 @@ import pytest
 from markdown_blocks import ROOT
 
 from etr.files import read_json
-from etr.methods import METHODS, Card
+from etr.methods import BRANCHES, METHODS, Card
 from etr.report import criteria
 from etr.report.methods import methods_page, taxonomy
 
@@ -60,6 +60,37 @@ def test_counts_by_branch_add_up() -> None:
     levels = [int(count) for level, _, count, _ in cells if level.strip()]
     branches = [int(count) for level, _, count, _ in cells if not level.strip()]
     assert sum(levels) == sum(branches) == len(METHODS)
+
+
+def test_the_worked_taxonomy() -> None:
+    """A card of dynamic routing, of load balancing, of offloading, of quantization: two rows of the
+    model's level, two of the system's, none of hardware's; a tag that is not of the set is refused,
+    with the allowed ones."""
+    tags = {
+        "blocks": ("model", "dynamic routing"),
+        "tuner": ("system", "load balancing"),
+        "flow": ("system", "offloading and caching"),
+        "quantized": ("model", "quantization"),
+    }
+
+    def card(name: str, level: str, branch: str) -> Card:
+        words = {"title": name, "summary": name, "claim": "1.", "options": {"router": "hash"}}
+        return Card(name=name, level=level, branch=branch, **words)
+
+    cards = [card(name, *tag) for name, tag in tags.items()]
+    cells = [line.split("|")[1:-1] for line in taxonomy(cards).splitlines()[2:]]
+    counts = {level.strip(" *"): int(count) for level, _, count, _ in cells if level.strip()}
+    assert counts == {"model": 2, "system": 2, "hardware": 0}
+    assert [which.strip(" `") for level, _, _, which in cells if not level.strip()] == [
+        "quantized",
+        "blocks",
+        "tuner",
+        "flow",
+    ]
+    for name, (level, _) in tags.items():
+        with pytest.raises(ValueError, match=f"card '{name}': branch='' must be one of ") as error:
+            card(name, level, "")
+        assert all(branch in str(error.value) for branch in BRANCHES[level])
 
 
 def test_an_installed_copy_knows_no_record(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from etr.methods import BRANCHES, METHODS, Card
 from etr.moe import CAPACITIES, ROUTERS, support_table
@@ -94,14 +94,18 @@ def _claims(cards: Iterable[Card]) -> Iterable[str]:
         )
 
 
-def taxonomy() -> str:
-    """Methods by level and branch, in Markdown; the counts add up to the number of methods."""
+def taxonomy(cards: Collection[Card] = METHODS.values()) -> str:
+    """Methods by level and branch, in Markdown; the counts add up to the number of methods.
+
+    Args:
+        cards: which; those of the shelf.
+    """
     rows: list[tuple[object, ...]] = []
     for level, branches in BRANCHES.items():
-        cards = [card for card in METHODS.values() if card.level == level]
-        rows.append((f"**{level}**", "", len(cards), ""))
+        found = [card for card in cards if card.level == level]
+        rows.append((f"**{level}**", "", len(found), ""))
         for branch in branches:
-            names = [f"`{card.name}`" for card in cards if card.branch == branch]
+            names = [f"`{card.name}`" for card in found if card.branch == branch]
             if names:
                 rows.append(("", branch, len(names), ", ".join(names)))
     return table(("level", "branch", "methods", "which"), rows)
