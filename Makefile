@@ -81,11 +81,12 @@ study: $(VENV)/.train  ## the quality study: docs/results/quality.md (hours; res
 study-smoke: $(VENV)/.train  ## the whole path of the study on a few steps
 	$(BIN)/etr study --smoke --out runs/study-smoke
 
-results: $(VENV)/.train  ## regenerate docs/results/demo.md and its picture (two seeds)
+results: $(VENV)/.train  ## regenerate the pages of the demo (two seeds of the full one), and README's table
 	$(BIN)/etr demo --full --out runs/results --seeds 0 1 --markdown docs/results/demo.md
-	$(BIN)/etr report runs/results --figures
-	cp runs/results/figures/loss-by-steps.svg docs/images/demo-loss.svg
 	cp runs/results/results.json docs/results/demo.json
+	$(BIN)/etr demo --out runs/results-quick --markdown docs/results/demo-quick.md
+	cp runs/results-quick/results.json docs/results/demo-quick.json
+	$(BIN)/python tools/readme.py
 
 clean:
 	rm -rf $(VENV) .venv-* build runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -61,7 +61,7 @@ def test_the_package_knows_its_version() -> None:
 
 
 @pytest.mark.slow
-def test_the_wheel_alone_runs_the_layer_of_the_readme(tmp_path: Path) -> None:
+def test_the_wheel_alone_runs_the_layer_of_the_guide(tmp_path: Path) -> None:
     """Without any dependency but torch, which a path file shows to the empty environment."""
     project, env = tmp_path / "project", tmp_path / "env"
     shutil.copytree(ROOT / "src", project / "src", ignore=shutil.ignore_patterns("*.egg-info"))
@@ -94,7 +94,7 @@ def test_the_wheel_alone_runs_the_layer_of_the_readme(tmp_path: Path) -> None:
     (packages,) = env.glob("lib/python*/site-packages")
     (packages / "torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
-    example = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1]
+    example = (ROOT / "docs/guides/layer.md").read_text(encoding="utf-8").split("```python\n")[1]
     example = example.partition("```")[0]
     assert "etr.attach(layer" in example
     where = run(python, "-c", example + "\nprint(etr.__file__, y.shape)")

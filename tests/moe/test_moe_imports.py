@@ -11,7 +11,7 @@ EXTRAS = (
     *("transformers", "tokenizers", "safetensors", "tyro", "rich", "matplotlib", "scipy"),
     "numpy",
 )
-FLOORS = {"etr.moe", "etr.table", "etr.methods", "etr.model", "etr.systems"}
+FLOORS = {"etr.moe", "etr.table", "etr.field_notes", "etr.methods", "etr.model", "etr.systems"}
 WINGS = ("etr.systems", "etr.model")
 """Packages beside the layer that need torch alone too."""
 

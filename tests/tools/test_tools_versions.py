@@ -63,8 +63,8 @@ def test_the_lock_is_exact_and_of_no_machine() -> None:
     assert not any(versions.NOT_LOCKED.fullmatch(name) for name in LOCK)
 
 
-def test_the_readme_installs_the_locked_torch() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_install_page_installs_the_locked_torch() -> None:
+    text = (ROOT / "docs/install.md").read_text(encoding="utf-8")
     assert f"pip install torch=={locked('torch')} --index-url" in text
 
 

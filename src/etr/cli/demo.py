@@ -65,6 +65,6 @@ def run(arguments: list[str]) -> int:
 
 def _continue_a_text(folder: str, prompt: str) -> None:
     model, tokenizer, _ = open_model(folder)
-    options = GenerateConfig(model=folder, prompt=prompt, max_new_tokens=160)
+    options = GenerateConfig(model=folder, prompt=prompt, max_new_tokens=120)
     text = continue_text(model, tokenizer, options)
     print(f"\nETR continues {prompt!r}:\n{'-' * 72}\n{text}\n{'-' * 72}")

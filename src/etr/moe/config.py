@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from etr.field_notes import documented
 from etr.moe.capacity import CAPACITIES
 from etr.moe.moved import moved
 from etr.moe.options import LayerOptions
@@ -23,6 +24,7 @@ SIZES = ("hidden_size", "intermediate_size", "num_experts", "top_k")
 """The fields that are not options."""
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig(LayerOptions):
     """One MoE layer: four sizes, and the fields of `LayerOptions`."""
