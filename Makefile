@@ -28,7 +28,7 @@ $(VENV)/.all: $(VENV)/.train
 	$(INSTALL) --no-build-isolation --editable '.[all,dev]'
 	touch $@
 
-demo: $(VENV)/.train  ## train and compare two routers on built-in text, a minute, with a report
+demo: $(VENV)/.train  ## train and compare two routers on built-in text, with a report
 	$(BIN)/etr demo
 
 test: $(VENV)/.all  ## all tests

@@ -8,7 +8,7 @@ import sys
 from importlib.metadata import version
 
 VERBS = {
-    "demo": "compare baseline and ETR on built-in text in a minute; --full: four routers",
+    "demo": "compare baseline and ETR on built-in text; --full: four routers, longer",
     "train": "train a language model",
     "consolidate": "make one model of a checkpoint that many ranks wrote",
     "compare": "train several routers on the same work and report",

@@ -14,7 +14,7 @@ from etr.files import write_text
 from etr.recipes import demo, quick_demo
 from etr.report import results_markdown
 
-TITLE = "Demo: baseline and ETR on built-in text, in a minute"
+TITLE = "Demo: baseline and ETR on built-in text, one seed"
 FULL_TITLE = "Demo: baseline, LocMoE and ETR on built-in text"
 CAN_SAY = """\
 A run this short can say: how much work the experts do, what they drop, how even their load is.

@@ -9,7 +9,7 @@ from etr.train import CompareConfig, ModelConfig, OptimizerConfig, RoutingOption
 
 
 def quick_demo(out: str = "runs/demo", seeds: tuple[int, ...] = (0,)) -> CompareConfig:
-    """Baseline and ETR on the model of `demo`, with a fifth of its tokens: a minute on two cores.
+    """Baseline and ETR on the model of `demo`, with a fifth of its tokens: one to two minutes.
 
     Args:
         out: folder of the comparison.
