@@ -58,7 +58,7 @@ class Operations(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if not func.is_view:
+        if not (func.is_view or func is torch.ops.aten._unsafe_view.default):
             self.names.append(str(func))
         return func(*args, **(kwargs or {}))
 
@@ -88,6 +88,7 @@ def layer_operations(layer: MoE) -> dict[str, list[str]]:
     backward()
     optimizer.step()
     optimizer.zero_grad()
+    x.grad = None
     found = {"forward": operations(forward)}
     ones = len(outputs)
     found["backward"] = operations(backward)[ones:]

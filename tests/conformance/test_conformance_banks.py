@@ -171,7 +171,7 @@ def weights_of(layer: MoE, gates: list[list[float]], ids: list[list[int]]) -> li
         top_k=k,
     )
     num_weighed = layer.config.bank_config.num_weighed(layer.config.num_experts)
-    found = combine_weights(routing, routing.valid, layer.normalize, num_weighed)
+    found = combine_weights(routing, ~routing.valid, layer.normalize, num_weighed)
     return found.view(count, k).tolist()
 
 

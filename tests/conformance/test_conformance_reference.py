@@ -109,11 +109,12 @@ def test_pairs_and_tokens_are_conserved(cell: Cell) -> None:
     assert int(stats["num_tokens_without_expert"]) == sum(bool(mask[t]) for t in lonely)
     assert not selection.combine_weight[~selection.kept].any()
     for e in range(E):
-        places = selection.position_in_expert[selection.kept & (routing.expert == e)]
-        assert sorted(places.tolist()) == list(range(len(places)))
-        assert len(places) == int(selection.num_tokens_per_expert[e])
+        start, size = int(selection.bounds[e]), int(selection.num_tokens_per_expert[e])
+        queue = selection.order[start : start + size].tolist()
+        mine = selection.kept & (routing.expert == e)
+        assert sorted(queue) == mine.nonzero().flatten().tolist()
         if limit.capacity is not None:
-            assert len(places) <= int(limit.capacity[e])
+            assert size <= int(limit.capacity[e])
     assert int(selection.num_tokens_per_expert.max()) <= selection.buffer_size
 
 

@@ -80,7 +80,9 @@ def iterated_directions(monkeypatch: pytest.MonkeyPatch) -> None:
 
     tests/moe/test_moe_affinity.py compares the iteration with the closed form of the CPU.
     """
-    monkeypatch.setattr("etr.moe.routers.etr.polar_factor", newton_schulz)
+    monkeypatch.setattr(
+        "etr.moe.routers.etr.polar_factor", lambda weight, _=None: newton_schulz(weight)
+    )
 
 
 @pytest.fixture

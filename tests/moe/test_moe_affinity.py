@@ -8,6 +8,8 @@ import warnings
 import pytest
 import torch
 from torch import Tensor
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from etr.moe import EtrRouter, MoE, MoEConfig, reference
 from etr.moe.affinity import (
@@ -15,7 +17,13 @@ from etr.moe.affinity import (
     grap_affinity,
     learned_block_affinity,
 )
-from etr.moe.polar import condition_number, newton_schulz, orthonormal_start, polar_factor
+from etr.moe.polar import (
+    condition_number,
+    newton_schulz,
+    orthonormal_start,
+    polar_factor,
+    polar_parts,
+)
 
 SIZES = [(8, 2), (16, 4), (16, 16), (64, 8), (12, 1)]
 
@@ -265,6 +273,41 @@ def test_training_builds_a_graph_to_the_weight() -> None:
     gradient = layer.router.get_parameter("weight").grad
     assert gradient is not None
     assert gradient.any()
+
+
+def test_micro_batches_share_directions_and_get_the_same_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = orthonormal_layer().double()
+    weight, found = layer.router.get_parameter("weight"), []
+    upstream = torch.randn(4, 16, dtype=torch.float64)
+
+    def counted(value: Tensor) -> tuple[Tensor, ...]:
+        found.append(value)
+        return polar_parts(value)
+
+    def same_as_alone() -> None:
+        alone = polar_factor(weight)
+        shared = layer.router.directions(torch.float64)
+        assert torch.equal(shared, alone)
+        want, got = (torch.autograd.grad(q, weight, upstream)[0] for q in (alone, shared))
+        assert torch.equal(got, want)
+
+    monkeypatch.setattr("etr.moe.routers.etr.polar_parts", counted)
+    with torch.inference_mode():  # what it keeps then must still serve training
+        layer(torch.randn(3, 16, dtype=torch.float64))
+    for _ in range(2):
+        same_as_alone()
+        x = torch.randn(6, 16, dtype=torch.float64, requires_grad=True)
+        y = checkpoint(lambda x: layer(x).hidden_states, x, use_reentrant=False)
+        y.sum().backward()
+    assert len(found) == 1
+    weight.data.mul_(1.5).add_(0.1)  # leaves no trace
+    same_as_alone()
+    assert len(found) == 2
+    functional_call(layer, {"router.weight": torch.randn(4, 16, dtype=torch.float64)}, (x,))
+    assert len(found) == 2  # an argument is not kept
+    same_as_alone()
 
 
 @pytest.mark.parametrize(("condition", "warned"), [(500.0, False), (5000.0, True)])

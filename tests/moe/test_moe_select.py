@@ -96,8 +96,12 @@ def test_selection_equals_brute_force(k: int, pool: str, rank_by: str, trial: in
         assert kept(routing, limit, rank_by=rank_by, expert_pool=pool) == want
 
 
+@pytest.mark.parametrize("few", [0, 1 << 10])
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_experts_are_chosen_best_first_and_ties_go_to_the_lower(k: int) -> None:
+def test_experts_are_chosen_best_first_and_ties_go_to_the_lower(
+    k: int, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("etr.moe.select.FEW", few)
     scores = coarse(200, 4)
     for row, found in zip(scores.tolist(), top_experts(scores, k).tolist(), strict=True):
         assert found == sorted(range(4), key=lambda e: (-row[e], e))[:k]
@@ -110,8 +114,10 @@ def test_ties_between_tokens_go_to_the_lower_index() -> None:
     assert kept(routing, Limit(capacity=torch.tensor([7]))) == want
 
 
+@pytest.mark.parametrize("few", [0, 1 << 10])
 @pytest.mark.parametrize("by_score", [True, False])
-def test_queue_positions(by_score: bool) -> None:
+def test_queue_positions(by_score: bool, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("etr.moe.select.FEW", few)
     expert, score = torch.randint(0, E + 1, (40,)), coarse(40)
     found = queue_positions(expert, score if by_score else None, E).tolist()
     for e in range(E + 1):
@@ -213,7 +219,7 @@ def test_combine_weights_by_hand(normalize: str) -> None:
     routing = routing_of(probs, torch.tensor([[0, 1], [1, 2]]), probs=probs)
     mask = torch.tensor([True, False, False, False])
     want = {"none": 0.5, "chosen": 0.5 / 0.8, "kept": 1.0}[normalize]
-    found = combine_weights(routing, mask, normalize)  # type: ignore[arg-type]
+    found = combine_weights(routing, ~mask, normalize)  # type: ignore[arg-type]
     torch.testing.assert_close(found, torch.tensor([want, 0, 0, 0], dtype=torch.float64))
 
 
@@ -222,7 +228,7 @@ def test_weights_of_vanished_gates_are_zero_with_finite_gradients(normalize: str
     gate = torch.zeros(4, requires_grad=True)
     scores = torch.zeros(2, 2)
     routing = routing_of(scores, torch.tensor([[0, 1], [0, 1]]), gate=gate)
-    found = combine_weights(routing, torch.tensor([True, True, False, False]), normalize)  # type: ignore[arg-type]
+    found = combine_weights(routing, torch.tensor([False, False, True, True]), normalize)  # type: ignore[arg-type]
     found.sum().backward()
     assert not found.any()
     assert gate.grad is not None

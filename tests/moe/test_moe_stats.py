@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import pickle
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from etr.moe import ExpertPlacement, MoE, MoEConfig, RoutingContext, set_eval_selection
+from etr.moe import (
+    Collector,
+    ExpertPlacement,
+    MoE,
+    MoEConfig,
+    RoutingContext,
+    set_eval_selection,
+)
 from etr.moe.capacity import Factor, Threshold
-from etr.moe.stats import add_stats, max_violation, routing_shares
+from etr.moe.routing import Kept, Routing
+from etr.moe.stats import add_stats, max_violation, routing_shares, routing_stats
 
 
 def test_counters_by_hand() -> None:
@@ -161,3 +172,56 @@ def test_experts_that_choose_count_against_their_room(
         found = shares()
         assert found["kept_per_choice"] == kept * 4 / (64 * top_k)
         assert found["kept_fraction"] == min(1.0, kept / room)
+
+
+def test_counters_are_found_once_when_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, calls = MoE(MoEConfig(hidden_size=4, intermediate_size=4, num_experts=2)), []
+
+    def counted(*given: Any) -> dict[str, Tensor]:
+        calls.append(given)
+        return routing_stats(*given)
+
+    monkeypatch.setattr("etr.moe.layer.routing_stats", counted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer.eval()
+    x = torch.randn(5, 4)
+    with Collector(layer) as collector:
+        output = layer(x)
+    assert not calls
+    assert int(output.stats["num_valid_tokens"]) == 5
+    assert dict(output.stats).keys() == collector.stats()[0].keys()
+    assert len(calls) == 1
+    copied = pickle.loads(pickle.dumps(output.stats))
+    assert {k: v.tolist() for k, v in copied.items()} == {
+        k: v.tolist() for k, v in layer.stats(*kept_of(layer, x)).items()
+    }
+
+
+def kept_of(layer: MoE, x: Tensor) -> tuple[Routing, Kept]:
+    routing, limit = layer.route(x, RoutingContext())
+    return routing, layer.keep(routing, limit)
+
+
+def test_what_is_known_without_asking_counts_as_what_is_asked() -> None:
+    """No mask, and a mask of real tokens alone: the counts and weights are the same."""
+    for router in ("etr", "token_choice", "expert_choice"):
+        for capacity in ("factor", "threshold"):
+            config = MoEConfig(
+                hidden_size=8,
+                intermediate_size=4,
+                num_experts=4,
+                top_k=2,
+                router=router,
+                capacity=capacity,
+                rank_by="score",
+            )
+            layer = MoE(config).double()
+            for num_tokens in (0, 1, 9):
+                x = torch.randn(num_tokens, 8, dtype=torch.float64)
+                real = RoutingContext(valid_mask=torch.ones(num_tokens, dtype=torch.bool))
+                one, other = layer(x), layer(x, real)
+                assert torch.equal(one.hidden_states, other.hidden_states)
+                assert one.stats.keys() == other.stats.keys()
+                for name, value in one.stats.items():
+                    assert torch.equal(value, other.stats[name]), name

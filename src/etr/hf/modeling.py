@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,7 +59,7 @@ class EtrCausalLMOutput(CausalLMOutputWithPast):
 
     lm_loss: Tensor | None = None
     router_losses: dict[str, Tensor] | None = None
-    routing_stats: list[dict[str, Tensor]] | None = None
+    routing_stats: list[Mapping[str, Tensor]] | None = None
     router_logits: tuple[Tensor, ...] | None = None
     aux_loss: Tensor | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 
 import torch
@@ -62,8 +63,8 @@ class Collector:
         self._ambient = ambient
         self._outer: list[Collector | None] = []
         self._grad_enabled = torch.is_grad_enabled()
-        self._entries: list[tuple[Collected, dict[str, Tensor], dict[str, Tensor]]] = []
-        self._learned: list[tuple[Collected, dict[str, Tensor]]] = []
+        self._entries: list[tuple[Collected, dict[str, Tensor], Mapping[str, Tensor]]] = []
+        self._learned: list[tuple[Collected, Mapping[str, Tensor]]] = []
 
     def __enter__(self) -> Collector:
         if self._ambient:
@@ -139,6 +140,6 @@ class Collector:
         """Sum of `losses`: add it to the task's loss. 0.0 where no layer has a loss."""
         return sum(self.losses().values(), start=0.0)
 
-    def stats(self) -> list[dict[str, Tensor]]:
+    def stats(self) -> list[Mapping[str, Tensor]]:
         """Counters of each layer's forward, in order of execution."""
         return [stats for _, _, stats in self._entries]

@@ -220,6 +220,7 @@ class RouterInput:
         gather: brings rows [T, N] of all ranks whose tokens compete, in the order of the global
             batch and without gradient, for a router that looks at the whole batch; every rank must
             call it. None where this rank's tokens are the batch.
+        all_valid: whether it is known, without asking the device, that every token is real.
     """
 
     valid_mask: Tensor
@@ -234,3 +235,4 @@ class RouterInput:
     time: Tensor | None = None
     labels: Tensor | None = None
     gather: Callable[[Tensor], Tensor] | None = None
+    all_valid: bool = False

@@ -75,7 +75,7 @@ def router_input(
     mask, ids, offset = context.valid_mask, context.token_ids, context.global_token_offset
     index = torch.arange(x.shape[0], device=x.device)
     if position_free or offset is not None:
-        index = index + (offset or 0)
+        index = index + offset if offset else index
     else:
         index = index + _token_offset(index, traffic)
     if mask is None:
@@ -95,6 +95,7 @@ def router_input(
         bonus=bonus,
         replay=(context.replay and context.replay.get(layer_index)) or None,
         gather=gather,
+        all_valid=context.valid_mask is None,
     )
 
 

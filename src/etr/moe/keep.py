@@ -93,22 +93,28 @@ def keep(
         among=among,
         num_weighed=order.num_weighed,
     )
-    selection = order.scaled(selection)
-    choices = selection.num_tokens_per_expert
-    if routing.tokens_choose:
-        choices = routing.num_choices_per_expert()
-        slots = routing.num_valid_tokens() * routing.top_k if routing.fixed_k else choices.sum()
-    elif limit.capacity is not None:
-        slots = limit.capacity.sum()
-    else:
-        slots = _imitated_slots(choosers, policy, learned, choices, peers)
-    return Kept(
-        selection=selection,
-        limit=limit,
-        choosers=choosers,
-        num_choices_per_expert=choices,
-        num_slots=slots,
-    )
+    queued = among is None and limit.min_score is None and order.pool == "choosers"
+
+    def count() -> tuple[Tensor, Tensor]:
+        choices = selection.num_tokens_per_expert
+        if routing.tokens_choose:
+            if not queued:
+                choices = routing.num_choices_per_expert()
+            elif limit.capacity is not None:
+                choices = selection.bounds[1:] - selection.bounds[:-1]
+            if not routing.fixed_k:
+                return choices, choices.sum()
+            return choices, routing.num_valid_tokens() * routing.top_k
+        if limit.capacity is not None:
+            return choices, limit.capacity.sum()
+        return choices, _imitated_slots(choosers, policy, learned, choices, peers)
+
+    kept = Kept(selection=order.scaled(selection), limit=limit, choosers=choosers, count=count)
+    if not routing.tokens_choose:
+        assert (
+            kept.num_slots is not None
+        )  # counted now: what was learned may change before it is read
+    return kept
 
 
 def _imitated_slots(

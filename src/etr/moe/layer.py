@@ -32,7 +32,7 @@ from etr.moe.learner import Seen
 from etr.moe.losses import LossInput, scaled_losses
 from etr.moe.routing import Kept, Limit, MoEOutput, Routing, Selection
 from etr.moe.select import run_ranks
-from etr.moe.stats import routing_stats
+from etr.moe.stats import Counters, routing_stats
 from etr.moe.view import Watcher, show
 
 
@@ -86,12 +86,17 @@ class MoE(ArrangedParts):
         y = self.run_experts(x, routing, kept.selection, traffic)
         show(self.output_watchers, self, x, routing, kept.selection, y)
         losses = self.losses(x, routing, kept, context, collector) if learns else {}
-        stats = self.stats(routing, kept, learns=learns)
-        stats |= {f"loss_{name}": loss.detach() for name, loss in losses.items()}
+
+        def count() -> dict[str, Tensor]:
+            stats = self.stats(routing, kept, learns=learns)
+            stats |= {f"loss_{name}": loss.detach() for name, loss in losses.items()}
+            return stats if traffic is None else traffic.add_to(stats)
+
+        at_once = learns or torch.compiler.is_compiling()
         output = MoEOutput(
             hidden_states=y.to(hidden_states.dtype).view_as(hidden_states),
             losses=losses,
-            stats=stats if traffic is None else traffic.add_to(stats),
+            stats=count() if at_once else Counters(count),
         )
         if collector is not None:
             collector.add(self, output, learns=learns)

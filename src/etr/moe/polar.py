@@ -21,7 +21,12 @@ ITERATIONS = 25
 """Newton-Schulz steps: enough for condition numbers to 1e3 in float32."""
 
 
-def polar_factor(weight: Tensor) -> Tensor:
+Parts = tuple[Tensor, ...]
+"""The factor U [E, H] of a weight S U; in float64 the eigenvalues [E] and eigenvectors [E, E] of S,
+and its inverse [E, E]."""
+
+
+def polar_factor(weight: Tensor, parts: Parts | None = None) -> Tensor:
     """Nearest matrix with orthonormal rows.
 
     On the CPU by an eigendecomposition of the small Gram matrix in float64 and a closed-form
@@ -29,14 +34,31 @@ def polar_factor(weight: Tensor) -> Tensor:
 
     Args:
         weight: float [E, H], E <= H, of full row rank.
+        parts: what `polar_parts` found for these values, to spare finding it again.
     Returns:
         [E, H] with ``Q Q^T = I`` to about 1e-6 in float32 while the condition number is under
         1e3 (see `condition_number`).
     """
-    if weight.device.type != "cpu" or torch.compiler.is_compiling():
-        return newton_schulz(weight)
-    factor: Tensor = _PolarFactor.apply(weight)[0]
+    if parts is None:
+        if weight.device.type != "cpu" or torch.compiler.is_compiling():
+            return newton_schulz(weight)
+        parts = polar_parts(weight)
+    factor: Tensor = _PolarFactor.apply(weight, *parts)
     return factor
+
+
+@torch.no_grad()
+def polar_parts(weight: Tensor) -> Parts:
+    """The factor of a weight [E, H], and what its gradient is computed from."""
+    w = weight.double()
+    gram = w @ w.mT
+    # Weights that diverged give NaN, as Newton-Schulz does: LAPACK would raise an error of its own
+    # before anything could say that the loss is NaN.
+    nan_or_zero = gram.sum((-2, -1)) * 0
+    values, basis = torch.linalg.eigh(gram.nan_to_num(0.0, 0.0, 0.0))
+    singular = values.clamp_min(NORM_FLOOR**2).sqrt() + nan_or_zero.unsqueeze(-1)
+    inverse = (basis / singular.unsqueeze(-2)) @ basis.mT
+    return (inverse @ w).to(weight.dtype), singular, basis, inverse
 
 
 def newton_schulz(weight: Tensor) -> Tensor:
@@ -88,31 +110,20 @@ class _PolarFactor(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        w = weight.double()
-        gram = w @ w.mT
-        # Weights that diverged give NaN, as Newton-Schulz does: LAPACK would raise an error of its
-        # own before anything could say that the loss is NaN.
-        finite = torch.isfinite(gram).all(-1, keepdim=True).all(-2, keepdim=True)
-        same = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        values, basis = torch.linalg.eigh(torch.where(finite, gram, same))
-        singular = values.clamp_min(NORM_FLOOR**2).sqrt()
-        factor = (basis / singular.unsqueeze(-2)) @ basis.mT @ w
-        factor = torch.where(finite, factor, math.nan)
-        return factor.to(weight.dtype), singular, basis
+    def forward(weight: Tensor, *parts: Tensor) -> Tensor:
+        return parts[0].view_as(parts[0])
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> Tensor:
-        factor, singular, basis = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        factor, singular, basis, inverse = ctx.saved_tensors
         u, g = factor.double(), grad.double()
         inside = g @ u.mT
         turn = basis.mT @ (inside - inside.mT) @ basis
         turn = basis @ (turn / (singular.unsqueeze(-1) + singular.unsqueeze(-2))) @ basis.mT
-        outside = (basis / singular.unsqueeze(-2)) @ basis.mT @ (g - inside @ u)
-        return (turn @ u + outside).to(grad.dtype)
+        outside = inverse @ (g - inside @ u)
+        return (turn @ u + outside).to(grad.dtype), None, None, None, None

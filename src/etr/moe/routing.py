@@ -8,8 +8,9 @@ Shapes are static: an unused or invalid pair has ``expert == num_experts`` and i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -59,6 +60,9 @@ class Routing:
         fixed_k: False where a token asks for any number of experts.
         counters: what the router counted while it chose, by name, for its own learners: summable
             over micro-batches and ranks.
+        full: whether it is known, without asking the device, that every token is real and every
+            pair in use. What `dataclasses.replace` makes of a routing says no.
+        unbiased: the same of ``score``, that it is what ``scores`` holds.
     """
 
     token: Tensor
@@ -74,6 +78,15 @@ class Routing:
     tokens_choose: bool = True
     fixed_k: bool = True
     counters: Mapping[str, Tensor] = field(default_factory=dict)
+    full: bool = field(default=False, init=False)
+    unbiased: bool = field(default=False, init=False)
+    _num_valid: Tensor | None = field(default=None, init=False)
+
+    def known(self, *, full: bool, unbiased: bool) -> Self:
+        """The same routing, of which this is known."""
+        object.__setattr__(self, "full", full)
+        object.__setattr__(self, "unbiased", unbiased)
+        return self
 
     @property
     def num_tokens(self) -> int:
@@ -87,7 +100,15 @@ class Routing:
 
     def num_valid_tokens(self) -> Tensor:
         """Real tokens, int64 [] on the device (no synchronisation)."""
-        return self.valid_mask.sum()
+        if self._num_valid is None:
+            size = self.expert.new_full((), self.num_tokens) if self.full else self.valid_mask.sum()
+            object.__setattr__(self, "_num_valid", size)
+        assert self._num_valid is not None
+        return self._num_valid
+
+    def by_token(self, values: Tensor) -> Tensor:
+        """Values of pairs [P] as those of each token, [T, P / T]."""
+        return values.view(self.num_tokens, values.shape[0] // max(self.num_tokens, 1))
 
     def num_choices_per_expert(self) -> Tensor:
         """Pairs that ask for each expert before anything is dropped, int64 [E]."""
@@ -101,7 +122,12 @@ class Routing:
         """
         if self.probs is None:
             raise ValueError("affinity mass needs probabilities, and this router has none")
-        return self.probs.detach()[self.token, self.expert.clamp_max(self.num_experts - 1)]
+        return self.of_pairs(self.probs)
+
+    def of_pairs(self, table: Tensor) -> Tensor:
+        """What a table [T, E] holds for the pairs, [P]; no gradient. Unused read expert E - 1."""
+        expert = self.expert if self.full else self.expert.clamp_max(self.num_experts - 1)
+        return table.detach().gather(1, self.by_token(expert)).flatten()
 
     def routing_map(self) -> Tensor:
         """Dense view, bool [T, E]: True where the token asks for the expert."""
@@ -118,19 +144,36 @@ class Selection:
 
     Args:
         kept: True for pairs that reach their expert, bool [P].
-        position_in_expert: place in the expert's queue, int64 [P]; unique among the kept pairs of
-            an expert and below ``buffer_size``.
+        order: pairs by expert, in each expert's queue by rank, int64 [P].
+        bounds: where queues begin and end in `order`, int64 [E + 1]; of expert e's, which is
+            ``order[bounds[e] : bounds[e + 1]]``, the first `num_tokens_per_expert` are kept.
         combine_weight: weight of the expert's output in the token's sum, float [P]; zero where
             not kept.
         num_tokens_per_expert: kept pairs, int64 [E].
         buffer_size: static upper bound of tokens per expert for padded backends.
+        in_order: which of `order` are kept: as many of the first, int64 [], or those where it is
+            True, bool [P]. A number: every pair, as is known without asking the device.
     """
 
     kept: Tensor
-    position_in_expert: Tensor
+    order: Tensor
+    bounds: Tensor
     combine_weight: Tensor
     num_tokens_per_expert: Tensor
     buffer_size: int
+    in_order: int | Tensor
+
+    @property
+    def all_kept(self) -> bool:
+        """Whether it is known, without asking the device, that every pair is kept."""
+        return isinstance(self.in_order, int)
+
+    def pairs_by_expert(self) -> Tensor:
+        """The kept pairs in order, int64 [R]; the host waits for R, unless all are kept."""
+        which = self.in_order
+        if isinstance(which, Tensor) and which.dtype == torch.bool:
+            return self.order[which]
+        return self.order[: int(which)]
 
     def selection_map(self, routing: Routing) -> Tensor:
         """Dense view, bool [T, E]: True where the expert keeps the token."""
@@ -164,16 +207,34 @@ class Kept:
         limit: what was allowed. Over a group a capacity is that of the experts which this rank
             owns, and 0 for others, so that ranks add up.
         choosers: pairs of the experts that this rank owns, if they were gathered; else this rank's.
-        num_choices_per_expert: this rank's pairs that ask for each expert, int64 [E], counted once
-            for losses, counters and learners. Where experts choose, what they take is the choice.
-        num_slots: pairs that could have been kept, int64 []; over a group, by those experts.
+        count: finds the two numbers below; called once, and where nobody reads them never.
     """
 
     selection: Selection
     limit: Limit
     choosers: Routing
-    num_choices_per_expert: Tensor
-    num_slots: Tensor
+    count: Callable[[], tuple[Tensor, Tensor]]
+    _counted: tuple[Tensor, Tensor] | None = field(default=None, init=False)
+
+    @property
+    def num_choices_per_expert(self) -> Tensor:
+        """This rank's pairs that ask for each expert, int64 [E].
+
+        Where experts choose, what they take is the choice.
+        """
+        return self._counts[0]
+
+    @property
+    def num_slots(self) -> Tensor:
+        """Pairs that could have been kept, int64 []; over a group, by the experts owned here."""
+        return self._counts[1]
+
+    @property
+    def _counts(self) -> tuple[Tensor, Tensor]:
+        if self._counted is None:  # what functools.cached_property does, does not compile
+            object.__setattr__(self, "_counted", self.count())
+        assert self._counted is not None
+        return self._counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,12 +244,13 @@ class MoEOutput:
     Args:
         hidden_states: same shape and dtype as the input.
         losses: already scaled scalars by name, see `etr.moe.losses`; add their sum to the loss.
-        stats: detached counters on the device by name; see `etr.moe.stats`.
+        stats: detached counters on the device by name, see `etr.moe.stats`. Where nothing is
+            learned from them they are counted when they are read.
     """
 
     hidden_states: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
-    stats: dict[str, Tensor] = field(default_factory=dict)
+    stats: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def count_experts(expert: Tensor, num_experts: int, weight: Tensor | None = None) -> Tensor:

@@ -26,6 +26,7 @@ class DispatchHandle:
         start_of_token: where each token's rows begin in `rows_by_token`, int64 [T + 1].
         num_tokens_per_expert: rows in use of each expert, int64 [E].
         num_tokens: T.
+        padded: whether there may be empty rows.
     """
 
     token_of_row: Tensor
@@ -34,6 +35,7 @@ class DispatchHandle:
     start_of_token: Tensor
     num_tokens_per_expert: Tensor
     num_tokens: int
+    padded: bool = True
 
 
 def expert_of_row(num_tokens_per_expert: Tensor, num_rows: int) -> Tensor:
@@ -42,12 +44,17 @@ def expert_of_row(num_tokens_per_expert: Tensor, num_rows: int) -> Tensor:
     return expert.repeat_interleave(num_tokens_per_expert, output_size=num_rows)
 
 
-def gather_rows(x: Tensor, token_of_row: Tensor) -> Tensor:
+def gather_rows(x: Tensor, token_of_row: Tensor, padded: bool = True) -> Tensor:
     """Rows [R, H] of tokens [T, H].
 
     Empty rows read the last token: whatever they hold, their weight is 0 and they are dropped.
+
+    Args:
+        padded: whether there may be empty rows.
     """
-    return x.index_select(0, token_of_row.clamp_max(max(x.shape[0] - 1, 0)))
+    if padded:
+        token_of_row = token_of_row.clamp_max(max(x.shape[0] - 1, 0))
+    return x.index_select(0, token_of_row)
 
 
 def sum_rows(

@@ -12,12 +12,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from etr.moe.routing import Limit, Routing, Selection, count_experts
 
 RankBy = Literal["score", "position"]
 Normalize = Literal["none", "chosen", "kept"]
 ExpertPool = Literal["choosers", "all"]
+FEW = 1 << 10
+"""Scores for which sorting them is cheaper than making one key of what they are sorted by."""
 
 
 def top_experts(scores: Tensor, k: int) -> Tensor:
@@ -31,41 +34,65 @@ def top_experts(scores: Tensor, k: int) -> Tensor:
     """
     if k == 1:
         return scores.argmax(dim=-1, keepdim=True)
-    if scores.dtype == torch.float64:
+    if _sorts(scores):
         # `topk` leaves the order of ties open; a stable sort does not.
         return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     num_experts = scores.shape[-1]
     lower_first = torch.arange(num_experts - 1, -1, -1, device=scores.device)
-    return ((_order_key(scores) << 32) | lower_first).topk(k, dim=-1).indices
+    return ((_order_key(scores).long() << 32) | lower_first).topk(k, dim=-1).indices
 
 
-def token_pairs(expert: Tensor, valid_mask: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def token_pairs(
+    expert: Tensor, valid_mask: Tensor | None, num_experts: int
+) -> tuple[Tensor, Tensor]:
     """Flatten choices [T, k] to token-major pairs; those of padding become unused.
 
+    Args:
+        valid_mask: True for real tokens, bool [T]; None for all.
     Returns:
         token int64 [T * k], expert int64 [T * k].
     """
     num_tokens, k = expert.shape
-    token = torch.arange(num_tokens, device=expert.device).repeat_interleave(k)
-    expert = torch.where(valid_mask[:, None], expert, num_experts).flatten()
-    return token, expert
+    token = torch.arange(num_tokens, device=expert.device)
+    token = token if k == 1 else token.repeat_interleave(k)
+    if valid_mask is not None:
+        expert = torch.where(valid_mask[:, None], expert, num_experts)
+    return token, expert.flatten()
 
 
-def queue_positions(expert: Tensor, score: Tensor | None, num_experts: int) -> Tensor:
-    """Place of every pair in its expert's queue.
+def queues(expert: Tensor, score: Tensor | None, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The pairs of every expert in the order in which they stand.
 
     Args:
         expert: int64 [P], token-major; ``num_experts`` for unused pairs.
         score: float [P] to order by, highest first, or None for first come, first served.
         num_experts: E.
     Returns:
+        order int64 [P] and bounds int64 [E + 1], see `Selection`; unused pairs come last.
+    """
+    if score is None or _sorts(score):
+        number = torch.arange(num_experts + 1, device=expert.device)
+        if score is None:
+            ordered, order = expert.sort(stable=True)
+        else:
+            by_score = score.detach().argsort(descending=True, stable=True)
+            ordered, place = expert[by_score].sort(stable=True)
+            order = by_score[place]
+        return order, torch.searchsorted(ordered, number)
+    # One key for both, so that one sort does.
+    key, order = ((expert << 32) - _order_key(score.detach())).sort(stable=True)
+    least = torch.arange(-(1 << 31), num_experts << 32, 1 << 32, device=expert.device)
+    return order, torch.searchsorted(key, least)
+
+
+def queue_positions(expert: Tensor, score: Tensor | None, num_experts: int) -> Tensor:
+    """Place of every pair in its expert's queue, see `queues`.
+
+    Returns:
         int64 [P], from 0 within each expert; unused pairs get places of their own queue.
     """
-    order = _expert_order(expert, score)
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert.device)
-    counts = counts.scatter_add(0, expert, torch.ones_like(expert))
-    start = counts.cumsum(0) - counts
-    place = torch.arange(expert.shape[0], device=expert.device) - start[expert[order]]
+    order, bounds = queues(expert, score, num_experts)
+    place = torch.arange(expert.shape[0], device=expert.device) - bounds[expert[order]]
     return torch.empty_like(place).scatter(0, order, place)
 
 
@@ -80,7 +107,7 @@ def mass_prefix(routing: Routing, rho: float) -> Tensor:
     """
     if routing.score is None:
         raise ValueError("affinity mass needs selection scores, and this router has none")
-    order = _expert_order(routing.expert, routing.score)
+    order, _ = queues(routing.expert, routing.score, routing.num_experts)
     expert = routing.expert[order]
     # Float64, so that the running sum of many small ones does not depend on the device's order.
     prob = routing.pair_probs()[order].double()
@@ -121,27 +148,50 @@ def select(
     Returns:
         Selection over the same P pairs. No gradient flows through the selection itself.
     """
-    kept = routing.valid if among is None else routing.valid & among
+    # The order of a queue says who is kept, and in which order gradients are summed.
+    ranked = rank_by == "score" and (limit.capacity is not None or torch.is_grad_enabled())
     with torch.no_grad():
-        if limit.min_score is not None:
-            kept = kept & (pair_scores(routing) >= _per_pair(limit.min_score, routing, -torch.inf))
-        if expert_pool == "all" and limit.capacity is not None:
-            rank = _rank_among_all(routing)
-            kept = kept & (rank < _per_pair(limit.capacity, routing, 0))
-            limit = Limit(buffer_size=limit.buffer_size)
-        expert = torch.where(kept, routing.expert, routing.num_experts)
-        score = routing.score if rank_by == "score" else None
-        position = queue_positions(expert, score, routing.num_experts)
-        if limit.capacity is not None:
-            kept = kept & (position < _per_pair(limit.capacity, routing, 0))
-        counts = count_experts(routing.expert, routing.num_experts, kept)
+        kept = _reaching(routing, limit, expert_pool, among)
+        dropped = None if kept is None else ~kept
+        expert = routing.expert
+        if dropped is not None:
+            expert = expert.masked_fill(dropped, routing.num_experts)
+        order, bounds = queues(expert, routing.score if ranked else None, routing.num_experts)
+        counts = bounds[1:] - bounds[:-1]
+        in_order: int | Tensor = bounds[-1]
+        if limit.capacity is not None and expert_pool == "choosers":
+            counts = torch.minimum(counts, limit.capacity)
+            end = F.pad(bounds[:-1] + counts, (0, 1))[expert[order]]
+            in_order = torch.arange(len(order), device=order.device) < end
+            kept = torch.empty_like(in_order).scatter(0, order, in_order)
+            dropped = ~kept
+        elif kept is None and routing.full:
+            kept, in_order = torch.ones_like(expert, dtype=torch.bool), len(order)
+        elif kept is None:
+            kept = routing.valid
+            dropped = ~kept
     return Selection(
         kept=kept,
-        position_in_expert=position,
-        combine_weight=combine_weights(routing, kept, normalize, num_weighed),
+        order=order,
+        bounds=bounds,
+        combine_weight=combine_weights(routing, dropped, normalize, num_weighed),
         num_tokens_per_expert=counts,
         buffer_size=routing.num_tokens if limit.buffer_size is None else limit.buffer_size,
+        in_order=in_order,
     )
+
+
+def _reaching(
+    routing: Routing, limit: Limit, pool: ExpertPool, among: Tensor | None
+) -> Tensor | None:
+    """Pairs that may be kept before any queue is cut, bool [P]; None for all in use."""
+    if limit.min_score is not None:
+        reach = pair_scores(routing) >= _per_pair(limit.min_score, routing, torch.inf)
+        among = reach if among is None else among & reach
+    if limit.capacity is not None and pool == "all":
+        reach = _rank_among_all(routing) < _per_pair(limit.capacity, routing, 0)
+        among = reach if among is None else among & reach
+    return among if among is None or routing.full else among & routing.valid
 
 
 def run_ranks(routing: Routing, ranks: Sequence[int]) -> Routing:
@@ -178,58 +228,63 @@ def selection_of(
         buffer_size: as in `Selection`; None for every token.
     """
     expert = torch.where(kept, routing.expert, routing.num_experts)
+    order, bounds = queues(expert, None, routing.num_experts)
     return Selection(
         kept=kept,
-        position_in_expert=queue_positions(expert, None, routing.num_experts),
+        order=order,
+        bounds=bounds,
         combine_weight=combine_weight,
-        num_tokens_per_expert=count_experts(expert, routing.num_experts),
+        num_tokens_per_expert=bounds[1:] - bounds[:-1],
+        in_order=bounds[-1],
         buffer_size=routing.num_tokens if buffer_size is None else buffer_size,
     )
 
 
 def combine_weights(
-    routing: Routing, kept: Tensor, normalize: Normalize, num_weighed: int | None = None
+    routing: Routing, dropped: Tensor | None, normalize: Normalize, num_weighed: int | None = None
 ) -> Tensor:
     """Combine weight of each pair; zero where not kept, so a token with no kept pair gets 0.
 
     Args:
+        dropped: pairs that are not kept, bool [P]; None where there are none.
         num_weighed: normalisation counts the first so many experts alone, and others, which add
             nothing, get 0; None for all.
 
     Returns:
         float [P], with the gates' gradient.
     """
-    weight = torch.where(kept, routing.gate, 0.0)
     if normalize == "none":
-        return weight
-    counted = routing.valid if normalize == "chosen" else kept
+        return routing.gate if dropped is None else routing.gate.masked_fill(dropped, 0.0)
+    gate, expert = routing.by_token(routing.gate), routing.by_token(routing.expert)
+    dropped = None if dropped is None else routing.by_token(dropped)
     if num_weighed is not None:
-        weighed = routing.expert < num_weighed
-        counted, weight = counted & weighed, torch.where(weighed, weight, 0.0)
-    gate = torch.where(counted, routing.gate, 0.0)
-    total = torch.zeros(routing.num_tokens, dtype=gate.dtype, device=gate.device)
-    total = total.index_add(0, routing.token, gate)[routing.token]
-    # The inner `where` keeps 0 / 0 out of the backward pass too.
-    return torch.where(total > 0, weight / torch.where(total > 0, total, 1.0), 0.0)
+        idle = expert >= num_weighed  # unused pairs too
+        dropped = idle if dropped is None else dropped | idle
+    elif not routing.full and normalize == "chosen":
+        idle = expert == routing.num_experts
+    else:
+        idle = None
+    counted = dropped if normalize == "kept" else idle
+    total = (gate if counted is None else gate.masked_fill(counted, 0.0)).sum(1, keepdim=True)
+    nothing = ~(total > 0)
+    # The inner one keeps 0 / 0 out of the backward pass too.
+    share = gate / total.masked_fill(nothing, 1.0)
+    return share.masked_fill(nothing if dropped is None else dropped | nothing, 0.0).flatten()
 
 
-def _expert_order(expert: Tensor, score: Tensor | None) -> Tensor:
-    """Permutation that sorts pairs by expert, then by falling score, then by index."""
-    if score is None:
-        return expert.to(torch.int32).argsort(stable=True)
-    if score.dtype == torch.float64:
-        by_score = score.detach().argsort(descending=True, stable=True)
-        return by_score[expert[by_score].argsort(stable=True)]
-    return ((expert << 32) - _order_key(score.detach())).argsort(stable=True)
+def _sorts(score: Tensor) -> bool:
+    """Whether scores are sorted as they are: few, or of more bits than a key has room for."""
+    few = not torch.compiler.is_compiling() and score.numel() <= FEW
+    return few or score.dtype == torch.float64
 
 
 def _order_key(score: Tensor) -> Tensor:
-    """Int64 in the order of float32 scores, within 32 bits: one integer sort can then do for two.
+    """Int32 in the order of float32 scores: one integer sort can then do for two.
 
     Equal scores, zeros of both signs too, give equal keys.
     """
-    bits = (score.float() + 0.0).view(torch.int32).long()  # adding 0 makes -0 into 0
-    return bits ^ ((bits >> 63) & 0x7FFFFFFF)
+    bits = score.float().view(torch.int32)  # a sign and a magnitude
+    return torch.where(bits < 0, torch.iinfo(torch.int32).min - bits, bits)
 
 
 def _rank_among_all(routing: Routing) -> Tensor:
@@ -241,7 +296,7 @@ def _rank_among_all(routing: Routing) -> Tensor:
     rank = torch.empty_like(order).scatter(
         0, order, torch.arange(table.shape[0], device=table.device)[:, None].expand_as(order)
     )
-    return rank[routing.token, routing.expert.clamp_max(routing.num_experts - 1)]
+    return routing.of_pairs(rank)
 
 
 def pair_scores(routing: Routing) -> Tensor:
@@ -252,10 +307,11 @@ def pair_scores(routing: Routing) -> Tensor:
     """
     if routing.scores is None:
         raise ValueError("thresholds need selection scores, and this router has none")
-    expert = routing.expert.clamp_max(routing.num_experts - 1)
-    return routing.scores.detach()[routing.token, expert]
+    if routing.unbiased and routing.score is not None:
+        return routing.score
+    return routing.of_pairs(routing.scores)
 
 
 def _per_pair(values: Tensor, routing: Routing, unused: float) -> Tensor:
     """Look up an [E] table by each pair's expert; unused pairs read `unused`."""
-    return torch.nn.functional.pad(values, (0, 1), value=unused)[routing.expert]
+    return (values if routing.full else F.pad(values, (0, 1), value=unused))[routing.expert]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,11 +32,13 @@ def routing_stats(routing: Routing, found: Kept) -> dict[str, Tensor]:
     selection, limit = found.selection, found.limit
     kept = selection.num_tokens_per_expert
     tokens = routing.num_valid_tokens()
-    served = torch.zeros(routing.num_tokens, dtype=torch.int64, device=kept.device)
-    served.index_add_(0, routing.token, selection.kept.long())
+    served = routing.by_token(selection.kept).any(1).sum()  # no padding among them
     gate = routing.gate.detach()
-    kept_gates = torch.where(selection.kept, gate, 0.0).sum()
-    chosen_gates = torch.where(routing.valid, gate, 0.0).sum()
+    chosen_gates = kept_gates = gate.sum()
+    if not selection.all_kept:
+        kept_gates = gate.masked_fill(~selection.kept, 0.0).sum()
+    if not routing.full:
+        chosen_gates = gate.masked_fill(~routing.valid, 0.0).sum()
     capacity = tokens * routing.num_experts if limit.capacity is None else limit.capacity.sum()
     return {
         "num_forwards": torch.ones_like(tokens),
@@ -45,7 +47,7 @@ def routing_stats(routing: Routing, found: Kept) -> dict[str, Tensor]:
         "num_choices_per_expert": found.num_choices_per_expert,
         "num_tokens_per_expert": kept,
         "num_slots": found.num_slots,
-        "num_tokens_without_expert": ((served == 0) & routing.valid_mask).sum(),
+        "num_tokens_without_expert": tokens - served,
         "capacity_sum": capacity,
         "gate_sum": chosen_gates if routing.tokens_choose else kept_gates,
         "kept_gate_sum": kept_gates,
@@ -55,13 +57,45 @@ def routing_stats(routing: Routing, found: Kept) -> dict[str, Tensor]:
 def _num_nonfinite_tokens(routing: Routing) -> Tensor:
     if routing.logits is None:
         return torch.zeros_like(routing.num_valid_tokens())
-    bad = ~torch.isfinite(routing.logits.sum(-1))  # a sum holds what any of its terms does
-    return (bad & routing.valid_mask).sum()
+    total = routing.logits.sum(-1)  # a sum holds what any of its terms does
+    bad = total - total != 0
+    return (bad if routing.full else bad & routing.valid_mask).sum()
 
 
-def target_kept(stats: dict[str, Tensor]) -> Tensor:
+def target_kept(stats: Mapping[str, Tensor]) -> Tensor:
     """Choosers that the thresholds must keep: what the policy, or the one it imitates, kept."""
     return stats.get("num_target_tokens_per_expert", stats["num_tokens_per_expert"])
+
+
+class Counters(Mapping[str, Tensor]):
+    """Counters that are found when they are first read.
+
+    Args:
+        found: counters, or what finds them.
+    """
+
+    def __init__(self, found: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]]) -> None:
+        self._found = found
+
+    def _read(self) -> Mapping[str, Tensor]:
+        if not isinstance(self._found, Mapping):
+            self._found = self._found()
+        return self._found
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._read()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def __reduce__(self) -> tuple[type[Counters], tuple[dict[str, Tensor]]]:
+        return Counters, (dict(self),)
 
 
 def max_violation(num_choices_per_expert: Tensor) -> Tensor:
@@ -78,7 +112,7 @@ def max_violation(num_choices_per_expert: Tensor) -> Tensor:
 
 
 def routing_shares(
-    stats: Sequence[dict[str, Tensor]], top_k: int | Sequence[int]
+    stats: Sequence[Mapping[str, Tensor]], top_k: int | Sequence[int]
 ) -> dict[str, float]:
     """Counters of one step as plain numbers, all layers together; empty where none ran.
 
@@ -133,11 +167,7 @@ def kept_share(kept: int, slots: int) -> float:
     return min(1.0, kept / max(slots, 1))
 
 
-def add_stats(total: dict[str, Tensor], more: dict[str, Tensor]) -> dict[str, Tensor]:
+def add_stats(total: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Sum two dictionaries of counters; a name may be in one only."""
-    return {
-        name: total[name] + more[name]
-        if name in total and name in more
-        else total.get(name, more.get(name))  # type: ignore[misc]
-        for name in {**total, **more}
-    }
+    both = {name: total[name] + more[name] for name in total if name in more}
+    return {**total, **more, **both}

@@ -100,19 +100,17 @@ class CapacityPolicy(Learner):
         limit = self._limit(routing, threshold)
         if limit.capacity is None:
             return limit
-        least = torch.full_like(limit.capacity, self.config.min_capacity)
-        least_buffer = self.config.min_capacity
+        capacity, buffer = limit.capacity, limit.buffer_size
+        least, least_buffer = self.config.min_capacity, self.config.min_capacity
         if self.config.floor == "erfc":
             mean_load = self._tokens(1.0, routing)
             bound = erfc_bound(self.hidden_size, self.num_experts, affinity_p99).ceil()
             bound = torch.minimum(bound, mean_load.double()).long()
-            least = torch.maximum(least, bound)
+            capacity = torch.maximum(capacity, bound)
             least_buffer = max(least_buffer, self._buffer(1.0, routing))
-        capacity = torch.maximum(limit.capacity, least)
-        buffer = limit.buffer_size
         if buffer is not None:
             buffer = min(max(buffer, least_buffer), routing.num_tokens)
-            capacity = capacity.clamp_max(buffer)
+        capacity = capacity.clamp(least, buffer)
         return Limit(capacity=capacity, min_score=limit.min_score, buffer_size=buffer)
 
     def imitated_limit(self, routing: Routing, threshold: Tensor, affinity_p99: Tensor) -> Limit:
@@ -124,6 +122,9 @@ class CapacityPolicy(Learner):
 
     def _tokens(self, factor: float | Tensor, routing: Routing) -> Tensor:
         """Capacity from the valid tokens, int64 [] on the device."""
+        if routing.full and not isinstance(factor, Tensor):  # the host knows how many they are
+            size = capacity_tokens(factor, routing.num_tokens, self.top_k, self.num_experts)
+            return routing.expert.new_full((), size)
         return capacity_tokens(factor, routing.num_valid_tokens(), self.top_k, self.num_experts)
 
     def _buffer(self, factor: float, routing: Routing) -> int:

@@ -84,4 +84,5 @@ def by_expert(arriving: Tensor, rows: Tensor) -> DispatchHandle:
         start_of_token=number,
         num_tokens_per_expert=arriving.sum(0),
         num_tokens=num_rows,
+        padded=False,
     )

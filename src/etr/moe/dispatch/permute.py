@@ -68,27 +68,28 @@ class Permute(Dispatcher):
                 host synchronisation; otherwise exactly the kept rows, sorted by expert, which
                 reads their number R from the device once.
         """
-        counts = selection.num_tokens_per_expert
+        order, token, weight = selection.order, routing.token, selection.combine_weight
         if padded:
-            num_rows = routing.num_experts * selection.buffer_size
-            first = torch.arange(routing.num_experts, device=counts.device) * selection.buffer_size
+            place = torch.arange(selection.buffer_size, device=order.device)
+            used = place < selection.num_tokens_per_expert[:, None]
+            slot = torch.where(used, selection.bounds[:-1, None] + place, len(order)).flatten()
+            pair = F.pad(order, (0, 1), value=len(order))[slot]  # an empty row has one of its own
+            token = F.pad(token, (0, 1), value=routing.num_tokens)
+            weight = F.pad(weight, (0, 1))
         else:
-            num_rows = int(counts.sum())
-            first = counts.cumsum(0) - counts
-        # No sorting: a pair's place in its expert's queue tells its row, and pairs are token-major.
-        kept, num_pairs = selection.kept, routing.token.shape[0]
-        first = F.pad(first, (0, 1))[routing.expert]
-        row = torch.where(kept, first + selection.position_in_expert, num_rows)
-        nth = torch.where(kept, kept.cumsum(0) - 1, num_pairs)
-        per_token = counts.new_zeros(routing.num_tokens + 1)
-        per_token = per_token.scatter_add(0, routing.token, kept.long())
+            pair = selection.pairs_by_expert()
+        token_of_row = token[pair]
+        _, rows_by_token = pair.sort()  # pairs are token-major
+        number = torch.arange(routing.num_tokens + 1, device=order.device)
         return DispatchHandle(
-            token_of_row=_place(routing.token, row, num_rows, routing.num_tokens),
-            weight_of_row=_place(selection.combine_weight, row, num_rows, 0),
-            rows_by_token=_place(row, nth, num_pairs, 0)[:num_rows],
-            start_of_token=per_token.cumsum(0) - per_token,
-            num_tokens_per_expert=counts,
+            token_of_row=token_of_row,
+            # Its backward pass costs less than that of indexing.
+            weight_of_row=weight.gather(0, pair),
+            rows_by_token=rows_by_token,
+            start_of_token=torch.searchsorted(token_of_row[rows_by_token], number),
+            num_tokens_per_expert=selection.num_tokens_per_expert,
             num_tokens=routing.num_tokens,
+            padded=padded,
         )
 
     def dispatch(
@@ -110,8 +111,3 @@ class Permute(Dispatcher):
             handle.rows_by_token,
             handle.start_of_token,
         )
-
-
-def _place(values: Tensor, index: Tensor, size: int, empty: int) -> Tensor:
-    """Tensor of `size` with ``values`` at ``index`` (``index == size``: nowhere), else `empty`."""
-    return values.new_full((size + 1,), empty).scatter(0, index, values)[:size]

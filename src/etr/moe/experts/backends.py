@@ -71,6 +71,7 @@ class ExpertBackend:
             handle.token_of_row,
             handle.rows_by_token,
             handle.start_of_token,
+            handle.padded,
         )
         problem = _problem(x, route, handle.num_tokens_per_expert, params)
         out = feed_forward(self.engine(problem), problem)
@@ -128,7 +129,9 @@ def _problem(source: Tensor, route: Route | None, counts: Tensor, params: Expert
 LOOP = OneByOne()
 BATCHED = Whole(lambda problem: Batched(problem.up.shape[0]))
 FUSED = Fused()
-GROUPED = Whole(lambda problem: Grouped(problem.counts, problem.counts.cumsum(0).int()))
+GROUPED = Whole(
+    lambda problem: Grouped(problem.counts, problem.counts.cumsum(0, dtype=torch.int32))
+)
 
 
 def grouped_mm_runs(problem: Problem) -> bool:

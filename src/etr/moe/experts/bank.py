@@ -159,9 +159,12 @@ def pairs_of(
         logits=None,
         probs=None,
     )
+    kept = selection.kept & inside
     return pairs, replace(
         selection,
-        kept=selection.kept & inside,
+        kept=kept,
+        bounds=selection.bounds[start : stop + 1],
+        in_order=kept[selection.order],
         combine_weight=torch.where(inside, selection.combine_weight, 0.0),
         num_tokens_per_expert=selection.num_tokens_per_expert[start:stop],
     )

@@ -29,10 +29,11 @@ class Route:
     token_of_row: Tensor
     rows_by_token: Tensor
     start_of_token: Tensor
+    padded: bool = True
 
     def gather(self, x: Tensor) -> Tensor:
         """Rows [R, H] of tokens [T, H]."""
-        return gather_rows(x, self.token_of_row)
+        return gather_rows(x, self.token_of_row, self.padded)
 
     def sum(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
         """Tokens [T, H] as sums of rows [R, H]."""
@@ -106,7 +107,7 @@ def feed_forward(engine: Engine, problem: Problem) -> Tensor:
     index: tuple[Tensor | None, ...] = (None, None, None)
     if route is not None:
         index = (route.token_of_row, route.rows_by_token, route.start_of_token)
-    options = (problem.activation, problem.clamp)
+    options = (problem.activation, problem.clamp, route is not None and route.padded)
     return _FeedForward.apply(*inputs, problem.counts, *index, engine, options)
 
 
@@ -133,10 +134,10 @@ class _FeedForward(torch.autograd.Function):
         return *grads, *([None] * 6)
 
 
-def _problem(tensors: list[Tensor], activation: Activation, clamp: Clamp) -> Problem:
+def _problem(tensors: list[Tensor], activation: Activation, clamp: Clamp, padded: bool) -> Problem:
     source, weight, up, down, up_bias, counts, *index = tensors
     token_of_row, rows_by_token, start_of_token = index
     route = None
     if token_of_row is not None:
-        route = Route(weight, token_of_row, rows_by_token, start_of_token)
+        route = Route(weight, token_of_row, rows_by_token, start_of_token, padded)
     return Problem(source, route, counts, up, down, up_bias, activation, clamp)

@@ -70,15 +70,17 @@ def _sums_and_norm(x: Tensor, weight: Tensor | None, num_experts: int) -> tuple[
     """Block sums of x * weight [T, E], and the norm of each token [T, 1]."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     shape = (num_experts, x.shape[1] // num_experts)
-    sums = torch.empty(x.shape[0], num_experts, dtype=dtype, device=x.device)
-    norm = torch.empty(x.shape[0], 1, dtype=dtype, device=x.device)
-    for rows, sums_out, norm_out in _blocks(x, sums, norm):
+    found = []
+    for (rows,) in _blocks(x):
         if x.device.type == "cpu":  # where a half-precision sum along rows is very slow
             rows = rows.to(dtype)
         weighted = rows if weight is None else rows * weight
-        torch.sum(weighted.unflatten(-1, shape), -1, dtype=dtype, out=sums_out)
-        torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=dtype, out=norm_out)
-    return sums, norm
+        sums = weighted.unflatten(-1, shape).sum(-1, dtype=dtype)
+        found.append((sums, torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=dtype)))
+    if len(found) == 1:
+        return found[0]
+    sums, norms = zip(*found, strict=True)
+    return torch.cat(sums), torch.cat(norms)
 
 
 class _BlockAffinity(torch.autograd.Function):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -43,11 +42,17 @@ def mean_over_valid(
         routing: says which tokens are valid.
         group: ranks that share the mean; None for this one.
     """
-    mask = routing.valid_mask if values.dim() == 1 else routing.valid_mask[:, None]
-    local = torch.where(mask, values, 0.0).sum(0)
+    if not routing.full:
+        mask = routing.valid_mask if values.dim() == 1 else routing.valid_mask[:, None]
+        values = values.masked_fill(~mask, 0.0)
+    local = values.sum(0)
+    if group is None and routing.full:
+        return local / max(routing.num_tokens, 1)
     count = sum_over_group(routing.num_valid_tokens(), group).clamp_min(1)
-    if average_ranks or group is None:
-        return _size(group) * local / count
+    if group is None:
+        return local / count
+    if average_ranks:
+        return dist.get_world_size(group) * local / count
     return whole_over_group(local, group) / count
 
 
@@ -61,9 +66,5 @@ def whole_over_group(local: Tensor, group: ProcessGroup | None) -> Tensor:
     # Each of the group's ranks returns the same value, and each depends on this rank's part:
     # `ranks * local` carries all those gradients without a collective in the backward pass.
     whole = sum_over_group(local, group)
-    ranks = _size(group)
+    ranks = dist.get_world_size(group)
     return ranks * local + (whole - ranks * local).detach()
-
-
-def _size(group: ProcessGroup | None) -> int:
-    return 1 if group is None else dist.get_world_size(group)

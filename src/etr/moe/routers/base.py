@@ -195,13 +195,15 @@ class Router(_KeptFromDecay):
         table = self.preferences(scores)
         if inputs.bonus is not None:
             table = table + inputs.bonus
-        return self.routing_of(scores, top_experts(table, self.top_k), inputs)
+        return self.routing_of(scores, top_experts(table, self.top_k), inputs, all_used=True)
 
     def preferences(self, scores: Scores) -> Tensor:
         """What tokens rank experts by, without gradient, [T, E]; by default the selection score."""
         return scores.scores.detach()
 
-    def routing_of(self, scores: Scores, expert: Tensor, inputs: RouterInput) -> Routing:
+    def routing_of(
+        self, scores: Scores, expert: Tensor, inputs: RouterInput, *, all_used: bool = False
+    ) -> Routing:
         """Routing of given choices.
 
         Args:
@@ -209,19 +211,27 @@ class Router(_KeptFromDecay):
             expert: chosen experts, int64 [T, k], best first, where k may be any number;
                 ``num_experts`` marks an unused place.
             inputs: mask and bonus.
+            all_used: no place is unused.
         """
-        token, flat = token_pairs(expert, inputs.valid_mask, self.num_experts)
-        index = flat.clamp_max(self.num_experts - 1)
+        full = all_used and inputs.all_valid
+        mask = None if inputs.all_valid else inputs.valid_mask
+        token, flat = token_pairs(expert, mask, self.num_experts)
+        index = flat if full else flat.clamp_max(self.num_experts - 1)
+        table = index.view(expert.shape)
         has_scores = self.config.traits.has_scores
-        score = scores.scores.detach()[token, index]
-        if inputs.bonus is not None:
-            score = score + inputs.bonus[index]
-        return Routing(
+        # `gather` has a cheaper backward than indexing with two index tensors.
+        gate, score = scores.gates.gather(1, table).flatten(), None
+        if has_scores:
+            score = gate.detach()
+            if scores.scores is not scores.gates:
+                score = scores.scores.detach().gather(1, table).flatten()
+            if inputs.bonus is not None:
+                score = score + inputs.bonus[index]
+        routing = Routing(
             token=token,
             expert=flat,
-            score=score if has_scores else None,
-            # `gather` has a cheaper backward than indexing with two index tensors.
-            gate=scores.gates.gather(1, index.view_as(expert)).flatten(),
+            score=score,
+            gate=gate,
             valid_mask=inputs.valid_mask,
             scores=scores.scores.detach() if has_scores else None,
             logits=scores.logits,
@@ -230,12 +240,15 @@ class Router(_KeptFromDecay):
             top_k=self.top_k,
             fixed_k=self.config.traits.fixed_k,
         )
+        return routing.known(full=full, unbiased=inputs.bonus is None)
 
     def all_pairs(self, scores: Scores, inputs: RouterInput) -> Routing:
         """Routing in which every expert may pick every valid token, pairs [T * E]."""
         every = torch.arange(self.num_experts, device=scores.scores.device)
-        routing = self.routing_of(scores, every.expand(scores.scores.shape), inputs)
-        return replace(routing, tokens_choose=False)
+        every = every.expand(scores.scores.shape)
+        routing = self.routing_of(scores, every, inputs, all_used=True)
+        found = replace(routing, tokens_choose=False)
+        return found.known(full=routing.full, unbiased=routing.unbiased)
 
     def extra_repr(self) -> str:
         return ""

@@ -18,7 +18,7 @@ from etr.moe.affinity import (
     token_norm,
 )
 from etr.moe.context import RouterInput
-from etr.moe.polar import condition_number, orthonormal_start, polar_factor
+from etr.moe.polar import condition_number, orthonormal_start, polar_factor, polar_parts
 from etr.moe.routers.base import Router, RouterConfig, RouterTraits
 from etr.moe.routing import Routing, Scores
 from etr.moe.score_scale import CosineScale, OddsScale, ScoreScale
@@ -130,7 +130,7 @@ class _EtrRouter(Router):
             self.log_temperature = nn.Parameter(torch.empty(1))  # FSDP takes none without dimension
         if config.gate == "sigmoid":
             self.offset = nn.Parameter(torch.empty(1))
-        self._directions: tuple[Tensor, Tensor] | None = None
+        self._kept: tuple[Tensor, tuple[Tensor, ...]] | None = None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -147,7 +147,7 @@ class _EtrRouter(Router):
             self.offset.fill_(0.0)
 
     def train(self, mode: bool = True) -> _EtrRouter:
-        self._directions = None  # needed in eval mode alone
+        self._kept = None
         return super().train(mode)
 
     def affinity(self, x: Tensor) -> Tensor:
@@ -162,16 +162,24 @@ class _EtrRouter(Router):
     def directions(self, dtype: torch.dtype) -> Tensor:
         """Orthonormal directions [E, H]; kept between forwards while the weight stays the same.
 
-        Whether it does is seen by comparing it with a copy, since writes through ``.data`` leave
-        no other trace: about a tenth of computing the directions on a CPU, and a wait on a GPU.
+        So micro-batches and recomputed activations share those of their optimizer step. Whether
+        the weight does stay is seen by comparing it with a copy, since writes through ``.data``
+        leave no other trace: a tenth or less of computing the directions on a CPU. On a GPU the
+        host waits for that, in eval mode alone.
         """
         assert self.weight is not None
-        weight, kept = self.weight, self._directions
-        if self.training or torch.is_grad_enabled() or not _comparable(weight):
+        weight, kept, on_cpu = self.weight, self._kept, self.weight.device.type == "cpu"
+        learns = self.training or torch.is_grad_enabled()
+        # What stands in a parameter's place may be a function's argument, or have no values.
+        lasting = on_cpu and type(weight) is nn.Parameter
+        if not _comparable(weight) or (learns and not lasting):
             return polar_factor(weight.to(dtype))
-        if kept is None or kept[1].dtype != dtype or not _same(kept[0], weight):
-            kept = self._directions = weight.detach().clone(), polar_factor(weight.to(dtype))
-        return kept[1]
+        if kept is None or kept[1][0].dtype != dtype or not _same(kept[0], weight):
+            with torch.inference_mode(False), torch.no_grad():
+                now = weight.detach().to(dtype)
+                found = polar_parts(now) if on_cpu else (polar_factor(now),)
+                kept = self._kept = weight.detach().clone(), found
+        return polar_factor(weight.to(dtype), kept[1]) if learns else kept[1][0]
 
     def scores(self, x: Tensor, inputs: RouterInput) -> Scores:
         affinity = self.affinity(x)

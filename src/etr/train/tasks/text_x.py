@@ -7,6 +7,7 @@ the loss is limited by the experts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ class TextXOutput:
 
     logits: Tensor
     router_losses: dict[str, Tensor]
-    routing_stats: list[dict[str, Tensor]]
+    routing_stats: list[Mapping[str, Tensor]]
 
 
 class TextXModel(nn.Module):
