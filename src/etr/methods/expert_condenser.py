@@ -21,9 +21,8 @@ from etr.moe.select import top_experts
 class Condenser(RouterConfig):
     """Token choice by logits with a bias that grows where experts are used, and some always on.
 
-    The bias is in selection and weights. Condensers are the experts of lowest bias when training
-    of a checkpoint starts, the last ones where biases are alike; they run for every token beside
-    its own choices, weighed by their probability.
+    The bias is in selection and weights. Condensers, the last experts, run for every token
+    beside its own choices, weighed by their probability.
     """
 
     name = "expert_condenser"
@@ -51,6 +50,7 @@ class Condenser(RouterConfig):
         return RouterTraits(
             fixed_k=self.condensers == 0,
             has_scores=False,
+            numbered=self.condensers > 0,
             rank_by=("position",),
             default_capacity="none",
         )
@@ -126,8 +126,8 @@ CARD = Card(
         "0.02, and all 16 without steps; condensers have a gradient in every step."
     ),
     departs=(
-        "Condensers are the last experts: number those of lowest bias last with `etr transform "
-        "renumber`. One that a token chose itself runs and weighs once, not twice. Usage is "
-        "summed over all ranks and micro-batches. The bias drifts for as long as training goes."
+        "Condensers are the last experts, not those of lowest bias after an earlier phase. One "
+        "that a token chose itself runs and weighs once, not twice. Usage is summed over all ranks "
+        "and micro-batches. The bias drifts for as long as training goes."
     ),
 )

@@ -171,7 +171,7 @@ def _observed(view: LayerView, domain: Tensor) -> Observed:
         assert routing.scores is not None
         best = routing.scores.topk(routing.top_k, dim=-1).indices
         chosen, expert = torch.zeros_like(keeps).scatter(1, best, True), best[:, 0]
-    mask = routing.valid_mask
+    mask = routing.valid_mask & (expert < routing.num_experts)  # a token may take no expert
     expert = expert[mask]
     return Observed(
         x=view.x[mask].float(),
