@@ -118,7 +118,9 @@ def assert_compiled_equals_eager(cell: Cell, backend: str, tolerance: float) -> 
 @pytest.mark.usefixtures("iterated_directions", "few_iterations")
 @pytest.mark.parametrize("cell", COMPILED, ids=ids)
 def test_the_padded_path_compiles_as_one_graph(cell: Cell) -> None:
-    assert_compiled_equals_eager(cell, "aot_eager", 1e-5)
+    # Methods of the shelf are made of operations that other cells trace forward and backward.
+    backend = "eager" if on_the_shelf(type(cell.router)) else "aot_eager"
+    assert_compiled_equals_eager(cell, backend, 1e-5)
 
 
 @pytest.mark.slow

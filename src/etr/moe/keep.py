@@ -95,39 +95,57 @@ def keep(
     )
     queued = among is None and limit.min_score is None and order.pool == "choosers"
 
-    def count() -> tuple[Tensor, Tensor]:
+    if routing.tokens_choose:
+
+        def count() -> tuple[Tensor, Tensor]:
+            return _asked_for(routing, limit, selection, queued)
+    else:  # now: what was learned may change before it is read
+        counted = _taken(selection, limit, choosers, policy, learned, peers)
+
+        def count() -> tuple[Tensor, Tensor]:
+            return counted
+
+    return Kept(selection=order.scaled(selection), limit=limit, choosers=choosers, count=count)
+
+
+def _asked_for(
+    routing: Routing, limit: Limit, selection: Selection, queued: bool
+) -> tuple[Tensor, Tensor]:
+    """Choices of each expert, int64 [E], and choices of all tokens, int64 [].
+
+    Args:
+        queued: every choice stood in its expert's queue, whose length is then the count.
+    """
+    if not queued:
+        choices = routing.num_choices_per_expert()
+    elif limit.capacity is not None:
+        choices = selection.bounds[1:] - selection.bounds[:-1]
+    else:
         choices = selection.num_tokens_per_expert
-        if routing.tokens_choose:
-            if not queued:
-                choices = routing.num_choices_per_expert()
-            elif limit.capacity is not None:
-                choices = selection.bounds[1:] - selection.bounds[:-1]
-            if not routing.fixed_k:
-                return choices, choices.sum()
-            return choices, routing.num_valid_tokens() * routing.top_k
-        if limit.capacity is not None:
-            return choices, limit.capacity.sum()
-        return choices, _imitated_slots(choosers, policy, learned, choices, peers)
-
-    kept = Kept(selection=order.scaled(selection), limit=limit, choosers=choosers, count=count)
-    if not routing.tokens_choose:
-        assert (
-            kept.num_slots is not None
-        )  # counted now: what was learned may change before it is read
-    return kept
+    if not routing.fixed_k:
+        return choices, choices.sum()
+    return choices, routing.num_valid_tokens() * routing.top_k
 
 
-def _imitated_slots(
+def _taken(
+    selection: Selection,
+    limit: Limit,
     choosers: Routing,
     policy: CapacityPolicy,
     learned: Calibration,
-    choices: Tensor,
     peers: Peers | None,
-) -> Tensor:
-    """Places under the capacity that thresholds imitate; until it is known, what was chosen."""
+) -> tuple[Tensor, Tensor]:
+    """What each expert that chooses took, int64 [E], and the places that there were, int64 [].
+
+    Places under thresholds are those of the capacity that they imitate; until it is known, what was
+    chosen.
+    """
+    taken = selection.num_tokens_per_expert
+    if limit.capacity is not None:
+        return taken, limit.capacity.sum()
     room = policy.imitated_limit(choosers, learned.threshold, learned.affinity_p99).capacity
     assert room is not None  # a policy without a limit goes with no such router
-    return torch.where(learned.num_updates == 0, choices.sum(), _owned(room, peers).sum())
+    return taken, torch.where(learned.num_updates == 0, taken.sum(), _owned(room, peers).sum())
 
 
 @dataclass(frozen=True, kw_only=True)
