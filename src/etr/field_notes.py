@@ -8,7 +8,7 @@ import functools
 import inspect
 import itertools
 import textwrap
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -32,6 +32,12 @@ def field_notes(kind: type) -> dict[str, str]:
     return notes
 
 
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """What a dataclass's field holds where nothing is given; `MISSING` where something must be."""
+    made = field.default_factory
+    return field.default if made is dataclasses.MISSING else made()
+
+
 def documented(kind: type[T]) -> type[T]:
     """Decorate a dataclass so that ``help(kind)`` says what each field means."""
     kind.__doc__ = _FieldDocs(kind.__doc__ or "")  # type: ignore[assignment]
@@ -48,17 +54,8 @@ class _FieldDocs:
         lines = [self.summary, "", "Fields:"]
         notes = field_notes(owner)
         for field in dataclasses.fields(owner):
-            default = "" if _required(field) else f" = {_default(field)!r}"
-            lines.append(f"    {field.name}{default}")
-            lines += textwrap.wrap(notes.get(field.name, ""), 84, initial_indent=" " * 8,
-                                   subsequent_indent=" " * 8)  # fmt: skip
+            default = default_of(field)
+            shown = "" if default is dataclasses.MISSING else f" = {default!r}"
+            lines.append(f"    {field.name}{shown}")
+            lines += [f"        {line}" for line in textwrap.wrap(notes.get(field.name, ""), 76)]
         return "\n".join(lines)
-
-
-def _required(field: dataclasses.Field[object]) -> bool:
-    return field.default is field.default_factory is dataclasses.MISSING
-
-
-def _default(field: dataclasses.Field[object]) -> object:
-    made = field.default_factory
-    return field.default if made is dataclasses.MISSING else made()

@@ -25,7 +25,7 @@ CONFORMANCE = ("tests/conformance/test_conformance_reference.py",)
 """What is run for the copy: values and gradients against plain loops, in every cell. Other files
 read the same cells, and would take minutes."""
 LEAST_TESTS = 15
-"""Far fewer than there are: what would be left if the suite stopped reading the tables."""
+"""Fewer than there are: more than would be left if the suite stopped reading the tables."""
 
 
 def apply_diff(text: str, hunks: str) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from etr.field_notes import field_notes
+from etr.field_notes import default_of, field_notes
 from etr.methods import METHODS
 from etr_command import VERBS
 
@@ -173,7 +173,7 @@ def leaves(kind: type, default: Any = None) -> dict[str, tuple[Any, Any]]:
     found: dict[str, tuple[Any, Any]] = {}
     hints, notes = typing.get_type_hints(kind, include_extras=True), field_notes(kind)
     for field in dataclasses.fields(kind):
-        value = getattr(default, field.name) if default is not None else _default(field)
+        value = getattr(default, field.name) if default is not None else default_of(field)
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
             inner = None if value is dataclasses.MISSING else value
@@ -182,8 +182,3 @@ def leaves(kind: type, default: Any = None) -> dict[str, tuple[Any, Any]]:
         help_text = tyro.conf.arg(help=notes.get(field.name, ""))
         found[field.name] = (Annotated[hint, help_text], dataclasses.field(default=value))
     return found
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    made = field.default_factory
-    return field.default if made is dataclasses.MISSING else made()

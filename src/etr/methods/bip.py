@@ -130,11 +130,7 @@ class _BipRouter(SoftmaxRouter):
 
     def _price_of_batch(self, scores: Tensor, inputs: RouterInput) -> Tensor:
         """Prices after the dual steps on the tokens of all ranks."""
-        valid = inputs.valid_mask
-        if inputs.gather is not None:
-            rows = torch.cat((scores, valid[:, None].to(scores)), dim=1)
-            rows = inputs.gather(rows)
-            scores, valid = rows[:, :-1], rows[:, -1] > 0
+        scores, valid = inputs.of_all_ranks(scores)
         price = self.prices.price.to(scores.dtype)
         return dual_steps(scores, valid, price, self.top_k, self.config.steps, self.config.clamp)
 

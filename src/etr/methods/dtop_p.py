@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from etr.methods.card import Card, Row
 from etr.moe.context import RouterInput
 from etr.moe.learner import Learner, Seen, Step
 from etr.moe.routers import ROUTERS, Router, RouterConfig, RouterTraits
+from etr.moe.routers.linear import LinearRouter
 from etr.moe.routing import Routing, Scores
-from etr.moe.select import top_experts
+from etr.moe.select import top_experts, until_mass
 
 LOW, HIGH = 0.01, 0.99
 """Bounds of p."""
@@ -101,22 +101,20 @@ class Controller(Learner):
         self.p.copy_(torch.where(takers > 0, p.clamp(LOW, HIGH), self.p))
 
 
-class _DTopPRouter(Router):
+class _DTopPRouter(LinearRouter):
     config: DTopP
 
     def __init__(self, config: DTopP, hidden_size: int, num_experts: int, top_k: int) -> None:
         super().__init__(config, hidden_size, num_experts, top_k)
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.scale = nn.Parameter(torch.empty(1))
+        self.scale = nn.Parameter(torch.ones(1))
         self.controller = Controller(config, num_experts, top_k)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.hidden_size**-0.5)
+        super().reset_parameters()
         nn.init.ones_(self.scale)
 
     def scores(self, x: Tensor, inputs: RouterInput) -> Scores:
-        raw = x @ self.weight.to(x.dtype).T
+        raw = self.logits(x)
         apart = raw - raw.mean(-1, keepdim=True)
         spread = apart.square().mean(-1, keepdim=True) + FLOOR
         logits = self.scale.to(x.dtype) * apart / spread.sqrt()
@@ -126,9 +124,7 @@ class _DTopPRouter(Router):
     def choose_alone(self, scores: Scores, inputs: RouterInput) -> Routing:
         table = self.preferences(scores)
         order = top_experts(table, self.num_experts)
-        before = F.pad(table.gather(1, order).double().cumsum(-1)[:, :-1], (1, 0))
-        takes = before < self.controller.p.double() - 1e-6
-        takes[:, 0] = True
+        takes = until_mass(table.gather(1, order), self.controller.p.double())
         return self.routing_of(scores, torch.where(takes, order, self.num_experts), inputs)
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from etr.methods.card import Card, Row
 from etr.moe.context import RouterInput
@@ -15,7 +14,7 @@ from etr.moe.losses import LOSSES, Loss, LossInput, mean_over_valid
 from etr.moe.routers import ROUTERS, Router, RouterConfig, RouterTraits
 from etr.moe.routers.linear import SoftmaxRouter
 from etr.moe.routing import Routing, Scores
-from etr.moe.select import top_experts
+from etr.moe.select import top_experts, until_mass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +50,9 @@ class _TopPRouter(SoftmaxRouter):
     def choose_alone(self, scores: Scores, inputs: RouterInput) -> Routing:
         table = self.preferences(scores)
         order = top_experts(table if inputs.bonus is None else table + inputs.bonus, table.shape[1])
-        # In float64, so that running sums of many do not depend on the device's order.
-        mass = table.gather(1, order).double().cumsum(-1)
-        before = F.pad(mass[:, :-1], (1, 0))
-        short = before < (math.inf if self.config.p >= 1 else self.config.p - 1e-6)
-        short[:, 0] = True
-        return self.routing_of(scores, torch.where(short, order, self.num_experts), inputs)
+        mass = math.inf if self.config.p >= 1 else self.config.p
+        takes = until_mass(table.gather(1, order), mass)
+        return self.routing_of(scores, torch.where(takes, order, self.num_experts), inputs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -122,10 +122,7 @@ class _PercentileRouter(SoftmaxRouter):
         return self._above(self.running.value.double(), scores, inputs)
 
     def choose(self, scores: Scores, inputs: RouterInput) -> Routing:
-        probs, valid = self.preferences(scores), inputs.valid_mask
-        if inputs.gather is not None:
-            rows = inputs.gather(torch.cat((probs, valid[:, None].to(probs)), dim=1))
-            probs, valid = rows[:, :-1], rows[:, -1] > 0
+        probs, valid = inputs.of_all_ranks(self.preferences(scores))
         found = percentile(probs, valid, self.config.quantile)
         bound = found if self.config.sees == "batch" else self.running.value.double()
         weight = inputs.valid_mask.sum()  # this rank's part in the mean

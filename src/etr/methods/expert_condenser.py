@@ -96,7 +96,7 @@ class _CondenserRouter(SoftmaxRouter):
         self.usage = UsageBias(num_experts, config.rate)
 
     def scores(self, x: Tensor, inputs: RouterInput) -> Scores:
-        logits = x @ self.weight.to(x.dtype).T + self.usage.bias.to(x.dtype)
+        logits = self.logits(x) + self.usage.bias.to(x.dtype)
         probs = logits.softmax(-1)
         return Scores(scores=probs, logits=logits, gates=probs, probs=probs)
 

@@ -12,7 +12,7 @@ from etr.methods.card import Card, Row
 from etr.moe.context import RouterInput
 from etr.moe.learner import Learner, Seen, Step
 from etr.moe.routers import ROUTERS, Router, RouterConfig, RouterTraits
-from etr.moe.routers.linear import SoftmaxRouter
+from etr.moe.routers.linear import LinearRouter
 from etr.moe.routing import Routing, Scores
 from etr.moe.select import top_experts
 
@@ -93,7 +93,7 @@ class Cutoffs(Learner):
         self.num_updates += count > 0
 
 
-class _ExpertThresholdRouter(SoftmaxRouter):
+class _ExpertThresholdRouter(LinearRouter):
     config: ExpertThreshold
 
     def __init__(
@@ -103,7 +103,7 @@ class _ExpertThresholdRouter(SoftmaxRouter):
         self.cutoffs = Cutoffs(num_experts, config.decay)
 
     def scores(self, x: Tensor, inputs: RouterInput) -> Scores:
-        logits = x @ self.weight.to(x.dtype).T
+        logits = self.logits(x)
         return Scores(scores=logits, logits=logits, gates=logits.sigmoid(), probs=None)
 
     def choose_alone(self, scores: Scores, inputs: RouterInput) -> Routing:
@@ -131,10 +131,7 @@ class _ExpertThresholdRouter(SoftmaxRouter):
 
     def _least_of_batch(self, logits: Tensor, inputs: RouterInput) -> Tensor:
         """Logit of the last among each expert's k best tokens of all ranks, [E]; 0 without any."""
-        valid = inputs.valid_mask
-        if inputs.gather is not None:
-            rows = inputs.gather(torch.cat((logits, valid[:, None].to(logits)), dim=1))
-            logits, valid = rows[:, :-1], rows[:, -1] > 0
+        logits, valid = inputs.of_all_ranks(logits)
         count = valid.sum()
         k = (count * self.top_k // self.num_experts).clamp(1)
         queue = logits.masked_fill(~valid[:, None], -torch.inf).sort(dim=0, descending=True).values

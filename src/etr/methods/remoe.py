@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from etr.methods.card import Card, Row
 from etr.moe.context import RouterInput
@@ -13,6 +13,7 @@ from etr.moe.learner import Learner, Seen, Step
 from etr.moe.losses import LOSSES, Loss, LossInput
 from etr.moe.losses.means import mean_over_valid, sum_over_group
 from etr.moe.routers import ROUTERS, Router, RouterConfig, RouterTraits
+from etr.moe.routers.linear import LinearRouter
 from etr.moe.routing import Routing, Scores
 from etr.moe.select import top_experts
 
@@ -82,20 +83,15 @@ class Pressure(Learner):
         self.factor.copy_(factor.clamp_min(1.0))
 
 
-class _ReMoERouter(Router):
+class _ReMoERouter(LinearRouter):
     config: ReMoE
 
     def __init__(self, config: ReMoE, hidden_size: int, num_experts: int, top_k: int) -> None:
         super().__init__(config, hidden_size, num_experts, top_k)
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.pressure = Pressure(top_k, config.rate)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.hidden_size**-0.5)
 
     def scores(self, x: Tensor, inputs: RouterInput) -> Scores:
-        logits = x @ self.weight.to(x.dtype).T
+        logits = self.logits(x)
         return Scores(scores=logits, logits=logits, gates=logits.relu(), probs=None)
 
     def choose_alone(self, scores: Scores, inputs: RouterInput) -> Routing:

@@ -236,3 +236,14 @@ class RouterInput:
     labels: Tensor | None = None
     gather: Callable[[Tensor], Tensor] | None = None
     all_valid: bool = False
+
+    def of_all_ranks(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """A table of all tokens that compete, float [*, N], and which of them are real, bool [*].
+
+        Args:
+            table: of this rank's tokens, float [T, N]; every rank must call it.
+        """
+        if self.gather is None:
+            return table, self.valid_mask
+        rows = self.gather(torch.cat((table, self.valid_mask[:, None].to(table)), dim=1))
+        return rows[:, :-1], rows[:, -1] > 0

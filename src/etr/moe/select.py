@@ -42,6 +42,22 @@ def top_experts(scores: Tensor, k: int) -> Tensor:
     return ((_order_key(scores).long() << 32) | lower_first).topk(k, dim=-1).indices
 
 
+def until_mass(probs: Tensor, mass: float | Tensor) -> Tensor:
+    """Which experts a token takes, one after the other, until they hold a probability.
+
+    Args:
+        probs: of each token's experts in the order in which it takes them, float [T, E].
+        mass: probability to reach; infinity takes all.
+    Returns:
+        bool [T, E]; the first is always taken.
+    """
+    # In float64, so that running sums of many do not depend on the device's order.
+    before = F.pad(probs.double().cumsum(-1)[:, :-1], (1, 0))
+    takes = before < mass - 1e-6
+    takes[:, 0] = True
+    return takes
+
+
 def token_pairs(
     expert: Tensor, valid_mask: Tensor | None, num_experts: int
 ) -> tuple[Tensor, Tensor]:
