@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from cells import ALL, ROUTER_CELLS, Cell, H, context, ids, pairs, tokens
+from cells import ALL, ROUTER_CELLS, Cell, E, H, context, ids, pairs, tokens
 from torch import Tensor
 
 from etr.moe import MoE, after_step
@@ -75,6 +75,27 @@ def test_autocast_runs_experts_low_and_routers_high(cell: Cell) -> None:
     assert not torch.equal(low.hidden_states, plain.hidden_states)
     error = (low.hidden_states - plain.hidden_states).norm() / plain.hidden_states.norm()
     assert float(error) < 2e-2
+
+
+@pytest.mark.parametrize("cell", ROUTER_CELLS, ids=ids)
+def test_directions_are_what_tokens_are_compared_with(cell: Cell) -> None:
+    """Scores that are cosines are those with them; logits rank as products or cosines do."""
+    if not cell.traits.has_directions:
+        with pytest.raises(AttributeError):
+            cell.layer().router.directions(torch.float64)
+        return
+    layer, x = cell.layer(), tokens()
+    found = layer.router.directions(torch.float64)
+    assert found.shape == (E, H)
+    routing, _ = layer.route(x, context())
+    products = x @ found.T
+    cosines = products / x.norm(dim=-1, keepdim=True) / found.norm(dim=-1)
+    if cell.traits.has_cosine:
+        torch.testing.assert_close(cosines, routing.scores, rtol=1e-9, atol=1e-12)
+    elif not getattr(cell.router, "bias", False):
+        assert routing.logits is not None
+        order = routing.logits.argsort(dim=-1)
+        assert any(torch.equal(order, table.argsort(dim=-1)) for table in (products, cosines))
 
 
 def test_bfloat16_sums_would_flip_choices() -> None:

@@ -57,6 +57,17 @@ def learned_block_affinity(x: Tensor, weight: Tensor, num_experts: int) -> Tenso
     return block_affinity(x, weight, num_experts)
 
 
+def block_directions(
+    hidden_size: int, num_experts: int, dtype: torch.dtype, weight: Tensor | None = None
+) -> Tensor:
+    """Block vectors as a table [E, H]: of GrAP, or with the `weight` [H] of a learned frame."""
+    block = block_width(hidden_size, num_experts)
+    if weight is None:
+        weight = torch.full((hidden_size,), num_experts / hidden_size, dtype=dtype)
+    own = torch.eye(num_experts, dtype=dtype, device=weight.device)
+    return own.repeat_interleave(block, dim=1) * weight.to(dtype)
+
+
 def cosine_affinity(x: Tensor, directions: Tensor, *, unit: bool = False) -> Tensor:
     """Cosine of each token and each row of `directions`.
 

@@ -200,6 +200,9 @@ class MoE(ArrangedParts):
             past=self.state.previous_load,
             earlier=None if collector is None else collector.earlier_choices(self),
             router=self.router,
+            num_experts=self.num_experts,
+            step=self.state.step,
+            layer_index=self.layer_index,
             x=x,
             expert_group=None if self.parallel is None else self.parallel.expert_peers.group,
         )

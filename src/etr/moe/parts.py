@@ -52,7 +52,7 @@ class LayerParts(Collected):
         self.normalize = config.resolved_normalize
         self._losses = config.loss_rows
         # A forward reads no option that is text: it would parse it anew, which does not compile.
-        self.num_choices = config.num_choices
+        self.num_choices, self.num_experts = config.num_choices, config.num_experts
         self.num_weighed = config.bank_config.num_weighed(config.num_experts)
 
     def add_experts(self) -> None:

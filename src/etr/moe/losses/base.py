@@ -28,6 +28,7 @@ _LACKS = {
     "has_scores": "router {} has no scores, so the loss is undefined",
     "sparse_gates": "gates of router {} are not 0 where closed, so the loss is undefined",
     "has_cosine": "scores of router {} are not cosines, so the loss is undefined",
+    "has_directions": "router {} has no directions of experts, so the loss is undefined",
     "tokens_choose": "in router {} experts choose, so the load is even by construction",
 }
 """What a router without a fact means for a loss that needs it."""
@@ -45,6 +46,9 @@ class LossInput:
         past: choices per expert in the last optimizer step, float [E]; zeros before the first.
         earlier: choices in the step's earlier micro-batches, int64 [E], or None.
         router: the router's module.
+        num_experts: how many of the choices, the first, have weights; None for all.
+        step: optimizer steps that the layer has done, int64 [].
+        layer_index: number of the layer in its model.
         x: tokens, float [T, H], with gradient, for a loss that asks for them; else None.
         experts: weights of the experts, float32 (float64 for such tokens), with gradient, for a
             loss that asks for them; else None. Over ranks this rank's experts alone.
@@ -59,6 +63,9 @@ class LossInput:
     past: Tensor
     earlier: Tensor | None
     router: nn.Module
+    num_experts: int | None = None
+    step: Tensor | int = 0
+    layer_index: int = 0
     x: Tensor | None = None
     experts: ExpertParams | None = None
     first_expert: int = 0

@@ -32,6 +32,7 @@ class RouterTraits:
             `LayerOptions.normalize` has it.
         has_scores: gives selection scores, so choosers can be ranked and thresholds calibrated.
         has_probs: gives a distribution over experts, so a balance loss is defined.
+        has_directions: has a direction of every choice in the space of tokens.
         has_cosine: scores are cosines, so the capacity lower bound applies.
         sparse_gates: gates are 0 where a token does not take the expert, and a loss on them, which
             the router's `pressure` weighs, closes more.
@@ -51,6 +52,7 @@ class RouterTraits:
     normalize: Normalize | None = None
     has_scores: bool = True
     has_probs: bool = True
+    has_directions: bool = True
     has_cosine: bool = False
     sparse_gates: bool = False
     rank_by: tuple[RankBy, ...] = ("score", "position")
@@ -249,6 +251,12 @@ class Router(_KeptFromDecay):
         routing = self.routing_of(scores, every, inputs, all_used=True)
         found = replace(routing, tokens_choose=False)
         return found.known(full=routing.full, unbiased=routing.unbiased)
+
+    def directions(self, dtype: torch.dtype) -> Tensor:
+        """The vector of each choice that tokens are compared with, [E, H], with gradient."""
+        weight = self.weight
+        assert isinstance(weight, Tensor)  # by attribute: what calls functions puts tensors there
+        return weight.to(dtype)
 
     def extra_repr(self) -> str:
         return ""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from etr.moe.affinity import (
+    block_directions,
     block_width,
     cosine_affinity,
     grap_affinity,
@@ -160,14 +161,15 @@ class _EtrRouter(Router):
         return cosine_affinity(x, self.directions(x.dtype), unit=True)
 
     def directions(self, dtype: torch.dtype) -> Tensor:
-        """Orthonormal directions [E, H]; kept between forwards while the weight stays the same.
+        """Directions [E, H]; orthonormal ones are kept while the weight stays the same.
 
         So micro-batches and recomputed activations share those of their optimizer step. Whether
         the weight does stay is seen by comparing it with a copy, since writes through ``.data``
         leave no other trace: a tenth or less of computing the directions on a CPU. On a GPU the
         host waits for that, in eval mode alone.
         """
-        assert self.weight is not None
+        if self.weight is None or self.config.frame != "orthonormal":
+            return block_directions(self.hidden_size, self.num_experts, dtype, self.weight)
         weight, kept, on_cpu = self.weight, self._kept, self.weight.device.type == "cpu"
         learns = self.training or torch.is_grad_enabled()
         # What stands in a parameter's place may be a function's argument, or have no values.

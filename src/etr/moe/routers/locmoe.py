@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from etr.moe.affinity import block_width, grap_affinity
+from etr.moe.affinity import block_directions, block_width, grap_affinity
 from etr.moe.context import RouterInput
 from etr.moe.routers.base import Router, RouterConfig, RouterTraits, one_best
 from etr.moe.routing import Scores
@@ -61,6 +62,9 @@ class _LocMoERouter(Router):
         super().__init__(config, hidden_size, num_experts, top_k)
         self.score_scale = CosineScale(hidden_size)
         self.temperature = config.temperature or math.sqrt(hidden_size)
+
+    def directions(self, dtype: torch.dtype) -> Tensor:
+        return block_directions(self.hidden_size, self.num_experts, dtype)
 
     def scores(self, x: Tensor, inputs: RouterInput) -> Scores:
         affinity = grap_affinity(x, self.num_experts)
