@@ -31,6 +31,9 @@ SHELF = (
     "dynamic_top_p",
     "global_balance",
     "bip",
+    "adamoe",
+    "router_coupling",
+    "deepseek_moe",
 )
 """Files of this folder, each a method of its name, in the order in which pages list them."""
 
