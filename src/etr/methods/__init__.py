@@ -34,6 +34,7 @@ SHELF = (
     "adamoe",
     "router_coupling",
     "deepseek_moe",
+    "union_of_experts",
 )
 """Files of this folder, each a method of its name, in the order in which pages list them."""
 
