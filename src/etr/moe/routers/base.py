@@ -52,7 +52,7 @@ class RouterTraits:
     normalize: Normalize | None = None
     has_scores: bool = True
     has_probs: bool = True
-    has_directions: bool = True
+    has_directions: bool = False
     has_cosine: bool = False
     sparse_gates: bool = False
     rank_by: tuple[RankBy, ...] = ("score", "position")

@@ -87,6 +87,7 @@ class EtrRouter(RouterConfig):
     @property
     def traits(self) -> RouterTraits:
         return RouterTraits(
+            has_directions=True,
             causal=self.choice != "expert",
             fixed_load=self.choice == "expert",
             tokens_choose=self.choice != "expert",

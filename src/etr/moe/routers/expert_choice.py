@@ -23,7 +23,13 @@ class ExpertChoice(RouterConfig):
 
     @property
     def traits(self) -> RouterTraits:
-        return RouterTraits(causal=False, fixed_load=True, tokens_choose=False, rank_by=("score",))
+        return RouterTraits(
+            has_directions=True,
+            causal=False,
+            fixed_load=True,
+            tokens_choose=False,
+            rank_by=("score",),
+        )
 
     def build(self, hidden_size: int, num_experts: int, top_k: int) -> Router:
         return _ExpertChoiceRouter(self, hidden_size, num_experts, top_k)

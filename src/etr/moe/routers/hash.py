@@ -25,13 +25,7 @@ class Hash(RouterConfig):
 
     @property
     def traits(self) -> RouterTraits:
-        return RouterTraits(
-            has_scores=False,
-            has_probs=False,
-            has_directions=False,
-            rank_by=("position",),
-            numbered=True,
-        )
+        return RouterTraits(has_scores=False, has_probs=False, rank_by=("position",), numbered=True)
 
     def build(self, hidden_size: int, num_experts: int, top_k: int) -> Router:
         return _HashRouter(self, hidden_size, num_experts, top_k)

@@ -37,6 +37,7 @@ class LocMoERouter(RouterConfig):
     @property
     def traits(self) -> RouterTraits:
         return RouterTraits(
+            has_directions=True,
             has_cosine=True,
             rank_by=("position",),
             default_capacity="locmoe",

@@ -28,7 +28,6 @@ class Random(RouterConfig):
         return RouterTraits(
             has_scores=False,
             has_probs=False,
-            has_directions=False,
             rank_by=("position",),
             position_free=False,
             numbered=True,

@@ -80,7 +80,9 @@ class TokenChoice(RouterConfig):
 
     @property
     def traits(self) -> RouterTraits:
-        return RouterTraits(rank_by=("position", "score"), num_groups=self.num_groups)
+        return RouterTraits(
+            has_directions=True, rank_by=("position", "score"), num_groups=self.num_groups
+        )
 
     def build(self, hidden_size: int, num_experts: int, top_k: int) -> Router:
         return LinearRouter(self, hidden_size, num_experts, top_k)
@@ -96,7 +98,9 @@ class Baseline(TokenChoice):
 
     @property
     def traits(self) -> RouterTraits:
-        return RouterTraits(rank_by=("position",), padded=True, num_groups=self.num_groups)
+        return RouterTraits(
+            has_directions=True, rank_by=("position",), padded=True, num_groups=self.num_groups
+        )
 
     def check(self, hidden_size: int, num_experts: int, top_k: int) -> None:
         super().check(hidden_size, num_experts, top_k)
