@@ -51,8 +51,8 @@ test-pythons:  ## all tests on the other Pythons
 test-peers: $(VENV)/.all  ## transformers' own model tests; more of them with TRANSFORMERS_TESTS=DIR
 	$(BIN)/python tests/peers --page docs/results/peers.md $(TRANSFORMERS_TESTS:%=--tests %)
 
-criteria: $(VENV)/.all  ## the tests of all methods, what they claim, and the page that says so
-	$(BIN)/python tools/criteria.py
+criteria: $(VENV)/.all  ## tests of all methods (METHODS="a b": of these), and the page of them
+	$(BIN)/python tools/criteria.py $(METHODS)
 	$(BIN)/etr methods --page docs/methods.md
 
 build/lowest.txt: pyproject.toml tools/versions.py

@@ -1,6 +1,6 @@
-"""Run the tests of all methods, and write down which passed, on which files.
+"""Run the tests of methods, and write down which passed, on which files.
 
-python tools/criteria.py
+python tools/criteria.py [METHOD ...]    all methods where none is named; others keep what they have
 """
 
 from __future__ import annotations
@@ -36,17 +36,23 @@ class Outcomes:
 
 
 def main() -> int:
-    from etr.files import write_json
+    from etr.files import read_json, write_json
     from etr.methods import METHODS
     from etr.report.criteria import RECORD, record_of
 
+    names = sys.argv[1:] or list(METHODS)
+    files = [str(ROOT / f"tests/methods/test_{name}.py") for name in names]
     outcomes = Outcomes()
-    code = pytest.main([str(ROOT / "tests/methods"), *OPTIONS], plugins=[outcomes])
+    code = pytest.main([*files, *OPTIONS], plugins=[outcomes])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         return int(code)
-    passed = {name: outcomes.passed(name) for name in METHODS}
-    write_json(ROOT / RECORD, record_of(ROOT, passed))
-    print(f"written: {RECORD}; works: {sum(passed.values())} of {len(passed)}")
+    record = record_of(ROOT, {name: outcomes.passed(name) for name in names})
+    kept = read_json(ROOT / RECORD)["methods"] if (ROOT / RECORD).is_file() else {}
+    found = {**kept, **record["methods"]}
+    record["methods"] = {name: found[name] for name in METHODS if name in found}
+    write_json(ROOT / RECORD, record)
+    passed = [name for name in names if outcomes.passed(name)]
+    print(f"written: {RECORD}; works: {len(passed)} of {len(names)} that ran")
     return int(code)
 
 
