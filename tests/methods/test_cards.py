@@ -79,6 +79,10 @@ def test_its_name_is_a_variant_and_what_it_is_compared_with_too(card: Card) -> N
     pytest.importorskip("transformers")
     from etr.train import TrainConfig, parse_variant
 
+    if not card.options:
+        with pytest.raises(ValueError, match=f"runs by `etr .*{card.rows[0].kind.name}"):  # type: ignore[attr-defined]
+            parse_variant(card.name)
+        return
     for text in (card.name, card.against):
         config = parse_variant(text).apply(TrainConfig())
         config.model.moe_config()
@@ -207,6 +211,25 @@ class TestAdding:
         assert "mine" not in ROUTERS
         assert "mine" not in METHODS
         assert ROUTERS["baseline"] is Baseline
+
+
+def test_a_method_that_sets_no_option_says_which_verb_runs_it() -> None:
+    """A row of another table; it is no router, nor listed as one."""
+    from etr.model import TRANSFORMS
+    from etr.model.transform import Renumber
+
+    card = make(options={}, rows=(Row(table=TRANSFORMS, kind=Renumber),), branch="pruning")
+    assert card.command == "etr transform renumber SRC DST"
+    assert make().command == "--router token_choice"
+    add(card)
+    try:
+        with pytest.raises(ValueError, match="runs by `etr transform renumber SRC DST`"):
+            options_of("mine")
+        with pytest.raises(ValueError, match="choose one of") as found:
+            options_of("nonsense")
+        assert "mine" not in str(found.value)
+    finally:
+        METHODS.pop("mine")
 
 
 def test_flags_of_a_method_without_a_router() -> None:

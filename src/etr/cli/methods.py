@@ -21,7 +21,7 @@ from etr.files import write_text
 from etr.methods import METHODS, Card
 from etr.moe import CAPACITIES, ROUTERS, support_table
 from etr.report.criteria import CHANGED, FAILS, NEVER, statuses
-from etr.report.methods import by_seam, command_options, methods_page, yes_or_no
+from etr.report.methods import by_seam, methods_page, yes_or_no
 
 SHORT = {FAILS: "fails", CHANGED: "changed", NEVER: "not run"}
 """What a narrow column says of a criterion that was not met on today's code."""
@@ -80,11 +80,11 @@ def card_table(card: Card) -> Table:
         "does": card.summary,
         "paper": f"arXiv {card.paper}" if card.paper else "",
         "kind": f"{card.level}, {card.branch}",
-        "sets": command_options(card),
+        "sets" if card.options else "runs": card.command,
         "claim": card.claim,
         "status": statuses()[card.name],
         "departs": card.departs,
-        "against": card.against,
+        "against": card.against if card.options else "",
         "may move": ", ".join(card.moves),
         "causal": yes_or_no(card.causal),
         "fixed load": yes_or_no(card.fixed_load),

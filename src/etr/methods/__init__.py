@@ -81,14 +81,21 @@ def options_of(text: str) -> dict[str, str]:
     Returns:
         Values by field, as the command line writes them.
     Raises:
-        ValueError: neither a method nor a router has the name, or the method sets no router that
-            could have options.
+        ValueError: neither a method nor a router has the name, or the method sets no option, or no
+            router that could have options.
     """
     name, _, more = text.partition(":")
-    check_name("router", name, tuple(dict.fromkeys((*ROUTERS, *METHODS))))
-    if name not in METHODS:
+    card = METHODS.get(name)
+    if card is not None and not card.options:
+        raise ValueError(
+            f"router={name!r}: the method is not a choice about a layer; it runs by "
+            f"`{card.command}`"
+        )
+    variants = (known for known, method in METHODS.items() if method.options)
+    check_name("router", name, tuple(dict.fromkeys((*ROUTERS, *variants))))
+    if card is None:
         return {"router": text}
-    options = dict(METHODS[name].options)
+    options = dict(card.options)
     if more:
         router = options.get("router")
         if router is None:

@@ -30,6 +30,12 @@ BRANCHES: dict[str, tuple[str, ...]] = {
 }
 """Branches of each level, after the survey arXiv 2412.14219. Training and decoding are this
 library's, for methods that a survey of inference does not cover."""
+COMMANDS = {
+    "transform": "etr transform {name} SRC DST",
+    "planner": "etr plan {name} TRACE",
+    "cache": "etr cache TRACE --caches {name}",
+}
+"""Verbs by the table whose rows they name, for methods that set no option of a layer."""
 MOVES = ("loss", "load", "drops", "experts per token", "FLOPs", "bytes", "memory")
 """What a method may change in a comparison."""
 
@@ -65,9 +71,10 @@ class Card:
     rows: tuple[Row, ...] = ()
     """May be empty: a method that only sets options."""
     options: Mapping[str, str] = field(default_factory=dict)
-    """What ``--router NAME`` sets, by field, as the command line writes values."""
+    """What ``--router NAME`` sets, by field, as the command line writes values. Empty for a method
+    that is no choice about a layer: a transform, a planner."""
     against: str = "token_choice"
-    """The variant it is compared with."""
+    """The variant it is compared with, where it is a variant itself: a card with options."""
     moves: tuple[str, ...] = ()
     """What it may change, of `MOVES`."""
     departs: str = ""
@@ -123,6 +130,14 @@ class Card:
     def seam(self) -> str:
         """What it mainly is: the table of its first row, or the first option that it sets."""
         return self.rows[0].table.field if self.rows else next(iter(self.options))
+
+    @property
+    def command(self) -> str:
+        """How it is asked for: its options, or the verb that reads the table of its first row."""
+        if not self.options:
+            return COMMANDS.get(self.seam, "etr methods {name}").format(name=self.rows[0].kind.name)
+        pairs = (f"--{name.replace('_', '-')} {value}" for name, value in self.options.items())
+        return " ".join(pairs)
 
     def config_options(self) -> dict[str, Any]:
         """The options as `MoEConfig` takes them."""

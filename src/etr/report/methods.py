@@ -26,12 +26,6 @@ def yes_or_no(fact: bool | None) -> str:
     return "-" if fact is None else "yes" if fact else "no"
 
 
-def command_options(card: Card) -> str:
-    """What the method's name stands for, as the command line writes it."""
-    pairs = (f"--{name.replace('_', '-')} {value}" for name, value in card.options.items())
-    return " ".join(pairs)
-
-
 def methods_page(status: Mapping[str, str]) -> str:
     """The page, in Markdown.
 
@@ -43,7 +37,8 @@ def methods_page(status: Mapping[str, str]) -> str:
         "# Methods",
         "A method is a file in `src/etr/methods` with a card, one line in `METHODS`, and a test in "
         "`tests/methods`, whose criterion is the card's claim. Its name stands for all its "
-        "options: `etr train --router NAME`, or a row of `etr compare --variants`. "
+        "options: `etr train --router NAME`, or a row of `etr compare --variants`; one that sets "
+        "none is for another verb, such as `etr transform NAME`. "
         "`etr methods NAME` shows one; [CONTRIBUTING.md](../CONTRIBUTING.md) adds one, on the "
         "shelf or in a file of your own.",
         "*Works* means that all tests of the method passed, and that neither its file nor its test "
@@ -88,8 +83,9 @@ def _claims(cards: Iterable[Card]) -> Iterable[str]:
     for card in cards:
         departs = f" *Departs:* {escape_markdown(card.departs)}" if card.departs else ""
         ranks = " It looks at its own rank's tokens alone." if card.ranks == "own" else ""
+        against = f"; compared with `{card.against}`" if card.options else ""
         yield (
-            f"- `{card.name}` (`{command_options(card)}`; compared with `{card.against}`): "
+            f"- `{card.name}` (`{card.command}`{against}): "
             f"{escape_markdown(card.claim)}{ranks}{departs}"
         )
 
