@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection, Iterable
-from typing import Any, TypeVar
+from collections.abc import Collection, Iterable, Iterator, MutableMapping
+from importlib import import_module
+from typing import Any, ClassVar, TypeVar
 
 T = TypeVar("T")
 
 
-class Table(dict[str, type[T]]):
+class Table(MutableMapping[str, type[T]]):
     """Classes of frozen configs by their `name`, in the order given; fields are options.
+
+    Modules that add rows to tables (`more_rows_in`) are imported when a table is asked for a name
+    that it does not have yet, or for all of them: many methods cost nothing until one is wanted.
 
     Args:
         field: what holds one of them, as errors call it.
@@ -19,6 +23,8 @@ class Table(dict[str, type[T]]):
         others: names that stand for no class here, and that errors tell of too.
         wrapped: the option that a bare ``name`` among options means.
     """
+
+    _later: ClassVar[list[str]] = []
 
     def __init__(
         self,
@@ -28,8 +34,36 @@ class Table(dict[str, type[T]]):
         others: tuple[str, ...] = (),
         wrapped: str | None = None,
     ) -> None:
-        super().__init__((kind.name, kind) for kind in kinds)
+        self._rows: dict[str, type[T]] = {kind.name: kind for kind in kinds}
         self.field, self.others, self.wrapped = field, others, wrapped
+
+    @classmethod
+    def more_rows_in(cls, module: str) -> None:
+        """Name a module whose import adds rows to tables; it is imported when they are wanted."""
+        cls._later.append(module)
+
+    def _whole(self) -> dict[str, type[T]]:
+        for module in self._later:
+            import_module(module)  # of one that is under way, Python returns what there is
+        return self._rows
+
+    def __getitem__(self, name: str) -> type[T]:
+        return self._rows[name] if name in self._rows else self._whole()[name]
+
+    def __setitem__(self, name: str, kind: type[T]) -> None:
+        self._rows[name] = kind
+
+    def __delitem__(self, name: str) -> None:
+        del self._rows[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._whole())
+
+    def __len__(self) -> int:
+        return len(self._whole())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.field!r}, {self._whole()!r})"
 
     def add(self, kind: type[T]) -> None:
         """Take in one more class under its `name`.

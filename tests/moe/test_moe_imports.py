@@ -43,6 +43,38 @@ print("ran")
     assert done.stdout == "ran\n"
 
 
+def test_importing_loads_what_is_used_alone() -> None:
+    """Modules are counted, not seconds: by `etr`, by its layer, by a method that is asked for."""
+    script = """
+import sys
+def loaded(since=frozenset()):
+    return {name for name in sys.modules if name not in since}
+
+import etr
+heavy = ("torch", "numpy", "scipy", "transformers", "pydantic", "tyro", "matplotlib", "pyarrow")
+assert not loaded() & {*heavy, "etr.moe", "etr.methods"}, loaded()
+assert "MoE" in dir(etr) and "methods" in dir(etr) and not hasattr(etr, "no_such_name")
+
+import torch
+before = loaded()
+layer = etr.MoE(etr.MoEConfig(hidden_size=16, intermediate_size=8, num_experts=4))
+layer(torch.randn(8, 16))
+new = loaded(before)
+assert all(name.startswith(("etr.moe", "etr.field_notes", "torch.")) for name in new), new
+
+before = loaded()
+assert etr.ROUTERS["remoe"].__module__ == "etr.methods.remoe"
+assert all(name.startswith("etr.methods") for name in loaded(before)), loaded(before)
+from etr import *
+assert MoE is etr.MoE and etr.methods.METHODS["remoe"].rows[0].kind is ROUTERS["remoe"]
+print("counted")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "counted\n", done.stderr
+
+
 @pytest.mark.parametrize("package", WINGS)
 def test_what_stands_beside_the_layer_imports_without_any_extra(package: str) -> None:
     script = f"""

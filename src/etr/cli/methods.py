@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,7 +59,7 @@ def run(arguments: list[str]) -> int:
 def _show(console: Console, name: str) -> None:
     """Print a card, and every router or policy of the name or among the card's rows."""
     card = METHODS.get(name)
-    tables: tuple[dict[str, Any], ...] = (ROUTERS, CAPACITIES)
+    tables: tuple[Mapping[str, Any], ...] = (ROUTERS, CAPACITIES)
     kinds = [table[name] for table in tables if name in table]
     if card is not None:
         kinds = list(dict.fromkeys((*(row.kind for row in card.rows), *kinds)))

@@ -1,5 +1,7 @@
 """Serving: how a layer routes when it is not training. A file each, one line each in `SERVING`."""
 
+from typing import Any
+
 from etr.moe.serving.base import LayerFacts, Serving
 from etr.moe.serving.batch import Batch
 from etr.moe.serving.dropless import Dropless
@@ -10,7 +12,12 @@ SERVING: Table[Serving] = Table("serving", (Threshold, Dropless, Batch))
 """Serving policies by name."""
 
 EvalSelection = str  # the type's old name, for one release
-EVAL_SELECTIONS = tuple(SERVING)  # and that of its names
+
+
+def __getattr__(name: str) -> Any:
+    if name == "EVAL_SELECTIONS":  # and that of its names
+        return tuple(SERVING)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def serving_of(given: str | Serving, field: str = "serving") -> Serving:
