@@ -17,7 +17,7 @@ from etr.data import byte_tokenizer
 from etr.data import chat as chat_module
 from etr.data.chat import ChatTemplate
 from etr.hf import EtrConfig, EtrForCausalLM, load_pretrained
-from etr.moe import moe_layers
+from etr.moe import moe_layers, selecting
 from etr.train.conversations import Conversation, Message, encode, read_conversations
 from etr.train.sft import SftConfig, sft
 
@@ -330,6 +330,42 @@ def test_fine_tuning_learns_answers_and_thresholds(rank: int, talks: Path, tmp_p
     }
     assert (result.out / "tokenizer.json").is_file()
     assert json.loads((result.out / "sft.json").read_text())["rows"][0]["step"] == 1
+
+
+def test_thresholds_keep_what_training_keeps(tmp_path: Path) -> None:
+    """Those learned on the way are late: weights still move, and there were few steps."""
+    pytest.importorskip("trl", reason="needs the extra sft")
+    lines = (chat(f"say {n} " + "and " * (n % 5), "yes " * (4 + n % 7)) for n in range(48))
+    data, tokenizer = write(tmp_path / "more.jsonl", *lines), byte_tokenizer()
+    rows = encode(read_conversations(data), tokenizer, 128)
+    rows.sort(key=lambda row: len(row["input_ids"]))
+    batches = [
+        torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(row["input_ids"]) for row in rows[first : first + 16]],
+            batch_first=True,
+            padding_value=-1,
+        )
+        for first in range(0, 48, 16)
+    ]
+    gaps = []
+    for number in (64, 0):
+        out = tmp_path / str(number)
+        changes = {"steps": 6, "batch_size": 16, "learning_rate": 3e-2}
+        config = options(data, out, calibration_batches=number, **changes)
+        result = sft(tiny(), tokenizer, config)
+        assert any("found on 3 micro-batches" in note for note in result.notes) == (number > 0)
+        model, kept = load_pretrained(out).eval(), []
+        for how in ("batch", "threshold"):
+            pairs = [0, 0]
+            with selecting(model, how), torch.no_grad():
+                for ids in batches:
+                    mask = (ids >= 0).long()
+                    for stats in model(ids.clamp_min(0), attention_mask=mask).routing_stats:
+                        pairs[0] += int(stats["num_tokens_per_expert"].sum())
+                        pairs[1] += int(stats["num_choices_per_expert"].sum())
+            kept.append(pairs[0] / pairs[1])
+        gaps.append(abs(kept[0] - kept[1]))
+    assert gaps[0] < 0.02 < gaps[1]
 
 
 def test_router_losses_reach_the_routers_past_our_forward(talks: Path, tmp_path: Path) -> None:

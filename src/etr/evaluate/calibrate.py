@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
+from torch.distributed import ProcessGroup
 
 from etr.data import Batch
 from etr.hf import EtrForCausalLM
 from etr.moe import moe_layers
+from etr.moe.training import calibrate_step
 
 
 def calibrate(
     model: EtrForCausalLM,
     batches: Iterable[Batch],
     on_batch: Callable[[], None] = lambda: None,
+    *,
+    group: ProcessGroup | None = None,
 ) -> list[float]:
     """Set the thresholds to keep, on this text, what the training policy keeps; no weight changes.
 
@@ -25,6 +29,7 @@ def calibrate(
         model: its schedules stay where they are.
         batches: text to calibrate on.
         on_batch: called after each batch, e.g. to advance a progress bar.
+        group: ranks whose batches count together; each must bring as many.
     Returns:
         Share of choosers kept in each layer.
     Raises:
@@ -50,9 +55,7 @@ def calibrate(
             # Counters are kept where gradients are enabled only; nothing is back-propagated.
             with torch.enable_grad():
                 model(input_ids=batch.input_ids, attention_mask=batch.valid_mask.long())
-            with torch.no_grad():
-                for layer in layers:
-                    layer.calibrate_from_pending(decay=1.0)
+            calibrate_step(model, group)
             on_batch()
     finally:
         model.train(was_training)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from etr.moe.calibration import Calibration
 from etr.moe.collector import Collected, Collector
@@ -114,9 +114,8 @@ class LayerParts(Collected):
         )
 
     @torch.no_grad()
-    def calibrate_from_pending(self, decay: float | None = None) -> None:
-        """Consume the pending counters for the thresholds alone: no step, no schedule moves."""
-        stats, self.pending = self.pending, {}
+    def calibrate_from(self, stats: dict[str, Tensor], decay: float | None = None) -> None:
+        """Learn thresholds alone from counters: no step, no schedule moves."""
         self.unlearned.learned()
         if "score_histogram" in stats:
             self.calibration.update(stats["score_histogram"], target_kept(stats), decay)

@@ -50,13 +50,9 @@ def after_step(model: nn.Module, group: ProcessGroup | None = None) -> list[dict
         Counters of each MoE layer, summed over micro-batches and ranks; empty for a layer that
         did not run in training since the last call.
     """
-    layers = moe_layers(model)
-    found = [layer.pending for layer in layers]
-    if group is not None:
-        found = _reduced(found, group)
+    layers, found = moe_layers(model), _taken(model, group)
     ran = [stats for stats in found if stats]
     for layer, stats in zip(layers, found, strict=True):
-        layer.pending = {}
         layer.unlearned.learned()
         if stats:
             _learn(layer, stats, ran)
@@ -221,6 +217,26 @@ def _learn(layer: MoE, stats: dict[str, Tensor], ran: list[dict[str, Tensor]]) -
     step = Step(counters=stats, layers=ran, affinity_p99=p99, number=number)
     for learner in layer.learners():
         learner.after_step(step)
+
+
+@torch.no_grad()
+def calibrate_step(model: nn.Module, group: ProcessGroup | None = None) -> None:
+    """Consume the counters of one batch for the thresholds alone; batches weigh the same.
+
+    Args:
+        group: ranks over which the counters are summed, as of `after_step`.
+    """
+    for layer, stats in zip(moe_layers(model), _taken(model, group), strict=True):
+        layer.calibrate_from(stats, decay=1.0)
+
+
+def _taken(model: nn.Module, group: ProcessGroup | None) -> list[dict[str, Tensor]]:
+    """The pending counters of all layers, summed over ranks; none are pending afterwards."""
+    layers = moe_layers(model)
+    found = [layer.pending for layer in layers]
+    for layer in layers:
+        layer.pending = {}
+    return found if group is None else _reduced(found, group)
 
 
 def _reduced(found: list[dict[str, Tensor]], group: ProcessGroup) -> list[dict[str, Tensor]]:

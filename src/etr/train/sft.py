@@ -6,12 +6,20 @@ import importlib.util
 import os
 import shutil
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from etr.data.batch import IGNORED, Batch
+from etr.evaluate import calibrate
 from etr.files import write_json
 from etr.hf import EtrForCausalLM
 from etr.hf.callback import EtrCallback
+from etr.moe import moe_layers
 from etr.train.conversations import encode, read_conversations
 from etr.train.model import SaveDtype, widen_weights
 
@@ -58,6 +66,9 @@ class SftConfig:
     undoes small changes; thresholds stay float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    calibration_batches: int = 64
+    """Micro-batches of the data on which thresholds are found anew with the final weights; those
+    learned on the way are those of weights that moved. 0: keep them."""
     use_cpu: bool = False
     """Leave an accelerator alone."""
     seed: int = 0
@@ -75,7 +86,7 @@ class SftConfig:
         for name in ("epochs", "learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be > 0")
-        for name in ("warmup_steps", "lora_rank", "seed"):
+        for name in ("warmup_steps", "lora_rank", "calibration_batches", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be >= 0")
 
@@ -125,6 +136,7 @@ def sft(model: Any, tokenizer: PreTrainedTokenizerBase, config: SftConfig) -> Sf
     trainer.train()
     trained = trainer.model.merge_and_unload() if config.lora_rank else trainer.model
     logged = [row for row in trainer.state.log_history if "loss" in row]
+    notes += _calibrate(trained, trainer, config)
     if config.save_dtype == "checkpoint":
         trained.to(dtype)
     if trainer.is_world_process_zero():
@@ -179,6 +191,34 @@ def _trainer(
         if coefficient is not None:  # TRL has written its 0.0 into the config
             model.config.router_aux_loss_coef = coefficient
     return trainer
+
+
+def _calibrate(model: Any, trainer: Any, config: SftConfig) -> list[str]:
+    """Find the thresholds of the final weights on what they were trained on.
+
+    Returns:
+        What they keep, as a note; none where nothing is served by thresholds.
+    """
+    if not isinstance(model, EtrForCausalLM) or not config.calibration_batches:
+        return []
+    if not all(layer.facts(wait=False).ranks_by_score for layer in moe_layers(model)):
+        return []
+    loader = trainer.get_train_dataloader()
+    number = min(config.calibration_batches, len(loader))
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    batches = (_batch(row["input_ids"], row["attention_mask"]) for row in islice(loader, number))
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        kept = calibrate(model, batches, group=dist.group.WORLD if several else None)
+    shares = ", ".join(f"{share:.1%}" for share in kept)
+    return [f"thresholds, found on {number} micro-batches, keep {shares} of the layers' choices"]
+
+
+def _batch(ids: Tensor, valid: Tensor) -> Batch:
+    """Rows of conversations, padded on the right, of which every token counts."""
+    labels = ids.where(valid.bool(), IGNORED)
+    return Batch(
+        input_ids=ids, labels=labels, domain=ids.new_zeros(len(ids)), position=valid.cumsum(1) - 1
+    )
 
 
 def _adapter(model: Any, config: SftConfig) -> Any:
