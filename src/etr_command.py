@@ -15,7 +15,7 @@ VERBS = {
     "generate": "continue a text with a trained model",
     "evaluate": "held-out bits per byte of a trained model, by domain",
     "convert": "turn a checkpoint of a known family into one of this library, or back",
-    "transform": "make another checkpoint of one: renumber experts by a placement",
+    "transform": "make another checkpoint of one: prune, merge, quantise, grow, renumber",
     "upcycle": "make a Mixture-of-Experts model of a dense checkpoint",
     "finetune": "swap a trained model's routers for ETR ones and recover the old choices",
     "sft": "fine-tune on conversations",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from etr.hf.convert import convert, logits_difference, write_model
 from etr.hf.shard_writer import MARKER
 from etr.hf.shards import WEIGHTS, ShardReader
 from etr.hf.transform import RECORD, measure, transform
+from etr.hf.transform import plan_of as plan_of_method
 from etr.model import LayerTensors, Transform
 from etr.model.transform import Renumber, Stats
 from etr.moe import MoEConfig, moe_layers
@@ -188,6 +190,33 @@ def test_a_method_measures_on_text_and_its_plan_is_json(kind: str, tmp_path: Pat
     assert logits_difference(source, tmp_path / "c").largest > 0.01
 
 
+def test_a_plan_is_for_one_checkpoint(tmp_path: Path) -> None:
+    """Another model's weights are refused, a copy of the folder is not."""
+    source = save_family(tmp_path / "a")
+    record = plan_of_method(source, Measured(), batches=BATCHES)
+    made_for = record["made_for"]
+    again = plan_of_method(source, Measured(), batches=BATCHES)
+    assert json.loads(json.dumps(record)) == json.loads(json.dumps(again))
+    transform(source, tmp_path / "b", Measured(), plan=record["plan"], made_for=made_for)
+    written = json.loads((tmp_path / "b" / RECORD).read_text())
+    assert {name: written[name] for name in record} == record
+    shutil.copytree(source, tmp_path / "copy")
+    transform(tmp_path / "copy", tmp_path / "c", Measured(), plan=[], made_for=made_for)
+    weights = load_file(source / WEIGHTS)
+    weights["lm_head.weight"][0, 0] += 1
+    save_file(weights, source / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="the plan was made for another checkpoint"):
+        transform(source, tmp_path / "d", Measured(), plan=[], made_for=made_for)
+    assert not (tmp_path / "d").exists()
+
+
+def test_the_source_is_never_written_to(tmp_path: Path) -> None:
+    source = save_family(tmp_path / "a")
+    before = {file.name: file.read_bytes() for file in source.iterdir()}
+    transform(source, tmp_path / "b", Measured(scale=0.5), batches=BATCHES, compare=True)
+    assert {file.name: file.read_bytes() for file in source.iterdir()} == before
+
+
 def test_what_is_measured_is_what_the_model_does() -> None:
     model = make_model("token_choice").float().eval()
     stats = measure(model, Measured(), BATCHES)
@@ -213,8 +242,11 @@ def test_options_of_layers_reach_the_config(tmp_path: Path) -> None:
         def options(self, layer: MoEConfig, plan: Any, place: int) -> MoEConfig:
             return replace(layer, top_k=2 + place)
 
-    with pytest.raises(ValueError, match="MoE layers differ in top_k, and this needs one config"):
-        transform(source, tmp_path / "c", Uneven(), plan=[])
+    report = transform(source, tmp_path / "h", Uneven(), plan=[])
+    assert report.to == "etr"  # what the family cannot hold
+    assert "MoE layers differ in top_k" in report.why_ours
+    layers = moe_layers(load_pretrained(tmp_path / "h"))
+    assert [layer.config.top_k for layer in layers] == [2, 3]
     transform(save_ours(tmp_path / "d", source), tmp_path / "e", Uneven(), plan=[])
     layers = moe_layers(load_pretrained(tmp_path / "e"))
     assert [layer.config.top_k for layer in layers] == [2, 3]
@@ -246,8 +278,8 @@ def test_what_is_refused_leaves_nothing(tmp_path: Path) -> None:
     (source / "config.json").write_text(json.dumps({**values, "num_local_experts": 8}))
     with pytest.raises(ValueError, match=r"missing tensors|has shape"):
         transform(source, tmp_path / "b", Renumber(), plan=plan)
-    (source / "config.json").write_text(json.dumps({**values, "model_type": "llama"}))
-    with pytest.raises(ValueError, match="model_type='llama', which is not a known family"):
+    (source / "config.json").write_text(json.dumps({**values, "model_type": "gpt2"}))
+    with pytest.raises(ValueError, match="model_type='gpt2', which is not a known family"):
         transform(source, tmp_path / "b", Renumber(), plan=plan)
     assert not list(tmp_path.glob("b*"))
     assert not list(tmp_path.glob("a.*"))

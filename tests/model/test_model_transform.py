@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import typing
 
 import pytest
 import torch
 
 from etr.model import TRANSFORMS, LazyTensor
-from etr.model.transform import Renumber, Transform, holds_experts, summed
+from etr.model.transform import Need, Renumber, Transform, holds_experts, largest, summed
 from etr.moe import ROUTERS, MoE, MoEConfig, RoutingContext, attach
 from etr.moe.watch import watch
 from etr.systems import Devices, Plan
@@ -151,8 +152,9 @@ def test_every_transform_is_a_frozen_config_with_a_summary(name):
     method = TRANSFORMS.parse(name)
     assert TRANSFORMS.from_dict(config_to_dict(method)) == method
     assert method.summary
-    assert set(method.needs) <= {"outputs", "rows"}
-    assert method.measures == ("observe" in vars(type(method)))
+    assert set(method.needs) <= set(typing.get_args(Need))
+    assert method.inspects <= ("inspect" in vars(type(method)))
+    assert method.measures <= bool({"observe", "inspect"} & vars(type(method)).keys())
 
 
 def test_tensors_of_experts():
@@ -181,3 +183,5 @@ def test_statistics_add_up():
     total = summed(summed({}, {"a": torch.tensor(1)}), {"a": torch.tensor(2), "b": torch.tensor(3)})
     assert {name: int(value) for name, value in total.items()} == {"a": 3, "b": 3}
     assert math.isclose(float(total["a"]), 3)
+    peak = largest({"a": torch.tensor([1, 5])}, {"a": torch.tensor([2, 3]), "b": torch.tensor([4])})
+    assert {name: value.tolist() for name, value in peak.items()} == {"a": [2, 5], "b": [4]}

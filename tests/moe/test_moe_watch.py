@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import etr
-from etr.moe.watch import LayerView, watch
+from etr.moe.watch import LayerView, expert_neurons, watch
 
 CONFIG = etr.MoEConfig(hidden_size=16, intermediate_size=8, num_experts=4, top_k=2)
 
@@ -99,6 +99,43 @@ def test_who_needs_outputs_sees_layers_after_their_experts_ran() -> None:
 
 
 def test_what_cannot_be_seen_is_refused() -> None:
-    refused = pytest.raises(ValueError, match="needs='weights' is unknown; choose of outputs and")
+    refused = pytest.raises(
+        ValueError, match="needs='weights' is unknown; choose of outputs, rows, gradients"
+    )
     with refused, watch(two_layers(), lambda place, view: None, ("weights",)):
         pass
+
+
+def test_gradients_are_seen_in_the_backward_pass() -> None:
+    """Of the loss by the layer's output; without one there is nothing to see."""
+    model, x = two_layers(), torch.randn(2, 5, 16)
+    views: dict[int, LayerView] = {}
+    outputs: list[torch.Tensor] = []
+    for block in model:
+        block.moe.register_forward_hook(lambda m, given, out: outputs.append(out.hidden_states))
+    with watch(model, views.__setitem__, ["gradients"]):
+        loss = model(x).square().sum()
+        for output in outputs:
+            output.retain_grad()
+        assert not views
+        loss.backward()
+        with torch.no_grad(), pytest.raises(ValueError, match="has no backward pass"):
+            model(x)
+    assert sorted(views) == [0, 1]
+    for place, view in views.items():
+        assert view.gradient is not None
+        assert view.live is None
+        torch.testing.assert_close(view.gradient.view(2, 5, 16), outputs[place].grad)
+
+
+def test_neurons_times_the_down_projection_are_the_rows() -> None:
+    model, x = two_layers(), torch.randn(2, 5, 16)
+    views: dict[int, LayerView] = {}
+    with watch(model, views.__setitem__, ["rows"]):
+        model(x)
+    for view in views.values():
+        found = torch.zeros_like(view.rows)
+        for pair, active, down in expert_neurons(view):
+            assert active.shape == (len(pair), 8)
+            found[pair] = active @ down.T
+        torch.testing.assert_close(found, view.rows)

@@ -63,12 +63,18 @@ def arguments_of(batch: Batch) -> dict[str, torch.Tensor]:
 
 def print_made(report: TransformReport, source: str) -> None:
     """Say whether the new folder computes what `source` does, and where it is."""
+    if report.plan:
+        print(report.plan)
+    if report.why_ours:
+        print(f"in this library's format: {report.why_ours}")
     if report.same_function:
         print(f"computes what {source} does, as long as nothing is dropped")
     else:
         print(f"computes something else than {source}: {report.reason}")
     if report.difference is not None:
         print(report.difference)
+    of = "" if report.source_bytes is None else f" of {report.source_bytes / 1e6:,.1f}"
     print(
-        f"saved: {report.target} ({report.num_tensors} tensors, {report.num_bytes / 1e6:,.1f} MB)"
+        f"saved: {report.target} ({report.num_tensors} tensors, {report.num_bytes / 1e6:,.1f}{of} "
+        "MB)"
     )

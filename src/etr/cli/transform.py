@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -14,8 +14,8 @@ from etr.cli._options import Source, Target, WithImports, parse
 from etr.cli._progress import bytes_progress
 from etr.cli._text import OnText, arguments_of, print_made
 from etr.data import open_data
-from etr.files import read_json
-from etr.hf.transform import transform
+from etr.files import read_json, write_json
+from etr.hf.transform import plan_of, transform
 from etr.model.transform import TRANSFORMS
 from etr.train.checkpoint_folder import find_model
 from etr.train.folders import making
@@ -26,11 +26,11 @@ class TransformArguments(OnText, WithImports):
     """What to make of which folder."""
 
     name: Annotated[str, tyro.conf.Positional]
-    """Transform, perhaps with options: renumber."""
+    """Transform, perhaps with options: heapr:ratio=0.5. `etr methods` lists them."""
     source: Source
     """Model folder with safetensors, of this library or of a known family."""
     target: Target
-    """New folder."""
+    """New folder; FILE.json for the plan alone, to read, change and give to --plan."""
     plan: str | None = None
     """JSON file with the plan: of etr plan for renumber, else transform.json of an earlier result,
     as it is or changed. By default the method plans, on text where it measures."""
@@ -50,11 +50,16 @@ def run(arguments: list[str]) -> int:
     """Transform, and print what became of the function."""
     config = parse(TransformArguments, "transform", arguments)
     method = TRANSFORMS.parse(config.name)
-    plan = None
-    if config.plan is not None:
-        plan = read_json(Path(config.plan))
-        if isinstance(plan, dict) and plan.keys() >= {"transform", "plan"}:
-            plan = plan["plan"]
+    plan, made_for = _given(config.plan)
+    if config.target.endswith(".json"):
+        source = find_model(config.source)
+        record = plan_of(source, method, batches=_text(config, source) if method.measures else ())
+        write_json(Path(config.target), record)
+        print(
+            f"written: {config.target}; carry it out: etr transform {config.name} "
+            f"{config.source} NEW_FOLDER --plan {config.target}"
+        )
+        return 0
     with making(Path(config.target)):
         source = find_model(config.source)
         with bytes_progress("transforming") as progress:
@@ -63,6 +68,7 @@ def run(arguments: list[str]) -> int:
                 config.target,
                 method,
                 plan=plan,
+                made_for=made_for,
                 batches=_text(config, source) if method.measures and plan is None else (),
                 max_shard_bytes=config.max_shard_bytes,
                 progress=progress,
@@ -70,6 +76,16 @@ def run(arguments: list[str]) -> int:
             )
     print_made(report, "the source")
     return 0
+
+
+def _given(path: str | None) -> tuple[Any, dict[str, str] | None]:
+    """A plan that was written before, and the checksums of what it was made for, if it says."""
+    if path is None:
+        return None, None
+    found = read_json(Path(path))
+    if isinstance(found, dict) and found.keys() >= {"transform", "plan"}:
+        return found["plan"], found.get("made_for")
+    return found, None
 
 
 def _text(config: TransformArguments, source: Path) -> Iterator[dict[str, torch.Tensor]]:

@@ -90,6 +90,12 @@ class TransformReport:
     """Keys that were left out, since transformers does not load them either."""
     difference: LogitsDifference | None = None
     """Difference of the logits of both folders, if they were compared."""
+    source_bytes: int | None = None
+    """Number of bytes of the source's weights and state, if that was asked."""
+    plan: str = ""
+    """What was done, in a line, or empty."""
+    why_ours: str = ""
+    """Why the folder is of this library's format where the source is not, or empty."""
 
 
 ConvertReport = TransformReport

@@ -126,7 +126,7 @@ def upcycle(
     """
     reader = ShardReader(source)
     moe_config = upcycled_config(reader, config)
-    tensors = _tensors(reader, skeleton(moe_config), config)
+    tensors = upcycled_tensors(reader, skeleton(moe_config), config)
     options = {f.name: getattr(config, f.name) for f in fields(UpcycleConfig)}
     recipe = {"upcycle": options, "source": reader.fingerprint()}
     writer = ShardWriter(target, recipe, max_shard_bytes)
@@ -194,7 +194,9 @@ def _layer_options(config: UpcycleConfig) -> dict[str, Any]:
     }
 
 
-def _tensors(reader: ShardReader, model: EtrForCausalLM, config: UpcycleConfig) -> list[LazyTensor]:
+def upcycled_tensors(
+    reader: ShardReader, model: EtrForCausalLM, config: UpcycleConfig
+) -> list[LazyTensor]:
     """Every tensor of the new folder."""
     block = model.config.family.block
     found: dict[str, LazyTensor] = {}

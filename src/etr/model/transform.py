@@ -9,14 +9,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from etr.moe.collector import Collected
 from etr.moe.config import MoEConfig
 from etr.moe.experts.uniform import Uniform
 from etr.moe.view import LayerView
 from etr.systems.plan import Plan
 from etr.table import Table
 
-Need = Literal["outputs", "rows"]
-"""What `observe` must see beyond choices: `LayerView.output`, or `LayerView.rows` too."""
+Need = Literal["outputs", "rows", "gradients", "residual", "weight_gradients"]
+"""What `observe` must see beyond choices: `LayerView.output`; `.rows` too; in the backward pass of
+the loss, summed over tokens, `.gradient`; `.residual`. Or `inspect` weights with gradients."""
 Stats = dict[str, Tensor]
 """What a method measures of a layer; sums over batches."""
 
@@ -79,11 +81,19 @@ class Transform:
     """One line for `etr transform --help`."""
     needs: ClassVar[tuple[Need, ...]] = ()
     """What `observe` must see."""
+    takes_norm: ClassVar[bool] = False
+    """Whether `apply` is also given the weight of the norm before the layer, as ``norm.weight``."""
 
     @property
     def measures(self) -> bool:
         """Whether text must be run through the model before planning."""
-        return type(self).observe is not Transform.observe
+        observes = type(self).observe is not Transform.observe
+        return observes or "weight_gradients" in self.needs
+
+    @property
+    def inspects(self) -> bool:
+        """Whether the model must be read before planning, with text or without."""
+        return type(self).inspect is not Transform.inspect
 
     def changes_function(self) -> str | None:
         """Why the result computes something else, dropless; None where it must compute the same."""
@@ -92,6 +102,25 @@ class Transform:
     def observe(self, view: LayerView) -> Stats:
         """What one forward of a layer adds to its statistics."""
         raise NotImplementedError
+
+    def gather(self, total: Stats, more: Stats) -> Stats:
+        """Statistics of a layer with those of one more forward: their sum."""
+        return summed(total, more)
+
+    def inspect(self, layer: Collected, stats: Stats) -> Stats:
+        """What a layer's weights say, once all text has passed, if any.
+
+        Where `needs` has weight_gradients, they hold those of the loss summed over tokens.
+
+        Args:
+            layer: of the model.
+            stats: what was gathered of it.
+        """
+        raise NotImplementedError
+
+    def describe(self, plan: Any, layers: Sequence[MoEConfig]) -> str:
+        """What a plan does, in a line; empty where there is nothing to say."""
+        return ""
 
     def plan(self, stats: Sequence[Stats], layers: Sequence[MoEConfig]) -> Any:
         """What to do, as values of JSON, which a person can read and change.
@@ -186,6 +215,14 @@ def holds_experts(name: str, shape: Sequence[int], num_experts: int) -> bool:
     What is a router's own for other reasons (a direction for each dimension, say) is `numbered`.
     """
     return shape[:1] == (num_experts,) and not name.startswith(SHARED)
+
+
+def largest(total: Stats, more: Mapping[str, Tensor]) -> Stats:
+    """The larger of a layer's statistics and those of one more forward, element by element."""
+    return {
+        **total,
+        **{k: torch.maximum(v, total[k]) if k in total else v for k, v in more.items()},
+    }
 
 
 TRANSFORMS: Table[Transform] = Table("transform", (Renumber,))

@@ -23,6 +23,10 @@ class LayerView:
             before the experts run.
         rows: what each pair's expert makes of its token before it is weighed, [P, H]; 0 where the
             pair was not kept. None unless it was asked for.
+        gradient: of the loss by `output`, [T, H]. None unless it was asked for.
+        residual: what the model adds the output to, [T, H], in the output's unit. None unless it
+            was asked for.
+        live: `output` with its graph, for whoever hooks it.
     """
 
     layer: Collected
@@ -31,6 +35,9 @@ class LayerView:
     selection: Selection
     output: Tensor | None = None
     rows: Tensor | None = None
+    gradient: Tensor | None = None
+    residual: Tensor | None = None
+    live: Tensor | None = None
 
 
 Watcher = Callable[[LayerView], None]
@@ -49,4 +56,6 @@ def show(
     for watcher in watchers:
         y = None if output is None else output.detach()
         x = x.detach()
-        watcher(LayerView(layer=layer, x=x, routing=routing, selection=selection, output=y))
+        watcher(
+            LayerView(layer=layer, x=x, routing=routing, selection=selection, output=y, live=output)
+        )
