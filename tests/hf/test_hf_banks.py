@@ -24,6 +24,11 @@ TEXTS = [
     "nulls:count=4,kind=copy",
     "widths:widths=2x48+16+32",
     "shared:nulls",
+    "widths:widths=2x48+0+16",
+    "merged:of=0+1+0+1",
+    "compressed:main=1",
+    "low_rank:ranks=0+2x4+48",
+    "packed:bits=2+4+8+9x16",
 ]
 FAMILIES = ["mixtral", "qwen3_moe"]
 

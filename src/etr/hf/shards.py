@@ -27,6 +27,8 @@ DTYPES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
 }
 """Data types of weights and routing state, and what the file format calls them."""
 _DTYPE_OF = {name: dtype for dtype, name in DTYPES.items()}

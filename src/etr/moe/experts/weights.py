@@ -82,11 +82,14 @@ class ExpertWeights(nn.Module):
         return self.down_proj.shape[0]
 
     def reset_parameters(self) -> None:
-        """Normal init with variance 1 / fan-in, per expert; biases start at 0."""
+        """Normal init with variance 1 / fan-in, per expert; biases start at 0.
+
+        An expert of width 0 has nothing to start.
+        """
         for name, weight in self.named_parameters(recurse=False):
             if name.endswith("_bias"):
                 nn.init.zeros_(weight)
-            else:
+            elif weight.numel():
                 nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
 
     def forward(self, x: Tensor, dtype: torch.dtype, run: Callable[..., Any]) -> Any:

@@ -9,6 +9,7 @@ from itertools import groupby
 from torch import nn
 
 from etr.moe.experts.bank import Bank, BankConfig, ExpertSizes
+from etr.moe.experts.runs import numbers_of
 from etr.moe.experts.weights import ExpertWeights
 
 
@@ -21,7 +22,8 @@ class Widths(BankConfig):
     undivided = "ranks would hold unequal experts"
 
     widths: str = ""
-    """Width inside each expert, as runs of equal ones: ``4x64+2x128+256``. Empty: all alike."""
+    """Width inside each expert, as runs of equal ones: ``4x64+2x128+256``. An expert of width 0
+    adds nothing. Empty: all alike."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -33,16 +35,7 @@ class Widths(BankConfig):
         Raises:
             ValueError: the text cannot be read.
         """
-        found: list[int] = []
-        for run in filter(None, self.widths.split("+")):
-            times, _, width = run.rpartition("x")
-            if not all(part.isdigit() and int(part) for part in (times or "1", width)):
-                raise ValueError(
-                    f"widths={self.widths!r} must be widths or runs of equal ones joined by +, "
-                    "e.g. 4x64+2x128+256"
-                )
-            found += int(times or 1) * [int(width)]
-        return found or [default]
+        return numbers_of(self.widths, "widths") or [default]
 
     def check(self, num_experts: int, hidden_size: int) -> None:
         if self.widths and len(self.of(0)) != num_experts:

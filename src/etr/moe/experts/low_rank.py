@@ -1,0 +1,108 @@
+"""Experts that are a base and a low-rank difference each (arXiv 2602.08818)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from etr.moe.experts.activation import GATED
+from etr.moe.experts.bank import Bank, BankConfig, ExpertSizes
+from etr.moe.experts.runs import numbers_of
+from etr.moe.experts.uniform import Experts
+from etr.moe.experts.weights import ExpertParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank(BankConfig):
+    """Experts that share a base, from which each differs by matrices of low rank."""
+
+    name = "low_rank"
+    summary = "one base for all experts, and a low-rank difference of each"
+    undivided = "every expert needs the base"
+
+    ranks: str = ""
+    """Rank of each expert's difference, as runs of equal ones: ``4x8+2x0``. Empty: 1 each."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.of()
+
+    def of(self) -> list[int]:
+        """Rank of each expert; none where they are all 1."""
+        return numbers_of(self.ranks, "ranks")
+
+    def check(self, num_experts: int, hidden_size: int) -> None:
+        if self.ranks and len(self.of()) != num_experts:
+            raise ValueError(
+                f"ranks={self.ranks!r} names {len(self.of())} experts; there are "
+                f"num_experts={num_experts}"
+            )
+
+    def build(self, sizes: ExpertSizes) -> Bank:
+        if sizes.bias:
+            raise ValueError("experts='low_rank': experts with biases are not taken")
+        return LowRankExperts(sizes, self.of() or [1] * sizes.num_experts)
+
+
+class LowRankExperts(Experts):
+    """The base has the names and shapes of one expert; R is the sum of all ranks.
+
+    Beside it, for each matrix [O, I] of an expert (gate, up, down), ``gate_left`` [O, R] and
+    ``gate_right`` [R, I], of which each expert has its columns and rows.
+
+    Args:
+        sizes: of the experts.
+        ranks: of each.
+    """
+
+    def __init__(self, sizes: ExpertSizes, ranks: list[int]) -> None:
+        self.ranks = ranks
+        super().__init__(
+            ExpertSizes(
+                num_experts=1,
+                hidden_size=sizes.hidden_size,
+                intermediate_size=sizes.intermediate_size,
+                activation=sizes.activation,
+                clamp=sizes.clamp,
+            )
+        )
+        wide, narrow = sizes.hidden_size, sizes.intermediate_size
+        self.halves = ("gate", "up") if sizes.activation in GATED else ("up",)
+        for name in (*self.halves, "down"):
+            rows, columns = (wide, narrow) if name == "down" else (narrow, wide)
+            left, right = torch.empty(rows, sum(ranks)), torch.zeros(sum(ranks), columns)
+            nn.init.normal_(left, std=columns**-0.5)
+            self.register_parameter(f"{name}_left", nn.Parameter(left))
+            self.register_parameter(f"{name}_right", nn.Parameter(right))
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def size_of_one(self) -> float:
+        """Of the matrices that run."""
+        return sum(value.numel() for _, value in self.weights())
+
+    def parameters_of_a_token(self, top_k: int) -> float:
+        one_rank = sum(getattr(self, f"{name}_left").shape[0] for name in (*self.halves, "down"))
+        one_rank += sum(getattr(self, f"{name}_right").shape[1] for name in (*self.halves, "down"))
+        return self.size_of_one + one_rank * sum(sorted(self.ranks)[-top_k:])
+
+    def params(self, dtype: torch.dtype) -> ExpertParams:
+        base = super().params(dtype)
+        up = torch.cat([self._differences(name, dtype) for name in self.halves], dim=1)
+        return ExpertParams(
+            up=base.up + up,
+            down=base.down + self._differences("down", dtype),
+            activation=base.activation,
+            clamp=base.clamp,
+        )
+
+    def _differences(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Of one matrix of every expert, [E, O, I]."""
+        left = getattr(self, f"{name}_left").to(dtype).split(self.ranks, dim=1)
+        right = getattr(self, f"{name}_right").to(dtype).split(self.ranks, dim=0)
+        return torch.stack([a @ b for a, b in zip(left, right, strict=True)])
