@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
 from etr.cli import main
 from etr.data import BYTE_VOCAB_SIZE, byte_tokenizer
 from etr.evaluate import EvalResult, ModelResult, TaskResult, comparison_json, comparison_markdown
-from etr.evaluate.comparison import held_out_result, read_models, score_rows
+from etr.evaluate.comparison import held_out_result, paired, read_models, score_rows
 from etr.evaluate.held_out import ratio_error
 from etr.evaluate.tasks import Score
 from etr.hf import EtrConfig, EtrForCausalLM
@@ -179,3 +179,27 @@ def test_options_are_checked(
 def test_a_missing_file_shows_before_a_model_is_read(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "absent", "--tasks", "questions", "--questions", "none.jsonl"]) == 2
     assert "'none.jsonl' is not a file" in capsys.readouterr().err
+
+
+def with_rows(name: str, *rows: tuple[float, int]) -> ModelResult:
+    return ModelResult(model=name, folder=name, selection="dropless", tasks=[], rows=rows)
+
+
+def test_losses_are_paired_over_rows() -> None:
+    """Rows differ by far more than models do: the difference is .1 in every token."""
+    first = with_rows("a", (10.0, 10), (60.0, 20), (5.0, 10))
+    second = with_rows("b", (11.0, 10), (62.0, 20), (6.0, 10))
+    others = with_rows("c", (1.0, 10)), with_rows("d")
+    assert paired([first, second, *others]) == [
+        "b against a: +0.1000 ± 0.0000 nats/token, paired over 3 rows of text"
+    ]
+    assert paired([second, first])[0].startswith("a against b: -0.1000")
+    assert paired([first]) == paired([others[1], others[1]]) == []
+    assert "against" in comparison_markdown([first, second])
+    values = json.loads(json.dumps(comparison_json([first, second], {})))
+    assert read_models(values) == [first, second]
+    del values["models"][0]["rows"]  # of an earlier version
+    assert read_models(values)[0].rows == ()
+    uneven = with_rows("e", (11.0, 10), (62.0, 20), (8.0, 10))
+    nats, tokens = torch.tensor([1.0, 2, 3]).double(), torch.tensor([10, 20, 10])
+    assert f"± {ratio_error(nats, tokens):.4f}" in paired([first, uneven])[0]

@@ -27,7 +27,7 @@ from etr.evaluate import (
     evaluate,
     run_tasks,
 )
-from etr.evaluate.comparison import columns, held_out_result, score_rows
+from etr.evaluate.comparison import columns, held_out_result, paired, score_rows
 from etr.evaluate.harness import check_named, run_named
 from etr.evaluate.tasks import HELD_OUT
 from etr.files import write_json, write_text
@@ -89,6 +89,8 @@ def run(arguments: list[str]) -> int:
         results.append(result)
         print(f"{result.model} ({result.folder}): {result.selection}")
     Console().print(screen_table(results))
+    for sentence in paired(results):
+        print(sentence)
     if not serving_of(config.selection).causal:
         print(
             f"{config.selection} selection: later tokens change earlier ones; do not report this "
@@ -112,9 +114,11 @@ def evaluate_model(config: EvaluateConfig, path: str, name: str, tasks: list[Exa
         "chat": config.tasks.chat,
         "selection": config.selection,
     }
-    found = []
+    found: list[TaskResult] = []
+    rows: tuple[tuple[float, int], ...] = ()
     if HELD_OUT in config.tasks.tasks:
-        found.append(held_out(config, path, model, tokenizer, folder))
+        task, rows = held_out(config, path, model, tokenizer, folder)
+        found.append(task)
     found += run_tasks(model, tokenizer, tasks, **options)
     found += run_named(
         model,
@@ -130,6 +134,7 @@ def evaluate_model(config: EvaluateConfig, path: str, name: str, tasks: list[Exa
         folder=str(folder),
         selection=describe_selection(model, config.selection),
         tasks=sorted(found, key=lambda result: order.get(result.task, len(order))),
+        rows=rows,
     )
 
 
@@ -139,8 +144,8 @@ def held_out(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
-) -> TaskResult:
-    """Held-out loss as a task."""
+) -> tuple[TaskResult, tuple[tuple[float, int], ...]]:
+    """Held-out loss as a task, and the nats and tokens of each row of text."""
     data = open_data(dataclasses.replace(config.data, tokenizer=str(folder)))
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
@@ -156,7 +161,7 @@ def held_out(
     objective = OBJECTIVES.parse(config.objective or objective_of(path))
     domains = data.dataset.domains
     result = evaluate(model, batches, domains, config.selection, objective=objective)
-    return held_out_result(result, data.dataset.bytes_per_token)
+    return held_out_result(result, data.dataset.bytes_per_token), result.rows
 
 
 def names_of(paths: tuple[str, ...]) -> list[str]:

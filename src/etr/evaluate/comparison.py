@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from etr.evaluate.held_out import EvalResult
+import torch
+
+from etr.evaluate.held_out import EvalResult, ratio_error
 from etr.evaluate.tasks import ALL, HELD_OUT, Score, Scores, TaskResult
 from etr.sheet import table
 
@@ -25,6 +27,8 @@ class ModelResult:
     """How its experts selected, in words."""
     tasks: list[TaskResult]
     """Results, in the order asked for."""
+    rows: tuple[tuple[float, int], ...] = ()
+    """Nats and tokens of each row of held-out text, where that was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +103,29 @@ def columns(models: Sequence[ModelResult]) -> list[str]:
     return ["task", "category", "measure", "n", *(model.model for model in models)]
 
 
+def paired(models: Sequence[ModelResult]) -> list[str]:
+    """How much higher each held-out loss is than the first model's, row by row, in sentences.
+
+    On the same rows the difference is known much better than both losses. Models that cut the text
+    into other tokens are left out.
+    """
+    first, *others = models
+    count, found = [n for _, n in first.rows], []
+    for other in others:
+        if not count or [n for _, n in other.rows] != count:
+            continue
+        pairs = zip(other.rows, first.rows, strict=True)
+        more = torch.tensor([a - b for (a, _), (b, _) in pairs], dtype=torch.float64)
+        tokens = torch.tensor(count)
+        error = ratio_error(more, tokens)
+        found.append(
+            f"{other.model} against {first.model}: {float(more.sum() / tokens.sum()):+.4f}"
+            f"{'' if error is None else f' ± {error:.4f}'} nats/token, paired over {len(count)} "
+            "rows of text"
+        )
+    return found
+
+
 def comparison_markdown(models: Sequence[ModelResult]) -> str:
     """One table for all models, with standard errors, and how each model's experts selected."""
     lines = [
@@ -107,6 +134,7 @@ def comparison_markdown(models: Sequence[ModelResult]) -> str:
     ]
     labels = {task.task: task.label for model in models for task in model.tasks}
     lines += [f"- {task}: {label}" for task, label in labels.items()]
+    lines += [f"- {sentence}" for sentence in paired(models)]
     lines += ["", "After ±: the standard error of the mean over questions or rows of text."]
     return "\n".join(lines) + "\n"
 
@@ -138,6 +166,7 @@ def read_models(values: dict[str, Any]) -> list[ModelResult]:
                     )
                     for task in model["tasks"]
                 ],
+                "rows": tuple(map(tuple, model.get("rows", ()))),
             }
         )
         for model in values["models"]

@@ -41,6 +41,8 @@ class EvalResult:
     """The same for each domain."""
     kept_per_choice: float = 1.0
     """Kept pairs over valid tokens * top_k, all layers together."""
+    rows: tuple[tuple[float, int], ...] = ()
+    """Summed nats, and tokens, of each row of text, in order."""
 
     def bits_per_byte(self, bytes_per_token: dict[str, float]) -> dict[str, float]:
         """Held-out bits per byte of each domain."""
@@ -76,8 +78,7 @@ def evaluate(
     """Mean loss over held-out batches; the model's mode and selection are restored.
 
     Args:
-        model: a language model, with layers of this library or none; evaluated in eval mode
-            on its own device.
+        model: a language model, with layers of this library or none, on its own device.
         batches: held-out batches, each of one domain's rows.
         domains: names by the batches' domain numbers.
         selection: name in `etr.moe.SERVING`, perhaps with options: threshold, dropless, or batch
@@ -123,6 +124,7 @@ def evaluate(
         selection=effective_selection(model, selection),
         error=ratio_error(nats, tokens),
         error_by_domain={n: ratio_error(nats[m], tokens[m]) for n, m in seen.items()},
+        rows=tuple(zip(nats.tolist(), tokens.tolist(), strict=True)),
     )
 
 
