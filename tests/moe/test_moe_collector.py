@@ -46,6 +46,21 @@ def test_it_finds_layers_in_order() -> None:
     assert moe_layers(model.layers[0]) == [model.layers[0]]
 
 
+def test_it_finds_each_layer_once_however_it_is_held() -> None:
+    """As `modules()` does, whose walk would take most of a decoding step of a large model."""
+    first, second = (Model().layers[0] for _ in range(2))
+    shared = nn.Sequential(second)
+    held = nn.ModuleDict(
+        {"deep": nn.Sequential(nn.Identity(), nn.ModuleList([first])), "a": shared}
+    )
+    held.register_module("absent", None)
+    held["b"], held["again"] = nn.Sequential(shared, first), second
+    held["b"].append(held["deep"])
+    held["deep"].append(held["b"])  # a ring
+    assert Collector(held).layers == [first, second]
+    assert Collector(held).layers == [m for m in held.modules() if isinstance(m, MoE)]
+
+
 def test_losses_are_means_over_layers() -> None:
     model, x = Model(), torch.randn(6, H)
     with Collector(model) as collector:

@@ -9,10 +9,24 @@ so the gate vectors are orthogonal without being trained.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from etr.moe.kernels.block_affinity import NORM_FLOOR, block_affinity
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Where operations run in the dtype of their inputs, on the device of `x`.
+
+    Where nothing casts there is nothing to turn off: the context of torch costs as much as a small
+    operation, in Python.
+    """
+    device = x.device.type
+    on = torch.is_autocast_enabled(device)
+    return torch.autocast(device_type=device, enabled=False) if on else nullcontext()
 
 
 def router_dtype(x: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class Collector:
     """
 
     def __init__(self, model: nn.Module, *, ambient: bool = True) -> None:
-        self.layers = [module for module in model.modules() if isinstance(module, Collected)]
+        self.layers = _collected_in(model)
         # Choices of the step's earlier micro-batches, as they are now: recomputation in the
         # backward pass must see the same.
         self.earlier = [layer.pending.get("num_choices_per_expert") for layer in self.layers]
@@ -143,3 +143,25 @@ class Collector:
     def stats(self) -> list[Mapping[str, Tensor]]:
         """Counters of each layer's forward, in order of execution."""
         return [stats for _, _, stats in self._entries]
+
+
+def _collected_in(model: nn.Module) -> list[Collected]:
+    """The layers of a model in order.
+
+    Every forward asks for them, also of one token: `modules()` takes several times as long, and
+    would look into the layers as well.
+    """
+    seen: set[nn.Module] = set()
+    found: list[Collected] = []
+
+    def walk(module: nn.Module) -> None:
+        seen.add(module)
+        if isinstance(module, Collected):
+            found.append(module)
+            return
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                walk(child)
+
+    walk(model)
+    return found

@@ -212,7 +212,8 @@ class RouterInput:
         token_ids: int64 [T] or None.
         block, task, labels: int64 [T] or None, see `RoutingContext`.
         time: float [T] or None.
-        token_index: global index of each token, int64 [T].
+        token_index: global index of each token, int64 [T]; None for a router that is
+            `position_free`, which does not ask.
         step: optimizer steps done, int64 [] on the device.
         layer_index: number of the MoE layer in the model.
         bonus: added to the selection score of each expert, float [E], or None.
@@ -225,7 +226,7 @@ class RouterInput:
 
     valid_mask: Tensor
     token_ids: Tensor | None
-    token_index: Tensor
+    token_index: Tensor | None
     step: Tensor
     layer_index: int
     bonus: Tensor | None = None

@@ -73,11 +73,10 @@ def router_input(
         position_free: the router does not ask where in the batch a token stands.
     """
     mask, ids, offset = context.valid_mask, context.token_ids, context.global_token_offset
-    index = torch.arange(x.shape[0], device=x.device)
-    if position_free or offset is not None:
-        index = index + offset if offset else index
-    else:
-        index = index + _token_offset(index, traffic)
+    index = None
+    if not position_free:
+        index = torch.arange(x.shape[0], device=x.device)
+        index = index + (_token_offset(index, traffic) if offset is None else offset)
     if mask is None:
         mask = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
     labels = {name: getattr(context, name) for name in ("block", "task", "labels", "time")}

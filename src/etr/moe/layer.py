@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from etr.moe.affinity import without_autocast
 from etr.moe.arranged import ArrangedParts
 from etr.moe.collector import Collector
 from etr.moe.config import MoEConfig
@@ -166,7 +167,7 @@ class MoE(ArrangedParts):
         device = x.device.type
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
-        with torch.autocast(device_type=device, enabled=False):
+        with without_autocast(x):
 
             def dispatch(
                 x: Tensor, routing: Routing, selection: Selection, params: ExpertParams

@@ -68,7 +68,7 @@ def sum_rows(
         rows,
         start_of_token,
         mode="sum",
-        per_sample_weights=None if weight is None else weight[rows_by_token],
+        per_sample_weights=None if weight is None else weight.index_select(0, rows_by_token),
     )
     return total[:-1]  # the last bag holds what no token owns
 

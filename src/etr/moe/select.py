@@ -68,9 +68,9 @@ def token_pairs(
     Returns:
         token int64 [T * k], expert int64 [T * k].
     """
-    num_tokens, k = expert.shape
-    token = torch.arange(num_tokens, device=expert.device)
-    token = token if k == 1 else token.repeat_interleave(k)
+    k = expert.shape[1]
+    token = torch.arange(expert.numel(), device=expert.device)
+    token = token if k == 1 else token.div(max(k, 1), rounding_mode="floor")
     if valid_mask is not None:
         expert = torch.where(valid_mask[:, None], expert, num_experts)
     return token, expert.flatten()
@@ -174,7 +174,7 @@ def select(
             expert = expert.masked_fill(dropped, routing.num_experts)
         order, bounds = queues(expert, routing.score if ranked else None, routing.num_experts)
         counts = bounds[1:] - bounds[:-1]
-        in_order: int | Tensor = bounds[-1]
+        in_order: int | Tensor
         if limit.capacity is not None and expert_pool == "choosers":
             counts = torch.minimum(counts, limit.capacity)
             end = F.pad(bounds[:-1] + counts, (0, 1))[expert[order]]
@@ -183,9 +183,11 @@ def select(
             dropped = ~kept
         elif kept is None and routing.full:
             kept, in_order = torch.ones_like(expert, dtype=torch.bool), len(order)
-        elif kept is None:
-            kept = routing.valid
-            dropped = ~kept
+        else:
+            in_order = bounds[-1]
+            if kept is None:
+                kept = routing.valid
+                dropped = ~kept
     return Selection(
         kept=kept,
         order=order,
@@ -283,8 +285,9 @@ def combine_weights(
     counted = dropped if normalize == "kept" else idle
     total = (gate if counted is None else gate.masked_fill(counted, 0.0)).sum(1, keepdim=True)
     nothing = ~(total > 0)
-    # The inner one keeps 0 / 0 out of the backward pass too.
-    share = gate / total.masked_fill(nothing, 1.0)
+    if torch.is_grad_enabled():  # 0 / 0 must not come into the backward pass either
+        total = total.masked_fill(nothing, 1.0)
+    share = gate / total
     return share.masked_fill(nothing if dropped is None else dropped | nothing, 0.0).flatten()
 
 
@@ -330,4 +333,5 @@ def pair_scores(routing: Routing) -> Tensor:
 
 def _per_pair(values: Tensor, routing: Routing, unused: float) -> Tensor:
     """Look up an [E] table by each pair's expert; unused pairs read `unused`."""
-    return (values if routing.full else F.pad(values, (0, 1), value=unused))[routing.expert]
+    values = values if routing.full else F.pad(values, (0, 1), value=unused)
+    return values.index_select(0, routing.expert)

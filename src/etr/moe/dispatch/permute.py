@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from etr.moe.dispatch.base import Dispatcher
+from etr.moe.dispatch.base import Dispatcher, pairs_per_token
 from etr.moe.exchange import Traffic
 from etr.moe.experts import ExpertBackend, ExpertParams
 from etr.moe.ranks import ExpertParallel
@@ -78,15 +78,20 @@ class Permute(Dispatcher):
             weight = F.pad(weight, (0, 1))
         else:
             pair = selection.pairs_by_expert()
-        token_of_row = token[pair]
+        token_of_row = token.index_select(0, pair)
         _, rows_by_token = pair.sort()  # pairs are token-major
-        number = torch.arange(routing.num_tokens + 1, device=order.device)
+        if selection.all_kept and not padded:  # as many rows for every token
+            width = pairs_per_token(routing)
+            start = torch.arange(0, len(order) + 1, width, device=order.device)
+        else:
+            number = torch.arange(routing.num_tokens + 1, device=order.device)
+            start = torch.searchsorted(token_of_row.index_select(0, rows_by_token), number)
         return DispatchHandle(
             token_of_row=token_of_row,
             # Its backward pass costs less than that of indexing.
             weight_of_row=weight.gather(0, pair),
             rows_by_token=rows_by_token,
-            start_of_token=torch.searchsorted(token_of_row[rows_by_token], number),
+            start_of_token=start,
             num_tokens_per_expert=selection.num_tokens_per_expert,
             num_tokens=routing.num_tokens,
             padded=padded,

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from etr.moe.affinity import without_autocast
 from etr.moe.checked import check_types
 from etr.moe.context import RoutingContext
 from etr.moe.experts import ExpertParams
@@ -200,7 +201,7 @@ def scaled_losses(
     needed = any(weight and row.needs_experts for row, weight in weights)
     if needed and experts is not None and given.x is not None:
         # Weights that FSDP shards are whole inside the experts' own call alone.
-        with torch.autocast(device_type=given.x.device.type, enabled=False):
+        with without_autocast(given.x):
             found |= experts(given.x, torch.promote_types(given.x.dtype, torch.float32), inside)
     return found
 

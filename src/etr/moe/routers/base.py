@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from etr.moe.affinity import router_dtype
+from etr.moe.affinity import router_dtype, without_autocast
 from etr.moe.checked import check_types
 from etr.moe.context import Replay, RouterInput
 from etr.moe.routing import Routing, Scores
@@ -131,7 +131,7 @@ class Router(_KeptFromDecay):
     ) -> None:
         nn.Module.__init__(self)
         config.check(hidden_size, num_experts, top_k)
-        self.config = config
+        self.config, self.traits = config, config.traits
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
 
     def forward(
@@ -147,7 +147,7 @@ class Router(_KeptFromDecay):
                 the place of experts, and the pairs are all of [T, E] either way.
         """
         # Autocast would run the scores in half precision and flip choices.
-        with torch.autocast(device_type=x.device.type, enabled=False):
+        with without_autocast(x):
             scores = self.scores(x if self.takes_any_dtype else router_dtype(x), inputs)
             if inputs.replay is not None:
                 return self.routing_of(scores, self._replayed(inputs.replay, x), inputs)
@@ -220,7 +220,7 @@ class Router(_KeptFromDecay):
         token, flat = token_pairs(expert, mask, self.num_experts)
         index = flat if full else flat.clamp_max(self.num_experts - 1)
         table = index.view(expert.shape)
-        has_scores = self.config.traits.has_scores
+        has_scores = self.traits.has_scores
         # `gather` has a cheaper backward than indexing with two index tensors.
         gate, score = scores.gates.gather(1, table).flatten(), None
         if has_scores:
@@ -240,7 +240,7 @@ class Router(_KeptFromDecay):
             probs=scores.probs,
             num_experts=self.num_experts,
             top_k=self.top_k,
-            fixed_k=self.config.traits.fixed_k,
+            fixed_k=self.traits.fixed_k,
         )
         return routing.known(full=full, unbiased=inputs.bonus is None)
 

@@ -42,5 +42,6 @@ class _RandomRouter(Router):
 
     def scores(self, x: Tensor, inputs: RouterInput) -> Scores:
         salt = mix(inputs.step * 1000003 + self.config.seed * 7919, inputs.layer_index * 104729)
+        assert inputs.token_index is not None  # the traits say that it is asked for
         order = distinct_experts(mix(inputs.token_index, salt), self.top_k, self.num_experts)
         return unlearned_scores(x, order, self.top_k, self.num_experts)

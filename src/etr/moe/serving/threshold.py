@@ -32,6 +32,6 @@ class Threshold(Serving):
     ) -> tuple[Routing, Limit]:
         # Thresholds that nothing was learned for are -inf, which keeps every choice. Where experts
         # choose they would take every token: the device then lets tokens choose.
-        alone = router.config.traits.tokens_choose or learned.num_updates == 0
+        alone = router.traits.tokens_choose or learned.num_updates == 0
         routing = router(x, inputs, tokens_choose=alone)
         return routing, Limit(min_score=learned.threshold)
