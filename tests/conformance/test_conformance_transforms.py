@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from cells import ALL, ROUTER_CELLS, Cell, T, context, ids, on_the_shelf, tokens
+from cells import ALL, ROUTER_CELLS, Cell, H, T, context, ids, on_the_shelf, tokens
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
@@ -163,3 +163,20 @@ def test_capacity_stages_recompile_and_nothing_else_does() -> None:
     set_progress(layer, 1.0)
     assert torch.equal(compiled(x), layer(x, ctx).hidden_states)
     assert counter.frame_count == 2
+
+
+@pytest.mark.usefixtures("few_iterations")
+@pytest.mark.parametrize(
+    ("router", "capacity"),
+    [("etr", "schedule"), ("token_choice", "factor")],
+)
+def test_one_graph_serves_batches_of_any_length(router: str, capacity: str) -> None:
+    torch._dynamo.reset()
+    cell = next(c for c in COMPILED if c.router.name == router)
+    layer, counter = cell.layer(torch.float32, capacity=capacity), CompileCounter()
+    compiled = torch.compile(
+        lambda x: layer(x).hidden_states, fullgraph=True, dynamic=True, backend=counter
+    )
+    lengths = (3 * T, 7, T + 1)  # the first is no other size, for which it would be taken
+    assert [compiled(torch.randn(n, H)).shape[0] for n in lengths] == [*lengths]
+    assert counter.frame_count == 1

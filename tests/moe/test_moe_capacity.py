@@ -23,6 +23,7 @@ from etr.moe.capacity import (
     Threshold,
     capacity_tokens,
 )
+from etr.moe.capacity.base import Ratio
 from etr.moe.learner import Step
 from etr.moe.routing import Limit, Routing
 
@@ -78,14 +79,17 @@ def test_the_capacity_formula(
 ) -> None:
     assert capacity_tokens(factor, num_tokens, top_k, num_experts) == want
     assert capacity_tokens(factor, torch.tensor(num_tokens), top_k, num_experts).item() == want
+    assert Ratio.of(factor).tokens(num_tokens, top_k, num_experts) == want
 
 
 def test_integer_and_tensor_capacity_agree() -> None:
-    for factor in (0.2, 0.6, 1.0, 1.1, 1.25):
+    stages = [Schedule().factor(stage) for stage in range(16)]
+    for factor in (0.2, 0.6, 1.0, 1.1, 1.25, math.pi / 3, *stages):
         for num_tokens in range(0, 400, 7):
             as_int = capacity_tokens(factor, num_tokens, 2, 8)
             assert capacity_tokens(factor, torch.tensor(num_tokens), 2, 8).item() == as_int
             assert as_int == math.ceil(factor * num_tokens * 2 / 8 - 1e-6)
+            assert Ratio.of(factor).tokens(num_tokens, 2, 8) == as_int
 
 
 @pytest.mark.parametrize("num_valid", [40, 29, 0])

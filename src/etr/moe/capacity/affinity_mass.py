@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from etr.moe.capacity.base import CapacityConfig, CapacityPolicy
+from etr.moe.capacity.base import CapacityConfig, CapacityPolicy, Ratio
 from etr.moe.learner import Seen, Step
 from etr.moe.routing import Limit, Routing
 from etr.moe.select import mass_prefix
@@ -54,7 +53,7 @@ class _AffinityMassPolicy(CapacityPolicy):
         super().__init__(config, hidden_size, num_experts, top_k)
         # Mean prefix over mean load of the previous step; 0 = not seen yet. A factor, so that
         # another batch size keeps its meaning.
-        self.register_state("mass_factor", (), 0.0, read=float)
+        self.register_state("mass_factor", (), 0.0, read=Ratio.of)
 
     @property
     def observes_choosers(self) -> bool:
@@ -78,10 +77,10 @@ class _AffinityMassPolicy(CapacityPolicy):
     def _limit(self, routing: Routing, threshold: Tensor) -> Limit:
         if self.config.mode == "ragged":
             return Limit(capacity=mass_prefix(routing, self.config.rho))
-        factor = self.on_host("mass_factor")
-        if factor == 0.0:
+        ratio: Ratio = self.on_host("mass_factor")
+        if ratio.numerator == 0:
             return Limit()
-        size = self._round_up(self._buffer(factor, routing), routing.num_tokens)
+        size = self._round_up(self._buffer(ratio, routing), routing.num_tokens)
         device = routing.expert.device
         return Limit(
             capacity=torch.full((self.num_experts,), size, dtype=torch.int64, device=device),
@@ -90,5 +89,5 @@ class _AffinityMassPolicy(CapacityPolicy):
 
     def _round_up(self, tokens: int, num_tokens: int) -> int:
         """Round up to a multiple of max(8, T k / (16 E)), so that few shapes occur."""
-        unit = max(8, math.ceil(num_tokens * self.top_k / (16 * self.num_experts)))
-        return min(unit * math.ceil(tokens / unit), num_tokens)
+        unit = max(8, -(-num_tokens * self.top_k // (16 * self.num_experts)))
+        return min(unit * -(-tokens // unit), num_tokens)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast, overload
+from fractions import Fraction
+from typing import ClassVar, Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
@@ -35,6 +36,32 @@ def capacity_tokens(
     if isinstance(num_tokens, Tensor):
         return (factor * num_tokens.double() * top_k / num_experts - 1e-6).ceil().long()
     return math.ceil(cast(float, factor) * num_tokens * top_k / num_experts - 1e-6)
+
+
+class Ratio(NamedTuple):
+    """A capacity factor as a fraction too, in whole numbers, which compiled code can keep open.
+
+    What it computes of a number of tokens then holds for any number of them; floating-point
+    numbers would tie it to one, and compile anew for each length.
+    """
+
+    factor: float
+    numerator: int
+    denominator: int
+
+    @classmethod
+    def of(cls, factor: float) -> Ratio:
+        """The simplest fraction within 1e-12 or so of a factor."""
+        return cls(factor, *Fraction(factor).limit_denominator(10**6).as_integer_ratio())
+
+    def tokens(self, num_tokens: int, top_k: int, num_experts: int) -> int:
+        """`capacity_tokens` of a number that the host knows."""
+        whole = self.denominator * num_experts * 10**6
+        slack = self.denominator * num_experts
+        return -((slack - self.numerator * num_tokens * top_k * 10**6) // whole)
+
+
+MEAN_LOAD = Ratio.of(1.0)
 
 
 def check_factor(name: str, value: float) -> None:
@@ -103,11 +130,11 @@ class CapacityPolicy(Learner):
         capacity, buffer = limit.capacity, limit.buffer_size
         least, least_buffer = self.config.min_capacity, self.config.min_capacity
         if self.config.floor == "erfc":
-            mean_load = self._tokens(1.0, routing)
+            mean_load = self._tokens(MEAN_LOAD, routing)
             bound = erfc_bound(self.hidden_size, self.num_experts, affinity_p99).ceil()
             bound = torch.minimum(bound, mean_load.double()).long()
             capacity = torch.maximum(capacity, bound)
-            least_buffer = max(least_buffer, self._buffer(1.0, routing))
+            least_buffer = max(least_buffer, self._buffer(MEAN_LOAD, routing))
         if buffer is not None:
             buffer = min(max(buffer, least_buffer), routing.num_tokens)
         capacity = capacity.clamp(least, buffer)
@@ -120,20 +147,22 @@ class CapacityPolicy(Learner):
     def _limit(self, routing: Routing, threshold: Tensor) -> Limit:
         raise NotImplementedError
 
-    def _tokens(self, factor: float | Tensor, routing: Routing) -> Tensor:
+    def _tokens(self, factor: Ratio | Tensor, routing: Routing) -> Tensor:
         """Capacity from the valid tokens, int64 [] on the device."""
-        if routing.full and not isinstance(factor, Tensor):  # the host knows how many they are
-            size = capacity_tokens(factor, routing.num_tokens, self.top_k, self.num_experts)
-            return routing.expert.new_full((), size)
-        return capacity_tokens(factor, routing.num_valid_tokens(), self.top_k, self.num_experts)
+        sizes = (self.top_k, self.num_experts)
+        if isinstance(factor, Tensor):
+            return capacity_tokens(factor, routing.num_valid_tokens(), *sizes)
+        if routing.full:  # the host knows how many they are
+            return routing.expert.new_full((), factor.tokens(routing.num_tokens, *sizes))
+        return capacity_tokens(factor.factor, routing.num_valid_tokens(), *sizes)
 
-    def _buffer(self, factor: float, routing: Routing) -> int:
+    def _buffer(self, factor: Ratio, routing: Routing) -> int:
         """Static buffer: capacity from the padded count, at most every token."""
-        size = capacity_tokens(factor, routing.num_tokens, self.top_k, self.num_experts)
+        size = factor.tokens(routing.num_tokens, self.top_k, self.num_experts)
         return min(size, routing.num_tokens)
 
-    def _uniform(self, factor: float | Tensor, routing: Routing, buffer_factor: float) -> Limit:
+    def _uniform(self, factor: Ratio | Tensor, routing: Routing, most: Ratio) -> Limit:
         return Limit(
             capacity=self._tokens(factor, routing).expand(self.num_experts),
-            buffer_size=self._buffer(buffer_factor, routing),
+            buffer_size=self._buffer(most, routing),
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from etr.moe.capacity.base import CapacityConfig, CapacityPolicy, check_factor
+from etr.moe.capacity.base import CapacityConfig, CapacityPolicy, Ratio, check_factor
 from etr.moe.routing import Limit, Routing
 
 
@@ -48,6 +48,9 @@ class Factor(CapacityConfig):
 class _FactorPolicy(CapacityPolicy):
     config: Factor
 
+    def __init__(self, config: Factor, hidden_size: int, num_experts: int, top_k: int) -> None:
+        super().__init__(config, hidden_size, num_experts, top_k)
+        self.ratio = Ratio.of(config.capacity_factor)
+
     def _limit(self, routing: Routing, threshold: Tensor) -> Limit:
-        factor = self.config.capacity_factor
-        return self._uniform(factor, routing, factor)
+        return self._uniform(self.ratio, routing, self.ratio)

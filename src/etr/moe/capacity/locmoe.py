@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from etr.moe.capacity.base import CapacityConfig, CapacityPolicy, check_factor
+from etr.moe.capacity.base import CapacityConfig, CapacityPolicy, Ratio, check_factor
 from etr.moe.learner import Step
 from etr.moe.lower_bound import erfc_bound
 from etr.moe.routing import Limit, Routing
@@ -54,6 +54,7 @@ class _LocMoEPolicy(CapacityPolicy):
 
     def __init__(self, config: LocMoE, hidden_size: int, num_experts: int, top_k: int) -> None:
         super().__init__(config, hidden_size, num_experts, top_k)
+        self.most = Ratio.of(config.max_factor)
         self.register_state("frozen_factor", (), config.max_factor)
         self.register_state("raw_bound", (), math.nan)
         self.register_state("num_updates", (), 0, torch.int64)
@@ -70,4 +71,4 @@ class _LocMoEPolicy(CapacityPolicy):
         self.num_updates += 1
 
     def _limit(self, routing: Routing, threshold: Tensor) -> Limit:
-        return self._uniform(self.frozen_factor.double(), routing, self.config.max_factor)
+        return self._uniform(self.frozen_factor.double(), routing, self.most)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from etr.moe.capacity.base import CapacityConfig, CapacityPolicy, check_factor
+from etr.moe.capacity.base import CapacityConfig, CapacityPolicy, Ratio, check_factor
 from etr.moe.learner import Step
 from etr.moe.notice import warn
 from etr.moe.routing import Limit, Routing
@@ -82,6 +82,7 @@ class _SchedulePolicy(CapacityPolicy):
         # The host must know the stage: static shapes cannot wait for the device.
         self.register_state("progress", (), 0.0, read=config.stage)
         self.register_state("step", (), 0, torch.int64)
+        self.ratios = [Ratio.of(config.factor(stage)) for stage in range(config.num_stages)]
         self._steps_without_progress = 0
 
     @property
@@ -111,5 +112,5 @@ class _SchedulePolicy(CapacityPolicy):
             )
 
     def _limit(self, routing: Routing, threshold: Tensor) -> Limit:
-        factor = self.config.factor(self.stage)
-        return self._uniform(factor, routing, factor)
+        ratio = self.ratios[self.stage]
+        return self._uniform(ratio, routing, ratio)

@@ -73,8 +73,8 @@ class Permute(Dispatcher):
             place = torch.arange(selection.buffer_size, device=order.device)
             used = place < selection.num_tokens_per_expert[:, None]
             slot = torch.where(used, selection.bounds[:-1, None] + place, len(order)).flatten()
-            pair = F.pad(order, (0, 1), value=len(order))[slot]  # an empty row has one of its own
-            token = F.pad(token, (0, 1), value=routing.num_tokens)
+            pair = _and(order, len(order))[slot]  # an empty row has one of its own
+            token = _and(token, routing.num_tokens)
             weight = F.pad(weight, (0, 1))
         else:
             pair = selection.pairs_by_expert()
@@ -116,3 +116,8 @@ class Permute(Dispatcher):
             handle.rows_by_token,
             handle.start_of_token,
         )
+
+
+def _and(values: Tensor, last: int) -> Tensor:
+    """Values and one more; `pad` would compile anew for each number that it is given."""
+    return torch.cat((values, values.new_full((1,), last)))
