@@ -15,7 +15,8 @@ class Case:
     """Sizes of one comparison.
 
     Args:
-        group: layer, routing, router, growth, memory, training or generate; says what is measured.
+        group: layer, routing, router, growth, memory, training, generate or few; says what is
+            measured.
         label: tells cases of the same sizes apart, or empty.
         num_tokens: T.
         hidden_size, intermediate_size: H and I.
@@ -128,7 +129,7 @@ def router_cases() -> list[Case]:
             budget=1.5,
         )
         for dtype in DTYPES
-        for num_experts in (8, 64, 256)
+        for num_experts in (8, 64, 128, 256)
         for hidden_size in (1024, 2048, 4096, 8192)
     ]
 
@@ -186,6 +187,16 @@ def generate_cases() -> list[Case]:
     ]
 
 
+def few_cases() -> list[Case]:
+    """A layer that serves few tokens: what is not a matrix product shows."""
+    return [
+        _of(shape, group="few", num_tokens=num_tokens, dtype=dtype, budget=3.0)
+        for shape in (FEW_TOP_2, MANY)
+        for num_tokens in (1, 8, 64)
+        for dtype in DTYPES
+    ]
+
+
 def all_cases() -> list[Case]:
     """Every case, in the order in which they run."""
     return [
@@ -196,4 +207,5 @@ def all_cases() -> list[Case]:
         *memory_cases(),
         *training_cases(),
         *generate_cases(),
+        *few_cases(),
     ]

@@ -22,6 +22,7 @@ HEADINGS = {
     "memory": "Memory of capacities",
     "training": "Training step of the demo",
     "generate": "Prefill and decode of a whole model",
+    "few": "A layer that serves few tokens",
 }
 HOW = """\
 Every system runs one step in turn, round after round; ratios are taken within a round, and shown as
@@ -31,7 +32,9 @@ tokens, threads and allocator; before anything is timed, each is compared with p
 float32, in values and in gradients of input and expert weights, on the first 256 tokens of the
 case. Where a system routes in its own way, its routing is read and it is checked on that. What
 fails, or cannot be checked, has no time. Saved bytes are what autograd holds for the backward pass,
-parameters not counted, each storage once. A star marks what the library picks by itself.
+parameters not counted, each storage once. Operations are what reaches the device and is not a view,
+forward and backward where both are timed: on a GPU each is a launch. A star marks what the library
+picks by itself.
 """
 NO_LOSS = "In no case of this run was another checked system faster.\n"
 

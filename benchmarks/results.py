@@ -24,6 +24,7 @@ class Row:
         kept_pairs, drop_rate: (token, expert) pairs computed, and the share of asked ones dropped.
         saved_bytes: held for the backward pass, parameters not counted.
         peak_bytes: most memory allocated by one step beyond what was there before.
+        operations: that are not views, of one forward; with a backward pass where one is timed.
         routing: "same" as the others, its "own" (checked on it), or empty.
         refused: why there is no time: not installed, not checkable, failed its check.
         version: of the package, or empty.
@@ -37,6 +38,7 @@ class Row:
     drop_rate: float | None = None
     saved_bytes: int | None = None
     peak_bytes: int | None = None
+    operations: int | None = None
     routing: str = ""
     refused: str = ""
     version: str = ""

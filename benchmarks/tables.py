@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from benchmarks.measures.few import HF
 from benchmarks.measures.router import ETR_ROUTER, GRAP, GRAP_ROUTER, LINEAR, LINEAR_ROUTER
 from benchmarks.measures.routing import LAYER
 from benchmarks.results import STEP, CaseResult, Row
@@ -76,7 +77,7 @@ def layer_table(result: CaseResult) -> TextTable:
     base = result.row(DENSE) or result.ours
     columns = [
         "system", f"over {base.system if base else DENSE}", "quartiles", "forward alone", "seconds",
-        "rounds", "kept pairs", "dropped", "saved", "peak", "routing",
+        "rounds", "kept pairs", "dropped", "saved", "peak", "operations", "routing",
     ]  # fmt: skip
     return TextTable(
         title=result.name,
@@ -99,6 +100,7 @@ def layer_row(result: CaseResult, row: Row, base: Row | None) -> list[str]:
         f"{row.drop_rate:.1%}" if row.drop_rate is not None else NONE,
         megabytes(row.saved_bytes),
         megabytes(row.peak_bytes),
+        NONE if row.operations is None else str(row.operations),
         row.routing or NONE,
     ]
     seconds = row.spread_of(STEP)
@@ -118,12 +120,16 @@ def layer_row(result: CaseResult, row: Row, base: Row | None) -> list[str]:
 def plain_table(result: CaseResult) -> TextTable:
     """Rows over the first: of the layer, the linear router, the baseline."""
     base = next(
-        (row for name in (LAYER, LINEAR, "baseline") if (row := result.row(name))), result.rows[0]
+        (row for name in (LAYER, LINEAR, HF, "baseline") if (row := result.row(name))),
+        result.rows[0],
     )
+    counted = any(row.operations is not None for row in result.rows)
     measures = [name for name in ("forward", STEP, "step") if base.seconds.get(name)]
     columns = ["system"]
     for measure in measures:
         columns += [f"{measure}, over {base.system}", "quartiles", "seconds"]
+    if counted:
+        columns += ["operations", "dropped"]
     rows = []
     for row in result.rows:
         cells = [row.system]
@@ -131,6 +137,9 @@ def plain_table(result: CaseResult) -> TextTable:
             seconds = row.spread_of(measure)
             ratio = result.ratio(row, base, measure)
             cells += [*ratio_cells(ratio), f"{seconds.median:.5f}" if seconds else row.refused]
+        if counted:
+            cells += [NONE if row.operations is None else str(row.operations)]
+            cells += [NONE if row.drop_rate is None else f"{row.drop_rate:.1%}"]
         rows.append(cells)
     return TextTable(title=result.name, columns=columns, rows=rows)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from benchmarks.cases import Case
+from benchmarks.measures.few import measure_few
 from benchmarks.measures.generate import measure_generate
 from benchmarks.measures.layer import measure_growth, measure_layer
 from benchmarks.measures.memory import measure_memory
@@ -23,5 +24,6 @@ MEASURES: dict[str, Callable[[Case, Settings, OnNote], list[Row]]] = {
     "memory": measure_memory,
     "training": measure_training,
     "generate": measure_generate,
+    "few": measure_few,
 }
 """By group of the case: (case, settings, what to tell about progress) -> rows."""

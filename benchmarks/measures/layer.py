@@ -17,6 +17,7 @@ from benchmarks.rounds import Seconds
 from benchmarks.settings import Settings
 from benchmarks.systems import SYSTEMS, Built, Problem, System, make_problem
 from benchmarks.systems.floors import DENSE
+from tools.operations import operations
 
 CHECKED_TOKENS = 256
 """Values and gradients are compared on the first tokens of the case."""
@@ -99,5 +100,11 @@ def traced(row: Row, built: Built, problem: Problem) -> tuple[Row, float]:
         kept_pairs=kept,
         drop_rate=1 - kept / asked,
         saved_bytes=saved,
+        operations=count_operations(built, problem),
         routing="same" if same else "own",
     ), seconds
+
+
+def count_operations(built: Built, problem: Problem) -> int:
+    """Operations that are not views of one step, forward and backward."""
+    return len(operations(step_of(built, problem.x, problem.upstream)))

@@ -18,7 +18,8 @@ from benchmarks.systems.layer import make_layer
 from etr.moe import MoE
 from etr.moe.capacity import Factor, NoLimit
 
-FACTORS = {"factor 1.1": Factor(), "factor 0.65": Factor(capacity_factor=0.65)}
+PADDED, TIGHT = "etr padded, factor 1.1", "etr ragged, factor 0.6"
+FACTORS = {"factor 1.1": Factor(), "factor 0.6": Factor(capacity_factor=0.6)}
 RIVAL = "transformers grouped_mm"
 
 

@@ -16,10 +16,12 @@ from benchmarks.rounds import Seconds
 from benchmarks.settings import Settings
 from etr.moe.affinity import grap_affinity, router_dtype
 from etr.moe.context import RouterInput
+from etr.moe.polar import polar_factor
 from etr.moe.routers import ROUTERS, EtrRouter, Router
 
 GRAP, LINEAR = "GrAP scores", "linear scores"
 GRAP_ROUTER, LINEAR_ROUTER, ETR_ROUTER = "GrAP router", "linear router", "etr router, default"
+DIRECTIONS = "directions of the etr router, once an optimizer step"
 
 
 def measure_router(case: Case, settings: Settings, on_note: OnNote) -> list[Row]:
@@ -63,6 +65,9 @@ def measure_router(case: Case, settings: Settings, on_note: OnNote) -> list[Row]
         steps[name] = partial(
             step, partial(gate_of, router, inputs), [x], [gate_grad], [*router.parameters()]
         )
+    matrix = routers[ETR_ROUTER].get_parameter("weight").detach().float()
+    toward = torch.randn_like(matrix)
+    steps[DIRECTIONS] = partial(step, polar_factor, [matrix], [toward], [])
     found = run_rounds(steps, case.budget, on_note)
     return [
         Row(
@@ -72,7 +77,7 @@ def measure_router(case: Case, settings: Settings, on_note: OnNote) -> list[Row]
             seconds=found.get(name, {}),
             refused=refused.get(name, ""),
         )
-        for name in (*scores, *routers)
+        for name in (*scores, *routers, DIRECTIONS)
     ]
 
 

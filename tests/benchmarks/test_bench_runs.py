@@ -12,7 +12,7 @@ import torch
 from benchmarks import run
 from benchmarks.__main__ import Options, command, main
 from benchmarks.cases import Case, all_cases
-from benchmarks.measures import MEASURES
+from benchmarks.measures import MEASURES, few
 from benchmarks.measures.generate import HF, OWN, PAST, SAME, build_models, decode
 from benchmarks.measures.memory import measure_memory
 from benchmarks.measures.router import plain_grap
@@ -42,6 +42,17 @@ def test_groups_measure(group: str) -> None:
     assert [row.refused for row in rows] == missing
     assert all(len(row.seconds[STEP]) == 3 for row in rows if not row.refused)
     assert sum(row.default for row in rows) == 1
+
+
+@pytest.mark.parametrize("num_tokens", [1, 8])
+def test_few_tokens_are_served_by_layers_that_compute_the_same(num_tokens: int) -> None:
+    case = dataclasses.replace(tiny("few"), num_tokens=num_tokens)
+    rows = {row.system: row for row in MEASURES["few"](case, SETTINGS, lambda note: None)}
+    assert set(rows) == {few.HF, few.SAME, few.OWN, few.DROPS}
+    assert not any(row.refused for row in rows.values())
+    assert all(len(row.seconds["forward"]) == 3 for row in rows.values())
+    assert (rows[few.SAME].drop_rate, rows[few.OWN].drop_rate) == (0, 0)
+    assert all((row.operations or 0) > 15 for row in rows.values())
 
 
 @pytest.mark.parametrize("label", ["prefill", "decode"])
@@ -75,7 +86,7 @@ def test_routing_rows_are_parts_of_the_layer() -> None:
 
 def test_less_capacity_keeps_and_saves_less() -> None:
     rows = {row.system: row for row in measure_memory(tiny("memory"), SETTINGS, lambda note: None)}
-    tight, wide = rows["etr padded, factor 0.65"], rows["etr padded, factor 1.1"]
+    tight, wide = rows["etr padded, factor 0.6"], rows["etr padded, factor 1.1"]
     assert (tight.kept_pairs or 0) < (wide.kept_pairs or 0)
     assert (tight.saved_bytes or 0) < (wide.saved_bytes or 0)
     assert rows["etr, dropless"].drop_rate == 0

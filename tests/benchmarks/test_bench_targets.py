@@ -8,7 +8,9 @@ import pytest
 
 from benchmarks import targets
 from benchmarks.cases import Case, all_cases
-from benchmarks.measures.router import GRAP, LINEAR
+from benchmarks.measures import few, generate
+from benchmarks.measures.memory import PADDED, TIGHT
+from benchmarks.measures.router import ETR_ROUTER, GRAP, GRAP_ROUTER, LINEAR, LINEAR_ROUTER
 from benchmarks.measures.routing import CHOICE, LAYER, ROUTING
 from benchmarks.page import page
 from benchmarks.results import STEP, CaseResult, Row
@@ -120,12 +122,39 @@ def test_grap_counts_in_float32_at_64_experts_and_more() -> None:
     assert judge(grap, [many, router(2048, 256, 3.9)]).outcome == "missed"
 
 
-@pytest.mark.parametrize(("ours", "outcome"), [(60, "met"), (61, "missed")])
+@pytest.mark.parametrize(("ours", "outcome"), [(50, "met"), (51, "missed")])
 def test_saved_bytes(ours: int, outcome: str) -> None:
     result = layer()
     result.rows.append(row("etr grouped_mm", 1.0, default=True, saved_bytes=ours))
     result.rows.append(row("transformers grouped_mm", 1.0, saved_bytes=100))
     assert judge(target("saved bytes"), [result]).outcome == outcome
+
+
+def test_few_tokens_are_judged_by_their_number() -> None:
+    one, eight = (
+        CaseResult(
+            name=f"few/{tokens}",
+            group="few",
+            sizes={"num_tokens": tokens},
+            rows=[row(few.HF, 1.0), row(few.SAME, seconds), row(few.DROPS, 0.9)],
+        )
+        for tokens, seconds in ((1, 1.2), (8, 1.01))
+    )
+    found = {
+        verdict.target.name: verdict.outcome
+        for verdict in judge_all([one, eight])
+        if verdict.target.name.startswith((few.SAME, few.DROPS))
+    }
+    assert list(found.values()) == ["missed", "met", "not measured", "met", "met", "not measured"]
+    assert "30 operations" in judge(target(f"{few.SAME} over transformers' block, 1"), [one]).reason
+
+
+def test_peak_bytes_are_of_one_case() -> None:
+    rows = [row(PADDED, 1.0, peak_bytes=100), row(TIGHT, 1.0, peak_bytes=59)]
+    result = CaseResult(name="memory/x", group="memory", sizes={}, rows=rows)
+    verdict = judge(target("peak bytes"), [result])
+    assert verdict.outcome == "met"
+    assert verdict.readings[0].value.median == pytest.approx(0.59)
 
 
 def test_the_demo_step_is_compared_with_the_other_checkout() -> None:
@@ -162,7 +191,10 @@ def test_every_target_can_be_read_off_the_cases_that_run() -> None:
         names = ["transformers grouped_mm", "transformers eager", "GShard one-hot"]
         names += ["st-moe-pytorch", "DeepSpeed", DENSE, PER_EXPERT]
         names += [LAYER, ROUTING, CHOICE, GRAP, LINEAR, "etr, other checkout"]
-        rows = [ours, *(row(name, 1.0, saved_bytes=1, kept_pairs=1) for name in names)]
+        names += [GRAP_ROUTER, LINEAR_ROUTER, ETR_ROUTER, PADDED, TIGHT]
+        names += [few.SAME, few.OWN, few.DROPS, generate.SAME, generate.OWN]
+        bytes_ = {"saved_bytes": 1, "peak_bytes": 1}
+        rows = [ours, *(row(name, 1.0, **bytes_, kept_pairs=1) for name in names)]
         measured.append(CaseResult(name=case.name, group=case.group, sizes=case.sizes(), rows=rows))
     assert [v.target.name for v in judge_all(measured) if not v.readings] == []
 
