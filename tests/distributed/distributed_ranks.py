@@ -17,7 +17,12 @@ from gloo_ranks import spawn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "conformance"))  # its cells are ours too
 
-JOBS = ("test_distributed_dispatch", "test_distributed_selection", "test_distributed_losses")
+JOBS = (
+    "test_distributed_dispatch",
+    "test_distributed_selection",
+    "test_distributed_losses",
+    "test_distributed_cost",
+)
 Found = list[dict[Any, Any]]
 
 

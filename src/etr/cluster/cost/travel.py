@@ -1,0 +1,134 @@
+"""The exchanges of each dispatcher: bytes from each rank to each, as the library counts them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from etr.cluster.cost.routing import Rows
+from etr.moe.dispatch import Dispatcher
+from etr.moe.dispatch.all_to_all import AllToAll
+from etr.moe.dispatch.all_to_all_padded import AllToAllPadded
+from etr.moe.dispatch.chunked import Chunked
+from etr.moe.dispatch.dedup import Dedup
+from etr.moe.dispatch.group_wise import GroupWise
+from etr.moe.dispatch.hierarchical import Hierarchical
+
+COUNT_BYTES = 8
+"""A count that ranks tell each other."""
+PAIR_BYTES = 8
+"""Row and expert of a pair that a relay passes on; its weight travels beside them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Journey:
+    """What one forward pass of a layer sends; the backward pass sends the rows again.
+
+    Args:
+        counts: bytes of counts, [N, N] each, before any row.
+        there: bytes of rows to their experts, [N, N] for each exchange, one after the other.
+        back: bytes of results.
+        chunks: parts that travel one behind the other.
+        gathered_tokens: tokens of each rank that its tensor group gathers afterwards.
+    """
+
+    counts: tuple[np.ndarray, ...]
+    there: tuple[np.ndarray, ...]
+    back: tuple[np.ndarray, ...]
+    chunks: int = 1
+    gathered_tokens: float = 0.0
+
+    def total_bytes(self) -> np.ndarray:
+        """From each rank to each, without what stays on its rank, [N, N]."""
+        found = np.sum([*self.counts, *self.there, *self.back], axis=0)
+        np.fill_diagonal(found, 0)
+        return found
+
+
+def journey(dispatcher: Dispatcher, rows: Rows, row_bytes: float, weight_bytes: float) -> Journey:
+    """The exchanges of a dispatcher.
+
+    Args:
+        dispatcher: of the library.
+        rows: between ranks; for `group_wise` those of each rank's own part of the tokens.
+        row_bytes: of a token's row.
+        weight_bytes: of a combine weight, which relays pass on.
+    Raises:
+        TypeError: a dispatcher that the model does not know.
+    """
+    if isinstance(dispatcher, Chunked):
+        inner = journey(
+            dispatcher.wrapped, _chunked(rows, dispatcher.chunks), row_bytes, weight_bytes
+        )
+        counts = tuple(dispatcher.chunks * part for part in inner.counts)
+        return Journey(
+            counts=counts,
+            there=inner.there,
+            back=inner.back,
+            chunks=dispatcher.chunks,
+            gathered_tokens=inner.gathered_tokens,
+        )
+    if isinstance(dispatcher, GroupWise):
+        inner = journey(dispatcher.wrapped, rows, row_bytes, weight_bytes)
+        gathered = float(rows.tokens.max())
+        return Journey(
+            counts=inner.counts, there=inner.there, back=inner.back, gathered_tokens=gathered
+        )
+    if isinstance(dispatcher, Hierarchical | Dedup):
+        return _relay(dispatcher, rows, row_bytes, weight_bytes)
+    num_ranks = len(rows.tokens)
+    if not dispatcher.needs_ranks:
+        return Journey(counts=(), there=(), back=())
+    if isinstance(dispatcher, AllToAllPadded):
+        sent = np.repeat(rows.slots[:, None] * rows.experts_per_rank, num_ranks, axis=1)
+        told = np.full((num_ranks, num_ranks), float(COUNT_BYTES))
+    elif isinstance(dispatcher, AllToAll):
+        sent = rows.pairs
+        told = np.full((num_ranks, num_ranks), float(COUNT_BYTES * rows.experts_per_rank))
+    else:
+        raise TypeError(f"dispatch={dispatcher.name!r}: the cost model does not know its exchanges")
+    return Journey(counts=(told,), there=(sent * row_bytes,), back=(sent.T * row_bytes,))
+
+
+def _chunked(rows: Rows, chunks: int) -> Rows:
+    """The same with buffers that are no larger than a chunk, over all chunks."""
+    ends = np.floor(rows.tokens[:, None] * np.arange(chunks + 1) / chunks)
+    slots = np.minimum(rows.slots[:, None], np.diff(ends)).sum(1)
+    return Rows(**{**vars(rows), "slots": slots})
+
+
+def _relay(dispatcher: Dispatcher, rows: Rows, row_bytes: float, weight_bytes: float) -> Journey:
+    """Two stages; a token crosses the first once for each rank on its way."""
+    num_ranks, size = len(rows.tokens), rows.node_size
+    rank = np.arange(num_ranks)
+    node, place = rank // size, rank % size
+    same_node, same_place = node[:, None] == node, place[:, None] == place
+    grid = rows.pairs.reshape(num_ranks, num_ranks // size, size)
+    if isinstance(dispatcher, Hierarchical):
+        first, second = same_node, same_place
+        tokens = same_node * rows.by_place[:, place]
+        pairs = same_node * grid.sum(1)[:, place]
+        passed = _sum_of_nodes(rows.pairs, size)[node] * same_place
+    else:
+        first, second = same_place, same_node
+        tokens = same_place * rows.by_node[:, node]
+        pairs = same_place * grid.sum(2)[:, node]
+        # What the ranks in the same place on every node have for each rank of this node.
+        by_place = rows.pairs.reshape(-1, size, num_ranks).sum(0)  # [place, N]
+        passed = by_place[place] * same_node
+    counts = (
+        first * float(2 * COUNT_BYTES),
+        second * float(COUNT_BYTES * rows.experts_per_rank),
+    )
+    onward = pairs * (weight_bytes + PAIR_BYTES)
+    return Journey(
+        counts=counts,
+        there=(tokens * row_bytes + onward, passed * row_bytes),
+        back=(passed.T * row_bytes, tokens.T * row_bytes),
+    )
+
+
+def _sum_of_nodes(pairs: np.ndarray, size: int) -> np.ndarray:
+    """Rows of each node's ranks together, [nodes, N]."""
+    return pairs.reshape(-1, size, pairs.shape[1]).sum(1)

@@ -1,0 +1,208 @@
+"""Predicted steps and memory: against a model that was measured, and where the answer is known."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from etr.cluster.cost import (
+    Cluster,
+    Device,
+    Layout,
+    Links,
+    ModelShape,
+    RoutingShape,
+    expected_rows,
+    journey,
+    memory_of,
+    peak_memory,
+    step_of,
+)
+from etr.cluster.cost.pipeline import chrome_trace, draw, run_pipeline
+from etr.moe import DISPATCHERS
+from etr.moe.dispatch import parse_dispatcher
+
+INFINITE = float("inf")
+SMALL = ModelShape(
+    name="small",
+    hidden_size=64,
+    num_layers=4,
+    expert_size=96,
+    num_experts=8,
+    top_k=2,
+    num_heads=4,
+    num_key_value_heads=2,
+    head_size=16,
+    vocab_size=96,
+)
+DEVICE = Device(flops_per_second=1e9, memory_bytes=1e9, memory_bytes_per_second=INFINITE)
+FREE = Links(
+    latency_seconds=0.0, within_bytes_per_second=INFINITE, between_bytes_per_second=INFINITE
+)
+SLOW = Links(latency_seconds=1e-3, within_bytes_per_second=1e8, between_bytes_per_second=1e7)
+ACROSS = [name for name, kind in DISPATCHERS.items() if kind.needs_ranks]
+
+
+def cluster(links: Links = FREE, nodes: int = 4) -> Cluster:
+    return Cluster(name="test", num_nodes=nodes, devices_per_node=4, device=DEVICE, links=links)
+
+
+def routing(dispatch: str = "all_to_all", **values) -> RoutingShape:
+    return RoutingShape(**{"name": "x", "dispatch": dispatch, "capacity": ((0.0, 1.0),), **values})
+
+
+@pytest.mark.parametrize("dispatch", ACROSS)
+def test_a_free_network_leaves_pure_compute(dispatch):
+    layout = Layout(
+        tensor=2, pipeline=2, data=4, expert=4, expert_tensor=2, micro_batches=4, sequence_length=64
+    )
+    found = step_of(SMALL, cluster(), layout, routing(dispatch))
+    tokens, heads = 64, SMALL.num_heads * 16
+    per_token = 2 * (64 * heads + 64 * 2 * 32 + heads * 64)  # projections
+    per_token += 2 * 64 * heads  # scores and values, half of both masked
+    per_token += 2 * 64 * 8 + 2 * 2 * 3 * 64 * 96  # router; two experts
+    layers = SMALL.num_layers * tokens * per_token
+    head = 2 * tokens * 64 * 96
+    # Forward and twice that backward; a stage has two layers, shared by two ranks.
+    stage = 3 * (layers / 2 + head) / 2 / 1e9
+    busiest = layout.micro_batches * stage
+    bubble = found.parts["pipeline bubble"]
+    assert found.seconds == pytest.approx(busiest + bubble)
+    assert found.parts["exposed exchange"] == found.parts["gradient reduction"] == 0
+    assert bubble == pytest.approx(3 * layers / 2 / 2 / 1e9)  # the first stage's, once
+
+
+@pytest.mark.parametrize("dispatch", [*ACROSS, "chunked:all_to_all_padded", "chunked:group_wise"])
+def test_parts_sum_to_the_step_and_a_network_takes_time(dispatch):
+    layout = Layout(tensor=2, data=8, expert=8, micro_batches=2, sequence_length=64)
+    free, slow = (
+        step_of(SMALL, cluster(links), layout, routing(dispatch)) for links in (FREE, SLOW)
+    )
+    for step in (free, slow):
+        assert sum(step.parts.values()) == pytest.approx(step.seconds)
+        assert max(event.end_seconds for event in step.events) == pytest.approx(step.seconds)
+    assert slow.seconds > free.seconds
+    assert slow.bytes_between_nodes == free.bytes_between_nodes > 0
+
+
+@pytest.mark.parametrize("dispatch", ACROSS)
+def test_what_is_sent_is_received(dispatch):
+    rows, computed = expected_rows(
+        routing(dispatch, load=(0.5, 1.0, 2.5), local_share=0.4),
+        num_experts=16,
+        top_k=2,
+        tokens_per_rank=96,
+        num_ranks=8,
+        node_size=2,
+    )
+    found = journey(parse_dispatcher(dispatch), rows, row_bytes=1.0, weight_bytes=0.0)
+    there, back = found.there[-1], found.back[0]
+    assert there.sum() == pytest.approx(back.sum())
+    np.testing.assert_allclose(there.sum(0), back.sum(1))  # what comes to a rank leaves it
+    if not routing(dispatch).padded:
+        # Every kept pair is a row of its last exchange, and is computed where it arrives.
+        np.testing.assert_allclose(there.sum(0), computed.reshape(8, 2).sum(1))
+        own = np.arange(8) // 2
+        near = rows.pairs[own[:, None] == own].sum() / rows.pairs.sum()
+        assert near == pytest.approx(0.4)
+
+
+def test_padding_sends_and_computes_the_buffers():
+    rows, computed = expected_rows(
+        routing("all_to_all_padded", capacity=((0.0, 1.5),)),
+        num_experts=8, top_k=1, tokens_per_rank=50, num_ranks=4, node_size=2,
+    )  # fmt: skip
+    assert rows.slots.tolist() == [10] * 4  # ceil(1.5 * 50 / 8)
+    assert computed.tolist() == [40] * 8
+    found = journey(parse_dispatcher("all_to_all_padded"), rows, 3.0, 0.0)
+    assert found.there[0].tolist() == [[60.0] * 4] * 4
+
+
+def test_capacity_keeps_what_it_leaves_of_the_load():
+    told = routing(load=(0.0, 1.0, 1.0, 2.0), capacity=((0.0, 0.5), (1.0, 1.5)))
+    assert told.kept_at(0.5, 4).tolist() == [0.0, 0.25, 0.25, 0.25]  # factor 1
+    assert told.kept_at(1.0, 4).tolist() == [0.0, 0.25, 0.25, 0.375]
+    given = dataclasses.replace(told, kept_share=((0.0, 0.6),))
+    assert given.kept_at(0.3, 4).sum() == pytest.approx(0.6)
+    assert sorted(told.load_of(4)) == [0.0, 0.25, 0.25, 0.5]
+    assert told.load_of(64).sum() == pytest.approx(1.0)
+
+
+def test_an_even_pipeline_waits_for_its_stages_once():
+    events = run_pipeline([1.0] * 4, [2.0] * 4, 0.0, 8)
+    assert max(event.end_seconds for event in events) == 3.0 * (8 + 3)
+    assert len(events) == 2 * 4 * 8
+    late = run_pipeline([1.0] * 4, [2.0] * 4, 0.5, 1)
+    assert max(event.end_seconds for event in late) == 12.0 + 6 * 0.5
+
+
+def test_a_timeline_is_drawn_and_written():
+    events = run_pipeline([1.0, 1.0], [2.0, 2.0], 0.0, 2)
+    assert draw(events, width=9).splitlines() == ["stage  0  FF..BB.BB", "stage  1  .FBBFBB.."]
+    found = chrome_trace({"a": events})["traceEvents"]
+    assert found[0]["args"] == {"name": "a"}
+    assert {event["name"] for event in found[1:]} == {
+        f"{k} {n}" for k in ("forward", "backward") for n in (0, 1)
+    }
+    assert max(event["ts"] + event["dur"] for event in found[1:]) == 9e6
+
+
+def test_stages_in_front_keep_more_micro_batches():
+    layout = Layout(pipeline=4, micro_batches=8, sequence_length=64)
+    kept = [memory_of(SMALL, layout, routing(), stage=s).activation_bytes for s in range(3)]
+    assert kept[0] / kept[2] == pytest.approx(4 / 2)
+    assert peak_memory(SMALL, layout, routing()).total_bytes == max(
+        memory_of(SMALL, layout, routing(), stage=s).total_bytes for s in range(4)
+    )
+
+
+@pytest.mark.parametrize(("hidden", "experts", "top_k"), [(64, 4, 2), (96, 8, 1)])
+def test_memory_of_a_model_that_was_measured(hidden, experts, top_k):
+    """All tensors that autograd keeps, with every storage counted once."""
+    pytest.importorskip("transformers")
+    from transformers import MixtralConfig
+
+    from etr.hf import EtrConfig, EtrForCausalLM
+
+    base = MixtralConfig(
+        vocab_size=160, hidden_size=hidden, intermediate_size=128, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=experts,
+        num_experts_per_tok=top_k, sliding_window=None,
+    )  # fmt: skip
+    options = {"router": "token_choice", "capacity": "none"}
+    model = EtrForCausalLM(EtrConfig(base_config=base, moe=options)).train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    ids = torch.randint(0, 160, (2, 96))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved[tensor.untyped_storage().data_ptr()] = tensor  # kept, so that none is used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    optimizer.step()
+
+    def nbytes(tensors) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    shape = ModelShape(
+        name="measured", hidden_size=hidden, num_layers=3, expert_size=128, num_experts=experts,
+        top_k=top_k, num_heads=4, num_key_value_heads=2, head_size=hidden // 4, vocab_size=160,
+    )  # fmt: skip
+    layout = Layout(
+        sequence_length=96, sequences=2, weight_bytes=4, gradient_bytes=4, optimizer_bytes=8,
+        activation_bytes=4, norm_copies=3,
+    )  # fmt: skip
+    found = memory_of(shape, layout, RoutingShape(name="x", dispatch="permute"))
+    state = [v for s in optimizer.state.values() for v in s.values() if v.numel() > 1]
+    assert found.parameter_bytes == nbytes(model.parameters())
+    assert found.gradient_bytes == nbytes(p.grad for p in model.parameters())
+    assert found.optimizer_bytes == nbytes(state)
+    assert found.activation_bytes == pytest.approx(nbytes(saved.values()), rel=0.05)
