@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from etr.cluster.cost.described import check_units
+
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
@@ -64,6 +66,9 @@ class Links:
     """Whether the ranks of a node share one link inside it, or each has its own, full duplex."""
     message_seconds: float = 0.0
     """What a rank spends on each message to another rank, one after the other, seconds."""
+
+    def __post_init__(self) -> None:
+        check_units(self)
 
     def exchange_seconds(
         self, traffic: Any, node_of_rank: Any, groups_per_node: float = 1
