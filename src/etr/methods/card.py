@@ -34,6 +34,9 @@ COMMANDS = {
     "transform": "etr transform {name} SRC DST",
     "planner": "etr plan {name} TRACE",
     "cache": "etr cache TRACE --caches {name}",
+    "measure": "etr trace MODEL --measures {name}",
+    "serving": "etr generate MODEL --selection {name}",
+    "decoding": "etr generate MODEL --decoding {name}",
 }
 """Verbs by the table whose rows they name, for methods that set no option of a layer."""
 MOVES = ("loss", "load", "drops", "experts per token", "FLOPs", "bytes", "memory")
