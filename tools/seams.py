@@ -47,6 +47,7 @@ SEAMS = (
     Seam("what is trained on", "etr.model:OBJECTIVES", "model", "an `Objective`"),
     Seam("a choice by several routings", "etr.model:DECODINGS", "model", "a `Decoding`"),
     Seam("a placement of experts", "etr.systems:PLANNERS", "systems", "a `Planner`"),
+    Seam("a number of a trace", "etr.systems:MEASURES", "systems", "a `Measure`"),
     Seam("a memory of a few experts", "etr.systems:CACHES", "systems", "a `Cache`"),
     Seam("a transformers family", "etr.hf.families:FAMILIES", "hf/families", "a `Family`"),
     Seam("a kind of file with text", "etr.data.reading:READERS", "data/reading.py", "a function"),

@@ -70,7 +70,9 @@ def test_the_oracle_equals_brute_force_and_bounds_every_policy(seed, size, share
             most_hits([e for e in layer.flatten().tolist() if e >= 0], size) for layer in choices
         )
     found = {
-        name: replay(choices, kind(), size, num_experts=4, shared=shared).hits
+        name: replay(
+            choices, kind(), size, num_experts=4, shared=shared, expected=some(seed + 50)
+        ).hits
         for name, kind in CACHES.items()
     }
     assert found["oracle"] == best
@@ -81,16 +83,42 @@ def test_the_oracle_equals_brute_force_and_bounds_every_policy(seed, size, share
 def test_every_policy_counts_every_use_and_misses_once_where_all_fit(name):
     choices = some(7, tokens=50)
     for size in (1, 2, 4, 9):
-        found = replay(choices, CACHES[name](), size, num_experts=4)
+        found = replay(choices, CACHES[name](), size, num_experts=4, expected=choices)
         assert found.uses == int((choices >= 0).sum())
         assert found.loads >= found.uses - found.hits
     different = sum(len(set(layer[layer >= 0].tolist())) for layer in choices)
     assert found.loads == different  # no miss after the first use
-    shared = replay(choices, CACHES[name](), 8, num_experts=4, shared=True)
+    options = {"num_experts": 4, "expected": choices}
+    shared = replay(choices, CACHES[name](), 8, shared=True, **options)
     assert shared == found  # all of both layers fit
-    nothing = replay(choices[:, :0], CACHES[name](), 1, num_experts=4)
+    nothing = replay(choices[:, :0], CACHES[name](), 1, **{**options, "expected": choices[:, :0]})
     assert (nothing.uses, nothing.loads) == (0, 0)
     assert math.isnan(nothing.hit_rate)
+
+
+def test_lfu_by_hand():
+    uses = torch.tensor([0, 0, 1, 2, 1, 0, 2])[None, :, None]
+    # 0 miss, 0 hit, 1 miss, 2 for 1 (used once, 0 twice), 1 for 2, 0 hit, 2 for 1 (0 three times)
+    found = replay(uses, CACHES["lfu"](), 2, num_experts=3)
+    assert (found.hits, found.loads) == (2, 5)
+
+
+def test_a_forward_uses_each_expert_once():
+    """Tokens that run together, in the order of first use; then one by one."""
+    choices = torch.tensor([[[0, 1], [1, 2], [0, -1], [2, 0]]])
+    together = replay(
+        choices, CACHES["lru"](), 2, num_experts=3, forward=torch.tensor([4, 4, 7, 8])
+    )
+    # 0 miss, 1 miss, 2 for 0; 0 for 1; 2 hit, 0 hit
+    assert (together.uses, together.hits, together.loads) == (6, 2, 4)
+    one_by_one = replay(choices, CACHES["lru"](), 2, num_experts=3, forward=torch.arange(4))
+    assert one_by_one == replay(choices, CACHES["lru"](), 2, num_experts=3)
+
+
+def test_time_is_that_of_what_was_moved():
+    found = replay(WORKED, CACHES["oracle"](), 2, num_experts=4)
+    assert found.loads == 7
+    assert found.seconds(1000, bandwidth=500.0, latency=0.5) == 7 * 2.5
 
 
 def test_what_is_brought_in_beforehand_is_a_load_and_then_a_hit():
@@ -108,7 +136,7 @@ def test_what_is_brought_in_beforehand_is_a_load_and_then_a_hit():
     class Prefetching(Cache):
         name, summary = "prefetching", "for this test"
 
-        def start(self, uses):
+        def start(self, uses, expected=()):
             self.memory = Early()
             return self.memory
 

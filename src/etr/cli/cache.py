@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import product
 from typing import Annotated
 
 import torch
@@ -12,8 +13,9 @@ from rich.console import Console
 from etr.cli._options import WithImports, parse
 from etr.cli._progress import track
 from etr.cli._tables import make_table
-from etr.systems import CACHES, replay
-from etr.trace import read_trace
+from etr.cli._traces import same_model
+from etr.systems import CACHES, Cache, Demand, Replayed, replay
+from etr.trace import Trace, read_trace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,40 +24,66 @@ class CacheConfig(WithImports):
 
     trace: Annotated[str, tyro.conf.Positional]
     """File that etr trace wrote."""
-    caches: tuple[str, ...] = field(default_factory=lambda: tuple(CACHES))
-    """Policies: who leaves when another expert must come in. oracle knows what comes: a bound."""
+    caches: tuple[str, ...] = ()
+    """Policies: who leaves when another expert must come in; by default all that need no trace to
+    learn from, or with one all. oracle knows what comes: a bound."""
     sizes: tuple[int, ...] = ()
     """Experts that a memory holds; by default 1, 2, 4, ... up to all of them."""
     shared: bool = False
     """One memory for all layers, and not one each."""
+    learn_from: str | None = None
+    """Trace of the same model on another text, for policies that predict."""
     expert_bytes: int | None = None
     """Size of an expert, to print bytes and not only how many were moved."""
+    bandwidth: float | None = None
+    """Bytes per second of the way into the memory, to print the time that it takes too."""
+    latency: float = 0.0
+    """Seconds before the first byte of an expert arrives."""
 
     def __post_init__(self) -> None:
         for name in self.caches:
-            CACHES.parse(name)
+            if CACHES.parse(name).predicts and self.learn_from is None:
+                raise ValueError(
+                    f"cache {name!r} predicts; give --learn-from a trace of the same model"
+                )
         for size in (*self.sizes, *(() if self.expert_bytes is None else (self.expert_bytes,))):
             if size < 1:
                 raise ValueError(f"sizes and expert_bytes must be at least 1, not {size}")
+        if self.bandwidth is not None and (self.expert_bytes is None or not self.bandwidth > 0):
+            raise ValueError(
+                f"bandwidth={self.bandwidth} must be > 0, bytes per second, and needs expert_bytes"
+            )
+        if not self.latency >= 0:
+            raise ValueError(f"latency={self.latency} must be >= 0, seconds")
 
 
 def run(arguments: list[str]) -> int:
     """Replay, and print hits and what was moved for every policy and size."""
     config = parse(CacheConfig, "cache", arguments)
     trace = read_trace(config.trace)
-    choices = torch.from_numpy(trace.choices()[0])
+    choices = torch.from_numpy(trace.choices(kept=True)[0])
     experts = trace.info.num_experts
     largest = experts * (trace.info.num_layers if config.shared else 1)
     sizes = config.sizes or (*_doubling(largest), largest)
-    cells = [(size, name) for size in sizes for name in config.caches]
-    moved = "experts moved" if config.expert_bytes is None else "MB moved"
-    table = make_table("experts held", "policy", "hits", moved, words=("policy",))
-    for size, name in track(cells, "replaying", total=len(cells)):
-        found = replay(choices, CACHES.parse(name), size, num_experts=experts, shared=config.shared)
-        amount = f"{found.loads:,}"
-        if config.expert_bytes is not None:
-            amount = f"{found.bytes_moved(config.expert_bytes) / 1e6:,.1f}"
-        table.add_row(str(size), name, f"{found.hit_rate:.1%}", amount)
+    names = config.caches or tuple(
+        name for name, kind in CACHES.items() if config.learn_from or not kind.predicts
+    )
+    expected = {name: _expected(CACHES.parse(name), config.learn_from, trace) for name in names}
+    options = {"num_experts": experts, "shared": config.shared}
+    table = make_table(
+        "experts held", "policy", "hits", "of the bound", *_moved(config, None), words=("policy",)
+    )
+    bounds: dict[int, Replayed] = {}
+    for size, name in track([*product(sizes, names)], "replaying", total=len(sizes) * len(names)):
+        if size not in bounds:
+            bounds[size] = replay(choices, CACHES["oracle"](), size, **options)
+        bound = found = bounds[size]
+        if name != "oracle":
+            cache = CACHES.parse(name)
+            found = replay(choices, cache, size, expected=expected[name], **options)
+        share = f"{found.hits / bound.hits:.1%}" if bound.hits else "-"
+        cells = (str(size), name, f"{found.hit_rate:.1%}", share)
+        table.add_row(*cells, *_moved(config, found))
     Console().print(table)
     where = "one memory for all layers" if config.shared else "a memory for each layer"
     print(
@@ -63,6 +91,30 @@ def run(arguments: list[str]) -> int:
         f"{experts} experts, {where}, empty at first"
     )
     return 0
+
+
+def _expected(cache: Cache, learn_from: str | None, trace: Trace) -> torch.Tensor | None:
+    """What a policy predicts of a trace; None for one that does not."""
+    if not cache.predicts or learn_from is None:
+        return None
+    past = same_model(learn_from, trace.info, "learn_from")
+    ids = [torch.from_numpy(one.layer(0).token_id.astype("int64")) for one in (past, trace)]
+    choices, sequence = map(torch.tensor, past.choices(kept=True))
+    forecast = cache.learn(Demand.of(choices, sequence, past.info.num_experts), ids[0])
+    return forecast(ids[1], torch.tensor(trace.layer(0).sequence))
+
+
+def _moved(config: CacheConfig, found: Replayed | None) -> tuple[str, ...]:
+    """Cells that say what was moved, or their headings."""
+    if config.expert_bytes is None:
+        return ("experts moved",) if found is None else (f"{found.loads:,}",)
+    cells = (
+        ["MB moved"] if found is None else [f"{found.bytes_moved(config.expert_bytes) / 1e6:,.1f}"]
+    )
+    if config.bandwidth is not None:
+        way = (config.expert_bytes, config.bandwidth, config.latency)
+        cells.append("seconds" if found is None else f"{found.seconds(*way):,.3f}")
+    return tuple(cells)
 
 
 def _doubling(end: int) -> list[int]:

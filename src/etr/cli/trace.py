@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -21,12 +22,8 @@ from etr.data import DataConfig, open_data
 from etr.hf import FAMILIES
 from etr.moe.serving import serving_of
 from etr.moe.stats import max_violation
-from etr.trace import (
-    Trace,
-    read_trace,
-    segment_cache_best_hit_rate,
-    segment_routing_best_performance,
-)
+from etr.systems import MEASURES
+from etr.trace import Trace, read_trace
 from etr.trace.record import record_trace
 from etr.trace.sampling import SampledRows
 from etr.train.model import find_device
@@ -47,6 +44,9 @@ class TraceConfig(WithImports):
     options; layers of this library only."""
     segment: int = 16
     """Window of the routing consistency (SRP, SCH) that is printed, tokens."""
+    measures: tuple[str, ...] = ()
+    """What to print of each layer, with options: srp:segment=8 sch:segment=8,size=2. By default
+    both, with a window of --segment and a cache of twice top_k experts."""
     device: str = "auto"
     """auto, cpu, cuda, npu, ..."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -55,6 +55,8 @@ class TraceConfig(WithImports):
 
     def __post_init__(self) -> None:
         serving_of(self.selection, "selection")
+        for text in self.measures:
+            MEASURES.parse(text)
         for name in ("max_tokens", "segment"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -90,32 +92,33 @@ def run(arguments: list[str]) -> int:
         source=str(folder),
     )
     trace = read_trace(out)
-    Console().print(summary(trace, config.segment))
+    Console().print(summary(trace, config.segment, config.measures))
     info = trace.info
     print(f"{trace.num_tokens:,} tokens, {info.router} router, {info.selection} selection: {out}")
     return 0
 
 
-def summary(trace: Trace, segment: int) -> Table:
+def summary(trace: Trace, segment: int, measures: Sequence[str] = ()) -> Table:
     """Load and consistency of each layer.
 
     Args:
         trace: what to sum up.
-        segment: window of the consistency, tokens.
+        segment: window of the consistency, tokens, where no measures are named.
+        measures: texts of `MEASURES`.
     """
     experts, cache = trace.info.num_experts, min(2 * trace.info.top_k, trace.info.num_experts)
-    names = ("layer", "kept", "MaxVio", f"SRP({segment})", f"SCH({segment}, {cache})")
-    table = make_table(*names)
+    texts = measures or (f"srp:segment={segment}", f"sch:segment={segment},size={cache}")
+    chosen = [MEASURES.parse(text) for text in texts]
+    table = make_table("layer", "kept", "MaxVio", *(measure.title for measure in chosen))
     for index in range(trace.info.num_layers):
         layer = trace.layer(index)
         choices = layer.counts(experts)
         kept = layer.counts(experts, kept=True).sum() / max(choices.sum(), 1)
-        window = (layer.experts, layer.sequence, experts, segment)
+        found = (measure.of(layer.experts, layer.sequence, experts) for measure in chosen)
         table.add_row(
             str(index),
             f"{kept:.1%}",
             f"{float(max_violation(torch.from_numpy(choices))):.2f}",
-            f"{segment_routing_best_performance(*window):.3f}",
-            f"{segment_cache_best_hit_rate(*window, cache):.3f}",
+            *(f"{value:.3f}" for value in found),
         )
     return table

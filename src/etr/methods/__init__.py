@@ -35,6 +35,10 @@ SHELF = (
     "router_coupling",
     "deepseek_moe",
     "union_of_experts",
+    "routing_consistency",
+    "exflow",
+    "moetuner",
+    "expertflow",
 )
 """Files of this folder, each a method of its name, in the order in which pages list them."""
 

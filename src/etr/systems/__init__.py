@@ -1,31 +1,39 @@
 """The machines under a model: integers in, plans and counts out. Stands alone; torch alone.
 
     PLANNERS   choices to the rank of each expert                etr.systems.plan
+    travel     choices and a plan to traffic                     etr.systems.travel
     CACHES     choices to hits of a memory that holds a few      etr.systems.cache
-    SRP, SCH   do neighbouring tokens use the same experts       etr.systems.consistency
+    MEASURES   choices to a number a layer: SRP, SCH             etr.systems.consistency
 
 Choices are those of a trace: experts of N tokens in each of L MoE layers, int64 [L, N, K], negative
 where a token has fewer than K.
 """
 
-from etr.systems.cache import CACHES, Cache, FastMemory, Replayed, replay
+from etr.systems.cache import CACHES, Cache, FastMemory, Memory, Replayed, replay
 from etr.systems.consistency import (
+    MEASURES,
+    Measure,
     segment_cache_best_hit_rate,
     segment_routing_best_performance,
 )
-from etr.systems.plan import PLANNERS, Demand, Devices, Plan, Planner, Travel, travel
+from etr.systems.plan import PLANNERS, Demand, Devices, Plan, Planner
+from etr.systems.travel import Travel, hops, travel
 
 __all__ = [
     "CACHES",
+    "MEASURES",
     "PLANNERS",
     "Cache",
     "Demand",
     "Devices",
     "FastMemory",
+    "Measure",
+    "Memory",
     "Plan",
     "Planner",
     "Replayed",
     "Travel",
+    "hops",
     "replay",
     "segment_cache_best_hit_rate",
     "segment_routing_best_performance",

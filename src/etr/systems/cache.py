@@ -1,25 +1,30 @@
 """A fast memory that holds a few experts: who leaves when another must come in, replayed.
 
 A replay touches no value of a model: it walks the choices of a trace in decoding order, token after
-token and in each token layer after layer, and counts which experts were there already.
+token and in each token layer after layer, and counts which experts were there already. A model
+whose experts do not fit (`etr.hf.offload`) goes through the same `Memory`.
 """
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from etr.systems.plan import Demand
 from etr.table import Table
+
+Forecast = Callable[[Tensor, Tensor], Tensor]
+"""Token ids and sequences, [N] each, to the experts that they should use, int64 [L, N, K]."""
 
 
 class FastMemory:
-    """What a policy knows while a memory is used; the replay holds the experts themselves.
+    """What a policy knows while a memory is used; `Memory` holds the experts themselves.
 
     Experts are numbers; where layers share a memory, ``layer * num_experts + expert``.
     """
@@ -54,12 +59,24 @@ class Cache:
     """One line for `etr cache --help`."""
     foresees: ClassVar[bool] = False
     """Whether it knows what will be used: a bound, which no policy of a running model reaches."""
+    predicts: ClassVar[bool] = False
+    """Whether it predicts what will be used, and must `learn` how."""
 
-    def start(self, uses: Sequence[int]) -> FastMemory:
+    def start(self, uses: Sequence[int], expected: Sequence[Sequence[int]] = ()) -> FastMemory:
         """An empty memory.
 
         Args:
             uses: every expert that will be used, in order; for those who foresee.
+            expected: experts that each step is predicted to use; for those who predict.
+        """
+        raise NotImplementedError
+
+    def learn(self, past: Demand, tokens: Tensor) -> Forecast:
+        """Learn to predict from a trace with choices.
+
+        Args:
+            past: of another text than what will be predicted.
+            tokens: ids of its tokens, int64 [N].
         """
         raise NotImplementedError
 
@@ -71,7 +88,7 @@ class LeastRecentlyUsed(Cache):
     name = "lru"
     summary = "the least recently used expert leaves"
 
-    def start(self, uses: Sequence[int]) -> FastMemory:
+    def start(self, uses: Sequence[int], expected: Sequence[Sequence[int]] = ()) -> FastMemory:
         return _Recent()
 
 
@@ -90,6 +107,28 @@ class _Recent(FastMemory):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LeastFrequentlyUsed(Cache):
+    """Whoever was used least often so far leaves, of several the one used longest ago."""
+
+    name = "lfu"
+    summary = "the least often used expert leaves"
+
+    def start(self, uses: Sequence[int], expected: Sequence[Sequence[int]] = ()) -> FastMemory:
+        return _Frequent()
+
+
+class _Frequent(FastMemory):
+    def __init__(self) -> None:
+        self._used: dict[int, tuple[int, int]] = {}  # how often, and when last
+
+    def used(self, place: int, expert: int) -> None:
+        self._used[expert] = self._used.get(expert, (0, 0))[0] + 1, place
+
+    def leaves(self, held: Collection[int]) -> int:
+        return min(held, key=lambda expert: (*self._used.get(expert, (0, -1)), expert))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Oracle(Cache):
     """Whoever is used again last leaves (Belady): no policy that loads each miss has more hits."""
 
@@ -97,7 +136,7 @@ class Oracle(Cache):
     summary = "the expert whose next use is farthest leaves (Belady): a bound"
     foresees = True
 
-    def start(self, uses: Sequence[int]) -> FastMemory:
+    def start(self, uses: Sequence[int], expected: Sequence[Sequence[int]] = ()) -> FastMemory:
         return _Foreseen(uses)
 
 
@@ -117,8 +156,53 @@ class _Foreseen(FastMemory):
         return min(held, key=lambda expert: (-self._next.get(expert, math.inf), expert))
 
 
-CACHES: Table[Cache] = Table("cache", (LeastRecentlyUsed, Oracle))
+CACHES: Table[Cache] = Table("cache", (LeastRecentlyUsed, LeastFrequentlyUsed, Oracle))
 """Policies by name."""
+
+
+class Memory:
+    """A fast memory of a few experts that a policy looks after, empty at first, and its counters.
+
+    Args:
+        policy: who leaves.
+        size: experts that it holds.
+        move: called with an expert that comes in and the one that makes room for it, or None.
+    """
+
+    def __init__(
+        self,
+        policy: FastMemory,
+        size: int,
+        move: Callable[[int, int | None], None] = lambda comes, leaves: None,
+    ) -> None:
+        self._policy, self._size, self._move = policy, size, move
+        self._step = 0
+        self.held: set[int] = set()
+        """Experts that are there."""
+        self.uses = self.hits = self.loads = 0
+
+    def begin(self, experts: Sequence[int]) -> None:
+        """A step that will use some experts: the policy may bring in any."""
+        for expert in self._policy.prepare(self._step, experts):
+            self._bring(expert)
+        self._step += 1
+
+    def use(self, expert: int) -> None:
+        """An expert is used: it is there afterwards, until another needs its place."""
+        self.hits += expert in self.held
+        self._bring(expert)
+        self._policy.used(self.uses, expert)
+        self.uses += 1
+
+    def _bring(self, expert: int) -> None:
+        if expert in self.held:
+            return
+        leaves = self._policy.leaves(self.held) if len(self.held) >= self._size else None
+        if leaves is not None:
+            self.held.remove(leaves)
+        self._move(expert, leaves)
+        self.held.add(expert)
+        self.loads += 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,9 +228,36 @@ class Replayed:
         """Bytes brought in, with experts of that size."""
         return self.loads * expert_bytes
 
+    def seconds(self, expert_bytes: int, bandwidth: float, latency: float = 0.0) -> float:
+        """Time for what was brought in, one expert after the other.
+
+        Args:
+            expert_bytes: of each expert.
+            bandwidth: of the way from the slow tier to the fast one, bytes per second.
+            latency: before the first byte of each expert, seconds.
+        """
+        return self.loads * (latency + expert_bytes / bandwidth)
+
+    @classmethod
+    def of(cls, memories: Iterable[Memory]) -> Replayed:
+        """What several memories did together."""
+        found = list(memories)
+        return cls(
+            uses=sum(memory.uses for memory in found),
+            hits=sum(memory.hits for memory in found),
+            loads=sum(memory.loads for memory in found),
+        )
+
 
 def replay(
-    choices: Tensor, cache: Cache, size: int, *, num_experts: int, shared: bool = False
+    choices: Tensor,
+    cache: Cache,
+    size: int,
+    *,
+    num_experts: int,
+    shared: bool = False,
+    forward: Tensor | None = None,
+    expected: Tensor | None = None,
 ) -> Replayed:
     """Use the experts of a trace in decoding order, from an empty memory.
 
@@ -156,51 +267,60 @@ def replay(
         size: experts that a memory holds.
         num_experts: E of each layer.
         shared: one memory for all layers, and not one each.
+        forward: number of the forward pass that each token is part of, int64 [N], equal ones side
+            by side; a pass uses each of its experts once. None: one for each token.
+        expected: what was predicted, int64 [L, N, K'], for a policy that predicts; not with
+            `forward`.
     Raises:
-        ValueError: wrong sizes, or an expert that there is not.
+        ValueError: wrong sizes, an expert that there is not, or no prediction for who needs one.
     """
     if size < 1:
         raise ValueError(f"size={size} must be at least 1, experts")
+    _check(choices, num_experts, "choices")
+    steps = _steps(choices, num_experts, shared, forward)
+    guesses: list[list[list[int]]] = [[] for _ in steps]
+    if cache.predicts:
+        if expected is None or forward is not None:
+            raise ValueError(
+                f"cache {cache.name!r} goes by predicted choices of each token; give expected, and "
+                "no forward"
+            )
+        _check(expected, num_experts, "expected")
+        guesses = _steps(expected, num_experts, shared, None)
+    memories = []
+    for memory_steps, guess in zip(steps, guesses, strict=True):
+        flat = [expert for step in memory_steps for expert in step]
+        memory = Memory(cache.start(flat, guess), size)
+        for step in memory_steps:
+            memory.begin(step)
+            for expert in step:
+                memory.use(expert)
+        memories.append(memory)
+    return Replayed.of(memories)
+
+
+def _check(choices: Tensor, num_experts: int, name: str) -> None:
     if choices.ndim != 3:
-        raise ValueError(f"choices has shape {tuple(choices.shape)}; it must be [L, N, K]")
+        raise ValueError(f"{name} has shape {tuple(choices.shape)}; it must be [L, N, K]")
     if choices.numel() and choices.max() >= num_experts:
-        raise ValueError(f"choices holds {int(choices.max())}; num_experts={num_experts}")
-    if shared:
-        first = (torch.arange(len(choices)) * num_experts)[:, None, None]
-        numbered = torch.where(choices < 0, choices, choices + first)
-        memories = [numbered.transpose(0, 1).flatten(0, 1)]
-    else:
-        memories = list(choices)
-    done = [_replay(steps.tolist(), cache, size) for steps in memories]
-    return Replayed(
-        uses=sum(found.uses for found in done),
-        hits=sum(found.hits for found in done),
-        loads=sum(found.loads for found in done),
-    )
+        raise ValueError(f"{name} holds {int(choices.max())}; num_experts={num_experts}")
 
 
-def _replay(steps: list[list[int]], cache: Cache, size: int) -> Replayed:
-    """One memory."""
-    steps = [[expert for expert in step if expert >= 0] for step in steps]
-    memory = cache.start([expert for step in steps for expert in step])
-    held: set[int] = set()
-    uses = hits = loads = 0
+def _steps(
+    choices: Tensor, num_experts: int, shared: bool, forward: Tensor | None
+) -> list[list[list[int]]]:
+    """Experts of every step, for every memory."""
+    parts = [choices[:, i : i + 1] for i in range(choices.shape[1])]
+    if forward is not None:
+        lengths = torch.unique_consecutive(forward, return_counts=True)[1].tolist()
+        parts = list(choices.split(lengths, 1)) if lengths else []
+    # [part][layer] -> experts, each once, in the order of first use
+    found = [[_once(layer) for layer in part.flatten(1).tolist()] for part in parts]
+    if not shared:
+        return [[part[layer] for part in found] for layer in range(len(choices))]
+    first = range(0, len(choices) * num_experts, num_experts)
+    return [[[e + n for e in one] for part in found for n, one in zip(first, part, strict=True)]]
 
-    def bring(expert: int) -> None:
-        nonlocal loads
-        if expert in held:
-            return
-        if len(held) >= size:
-            held.remove(memory.leaves(held))
-        held.add(expert)
-        loads += 1
 
-    for number, step in enumerate(steps):
-        for expert in memory.prepare(number, step):
-            bring(expert)
-        for expert in step:
-            hits += expert in held
-            bring(expert)
-            memory.used(uses, expert)
-            uses += 1
-    return Replayed(uses=uses, hits=hits, loads=loads)
+def _once(experts: list[int]) -> list[int]:
+    return list(dict.fromkeys(expert for expert in experts if expert >= 0))

@@ -7,10 +7,13 @@ how well a model goes with expert offloading, where a few experts are in fast me
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from etr.table import Table
 
 
 def segment_routing_best_performance(
@@ -96,3 +99,68 @@ def _window_counts(experts: Any, sequence: Any, num_experts: int, segment: int) 
         running[1:].scatter_add_(1, chosen, torch.ones_like(chosen))
         running = running[:, :num_experts].cumsum(0)
         yield running[segment:] - running[:-segment]
+
+
+class Measure:
+    """A frozen config of one number that says how a layer routes; one row of `MEASURES`."""
+
+    name: ClassVar[str]
+    """In commands."""
+    summary: ClassVar[str]
+    """One line for pages."""
+
+    @property
+    def title(self) -> str:
+        """Head of a column."""
+        return self.name
+
+    def of(self, experts: Any, sequence: Any, num_experts: int) -> float:
+        """Measure one layer.
+
+        Args:
+            experts, sequence, num_experts: as in `segment_routing_best_performance`.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentRouting(Measure):
+    """SRP, see `segment_routing_best_performance`."""
+
+    name = "srp"
+    summary = "best F1 with which experts on or off for whole windows imitate the router"
+
+    segment: int = 16
+    """Tokens of a window."""
+
+    @property
+    def title(self) -> str:
+        return f"SRP({self.segment})"
+
+    def of(self, experts: Any, sequence: Any, num_experts: int) -> float:
+        return segment_routing_best_performance(experts, sequence, num_experts, self.segment)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentCache(Measure):
+    """SCH, see `segment_cache_best_hit_rate`."""
+
+    name = "sch"
+    summary = "choices found in a cache of each window's most chosen experts"
+
+    segment: int = 16
+    """Tokens of a window."""
+    size: int = 4
+    """Experts that the cache holds."""
+
+    @property
+    def title(self) -> str:
+        return f"SCH({self.segment}, {self.size})"
+
+    def of(self, experts: Any, sequence: Any, num_experts: int) -> float:
+        window = (experts, sequence, num_experts, self.segment)
+        return segment_cache_best_hit_rate(*window, self.size)
+
+
+MEASURES: Table[Measure] = Table("measure", (SegmentRouting, SegmentCache))
+"""Measures of a trace by name."""

@@ -1,4 +1,4 @@
-"""Which rank holds which expert: planners, what they plan from, and what a plan costs."""
+"""Which rank holds which expert: planners, and what they plan from."""
 
 from __future__ import annotations
 
@@ -237,83 +237,5 @@ PLANNERS: Table[Planner] = Table("planner", (Consecutive, RoundRobin))
 """Planners by name."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Travel:
-    """What tokens travel under a plan, on the trace it is asked of.
-
-    A token lives on the rank that its sequence is on; sequences are dealt out to the ranks in turn.
-
-    Args:
-        pairs: choices, each of which sends a token to an expert and back.
-        pairs_between_ranks, pairs_between_nodes: those whose expert is elsewhere.
-        hops: pairs of choices of one token in neighbouring layers.
-        hops_between_ranks, hops_between_nodes: those whose experts are apart.
-        load: choices that came to each rank, int64 [L, R].
-    """
-
-    pairs: int
-    pairs_between_ranks: int
-    pairs_between_nodes: int
-    hops: int
-    hops_between_ranks: int
-    hops_between_nodes: int
-    load: Tensor
-
-    @property
-    def max_over_mean(self) -> float:
-        """Load of the busiest rank over the mean, in the layer where that is worst."""
-        load = self.load.double()
-        return float((load.amax(1) / load.mean(1).clamp_min(1e-300)).max())
-
-
-def travel(demand: Demand, plan: Plan) -> Travel:
-    """Count what tokens travel under a plan.
-
-    Raises:
-        ValueError: only counts are known, or the plan is for other sizes.
-    """
-    choices, sequence, devices = demand.choices, demand.sequence, plan.devices
-    if choices is None or sequence is None:
-        raise ValueError("travel needs the choices of every token, not counts")
-    if plan.rank_of_expert.shape != demand.counts.shape:
-        raise ValueError(
-            f"the plan is for {_sizes(plan.rank_of_expert)}, the choices for "
-            f"{_sizes(demand.counts)}"
-        )
-    used = choices >= 0
-    rank = (
-        plan.rank_of_expert[:, None]
-        .expand(-1, choices.shape[1], -1)
-        .gather(2, choices.clamp_min(0))
-    )
-    home = (sequence % devices.num_ranks)[None, :, None].expand_as(rank)
-    # Every choice of a layer with every one of the next, [L - 1, N, K, K].
-    both = used[:-1, :, :, None] & used[1:, :, None, :]
-    first, second = rank[:-1, :, :, None].expand_as(both), rank[1:, :, None, :].expand_as(both)
-    pairs = [_apart(home[used], rank[used], devices)]
-    hops = [_apart(a[b], c[b], devices) for a, c, b in zip(first, second, both, strict=True)]
-    each = zip(rank, used, strict=True)
-    return Travel(
-        pairs=int(used.sum()),
-        pairs_between_ranks=pairs[0][0],
-        pairs_between_nodes=pairs[0][1],
-        hops=int(both.sum()),
-        hops_between_ranks=sum(ranks for ranks, _ in hops),
-        hops_between_nodes=sum(nodes for _, nodes in hops),
-        load=torch.stack([torch.bincount(r[u], minlength=devices.num_ranks) for r, u in each]),
-    )
-
-
-def _apart(first: Tensor, second: Tensor, devices: Devices) -> tuple[int, int]:
-    """How many stand on different ranks, and how many of those on different nodes."""
-    ranks = first != second
-    nodes = devices.node_of(first) != devices.node_of(second)
-    return int(ranks.sum()), int(nodes.sum())
-
-
 def _count(values: Tensor, kinds: int) -> Tensor:
     return torch.stack([torch.bincount(row, minlength=kinds) for row in values])
-
-
-def _sizes(table: Tensor) -> str:
-    return f"{table.shape[0]} layers of {table.shape[1]} experts"

@@ -97,9 +97,11 @@ class Trace:
             kept=_grid(rows["kept"], place, False),
         )
 
-    def choices(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    def choices(self, *, kept: bool = False) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """Experts of every token in every layer, and each token's sequence, for `etr.systems`.
 
+        Args:
+            kept: only those that kept the token, and so ran.
         Returns:
             int64 [L, N, K], filled up with `NO_EXPERT`; int32 [N].
         Raises:
@@ -111,7 +113,8 @@ class Trace:
         for into, layer in zip(found, layers, strict=True):
             if not np.array_equal(layer.sequence, layers[0].sequence):
                 raise ValueError("layers of the trace have different tokens; write it again")
-            into[:, : layer.experts.shape[1]] = layer.experts
+            experts = np.where(layer.kept, layer.experts, NO_EXPERT) if kept else layer.experts
+            into[:, : experts.shape[1]] = experts
         return found, layers[0].sequence
 
 
