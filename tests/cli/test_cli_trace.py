@@ -171,15 +171,97 @@ def test_experts_are_placed_by_a_trace(name, traced, capsys):
         assert f"{found.max_over_mean:.2f} of mean" in out
 
 
+def table_rows(out: str, names: object) -> list[list[str]]:
+    """Cells of the rows of a printed table whose second cell is one of the names."""
+    return [x for line in out.splitlines() if (x := line.split())[1:2] in ([n] for n in names)]
+
+
 def test_a_trace_is_replayed_in_memories(traced, capsys):
     assert main(["cache", str(traced), "--expert-bytes", "1000"]) == 0
-    out = capsys.readouterr().out
-    choices = torch.from_numpy(read_trace(traced).choices()[0])
-    rows = [line.split() for line in out.splitlines() if line.split()[1:2] in ([n] for n in CACHES)]
-    assert [row[:2] for row in rows] == [[str(n), name] for n in (1, 2, 4) for name in CACHES]
-    for size, name, hits, moved in rows:
-        found = replay(choices, CACHES[name](), int(size), num_experts=4)
+    choices = torch.from_numpy(read_trace(traced).choices(kept=True)[0])
+    names = [name for name, kind in CACHES.items() if not kind.predicts]
+    rows = table_rows(capsys.readouterr().out, CACHES)
+    assert [row[:2] for row in rows] == [[str(n), name] for n in (1, 2, 4) for name in names]
+    for size, name, hits, share, moved in rows:
+        found, bound = (
+            replay(choices, CACHES[n](), int(size), num_experts=4) for n in (name, "oracle")
+        )
         assert (hits, moved) == (f"{found.hit_rate:.1%}", f"{found.loads / 1000:,.1f}")
+        assert share == (f"{found.hits / bound.hits:.1%}" if bound.hits else "-")
+
+
+def test_a_policy_learns_from_another_trace_and_time_is_printed(traced, capsys):
+    arguments = ["cache", str(traced), "--sizes", "2", "--learn-from", str(traced)]
+    way = ["--expert-bytes", "1000", "--bandwidth", "1e6", "--latency", "0.5"]
+    assert main([*arguments, *way]) == 0
+    rows = {row[1]: row for row in table_rows(capsys.readouterr().out, CACHES)}
+    assert list(rows) == list(CACHES)
+    hits = {name: float(row[2].rstrip("%")) for name, row in rows.items()}
+    assert hits["expertflow"] <= hits["oracle"]
+    choices = torch.from_numpy(read_trace(traced).choices(kept=True)[0])
+    loads = replay(choices, CACHES["lru"](), 2, num_experts=4).loads
+    assert rows["lru"][5] == f"{loads * 0.501:,.3f}"
+
+
+def test_memories_forget_what_experts_dropped(run, options, tmp_path):
+    """A choice that was dropped runs no expert."""
+    out = tmp_path / "t.parquet"
+    assert main(["trace", str(run), "--selection", "batch", "--out", str(out), *options]) == 0
+    trace = read_trace(out)
+    kept, every = (trace.choices(kept=kept)[0] for kept in (True, False))
+    assert (kept >= 0).sum() == sum(trace.layer(i).kept.sum() for i in range(2))
+    assert ((kept == every) | (kept < 0)).all()
+
+
+def test_measures_are_chosen(run, options, tmp_path, capsys):
+    words = ["--max-tokens", "64", "--measures", "sch:segment=4,size=1", "--out"]
+    assert main(["trace", str(run), *words, str(tmp_path / "t.parquet"), *options]) == 0
+    out = capsys.readouterr().out
+    assert "SCH(4, 1)" in out
+    assert "SRP" not in out
+
+
+def test_a_plan_makes_the_renumbered_model(run, options, tmp_path, capsys, monkeypatch):
+    """Of the trace's own model alone; measured on a held-out trace of it, too."""
+    monkeypatch.setenv("COLUMNS", "160")
+    trace, new, plan = tmp_path / "t.parquet", tmp_path / "new", tmp_path / "p.json"
+    assert main(["trace", str(run), "--max-tokens", "320", "--out", str(trace), *options]) == 0
+    arguments = ["plan", "exflow", str(trace), "--ranks", "2", "--out", str(plan)]
+    more = ["--held-out", str(trace), "--model", str(run), "--placed", str(new)]
+    capsys.readouterr()
+    assert main([*arguments, *more]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for said in ("plan, held out", "hops between ranks, plan", "computes what the source does"):
+        assert said in out
+    record = json.loads(plan.read_text())
+    demand = Demand.of(*map(torch.tensor, read_trace(trace).choices()), num_experts=4)
+    after = travel(demand, Plan.from_dict(record)).flow.tolist()
+    assert record["hops_between_ranks"]["after"] == after
+    assert json.loads((new / "transform.json").read_text())["plan"]["planner"] == "exflow"
+
+
+def test_traces_of_other_models_are_refused(run, traced, options, tmp_path, capsys):
+    trace = tmp_path / "t.parquet"
+    assert main(["trace", str(run), "--max-tokens", "64", "--out", str(trace), *options]) == 0
+    for verb, option in (("plan exflow", "held_out"), ("cache", "learn_from")):
+        arguments = [*verb.split(), str(trace), f"--{option}", str(traced)]
+        assert main([*arguments, *(["--ranks", "2"] if verb != "cache" else [])]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"{option}='{traced}' is a trace of another model: its source is" in said
+    arguments = ["plan", "exflow", str(traced), "--ranks", "2", "--model", str(run)]
+    assert main([*arguments, "--placed", str(tmp_path / "new")]) == 2
+    assert "the trace is of the model in" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_model_writes_the_same_with_its_experts_on_disk(run, capsys):
+    words = ["generate", str(run), "--prompt", "1 2", "--max-new-tokens", "8"]
+    assert main(words) == 0
+    want = capsys.readouterr().out
+    assert main([*words, "--offload", "disk", "--resident", "1", "--cache", "lfu"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(want)
+    assert "experts in memory: 1 of 4 in each layer" in out
 
 
 @pytest.mark.parametrize(

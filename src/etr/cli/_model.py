@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def open_model(path: str) -> tuple[EtrForCausalLM, PreTrainedTokenizerBase, Path]:
+def open_model(
+    path: str, load: Callable[[Path], EtrForCausalLM] = load_pretrained
+) -> tuple[EtrForCausalLM, PreTrainedTokenizerBase, Path]:
     """Model in eval mode, its tokenizer, and the folder they came from.
 
     Args:
         path: a checkpoint, or a run's folder, whose newest checkpoint is taken.
+        load: makes the model of the checkpoint's folder.
     Raises:
         FileNotFoundError: no such folder.
         ValueError: the folder holds no model of this library, or a damaged checkpoint.
@@ -40,7 +43,7 @@ def open_model(path: str) -> tuple[EtrForCausalLM, PreTrainedTokenizerBase, Path
         )
     run = run_of(folder)
     with told_to_import(path, () if run is None else imports_of(run)):
-        model = load_pretrained(folder)
+        model = load(folder)
     return model, load_tokenizer(folder), folder
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import tyro
@@ -12,8 +13,9 @@ from etr.cli._model import open_model
 from etr.cli._of_run import say_which
 from etr.cli._options import WithImports, parse
 from etr.data import encode_prompt
-from etr.hf import EtrForCausalLM
+from etr.hf import EtrForCausalLM, load_pretrained
 from etr.hf.decode import generate
+from etr.hf.offload import Offload, banks, load_offloaded, resident_bytes, usage
 from etr.model import DECODINGS
 from etr.moe import set_eval_selection
 from etr.moe.serving import serving_of
@@ -43,6 +45,13 @@ class GenerateConfig(WithImports):
     options."""
     decoding: str = "plain"
     """How logits become a choice, perhaps with options: plain."""
+    offload: Literal["disk", "cpu"] | None = None
+    """Keep the experts on disk, in the model's folder, or in host memory, and read each when it is
+    needed. None: all of them are on the model's device."""
+    resident: int = 4
+    """With --offload: experts of each layer that are in memory at a time."""
+    cache: str = "lru"
+    """With --offload: which expert makes room: lru, lfu or another name in CACHES."""
 
     def __post_init__(self) -> None:
         serving_of(self.selection, "selection")
@@ -53,15 +62,38 @@ class GenerateConfig(WithImports):
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
         DECODINGS.parse(self.decoding)
+        self.offloaded()
+
+    def offloaded(self) -> Offload | None:
+        """Where experts are; None where they are with the model."""
+        if self.offload is None:
+            return None
+        return Offload(where=self.offload, resident=self.resident, cache=self.cache)
 
 
 def run(arguments: list[str]) -> int:
     """Generate and print."""
     config = parse(GenerateConfig, "generate", arguments)
-    model, tokenizer, folder = open_model(config.model)
+    offload = config.offloaded()
+    load = load_pretrained if offload is None else partial(load_offloaded, offload=offload)
+    model, tokenizer, folder = open_model(config.model, load)
     say_which(folder)
     print(continue_text(model, tokenizer, config))
+    if offload is not None:
+        print(said_of_experts(model))
     return 0
+
+
+def said_of_experts(model: EtrForCausalLM) -> str:
+    """How often experts were in memory, and what was read."""
+    found, (_, bank) = usage(model), banks(model)[0]
+    size = bank.slot_bytes(model.dtype) // bank.resident
+    return (
+        f"experts in memory: {bank.resident} of {bank.num_experts} in each layer, "
+        f"{resident_bytes(model) / 1e6:,.1f} MB with the rest of the model; {found.hit_rate:.1%} "
+        f"of {found.uses:,} uses found theirs, {found.loads:,} were read "
+        f"({found.bytes_moved(size) / 1e6:,.1f} MB)"
+    )
 
 
 def continue_text(

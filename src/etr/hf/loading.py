@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,21 @@ def load_pretrained(folder: str | Path, dtype: torch.dtype | None = None) -> Etr
         FileNotFoundError: no such folder, no config.json or no weights in it.
         ValueError: config of another model type, damaged weights, or weights of another config.
     """
-    reader = ShardReader(folder)
-    config = read_config(reader)
-    model, info = _read_model(EtrForCausalLM, config, reader, dtype)
+    return load_strictly(EtrForCausalLM, ShardReader(folder), dtype)
+
+
+def load_strictly(
+    model_class: type[EtrForCausalLM],
+    reader: ShardReader,
+    dtype: torch.dtype | None = None,
+    left: Callable[[str], bool] = lambda key: False,
+) -> EtrForCausalLM:
+    """`load_pretrained`, as a class whose modules may lack some of a folder's tensors.
+
+    Args:
+        left: whether a tensor, by its key, is not read.
+    """
+    model, info = _read_model(model_class, read_config(reader), reader, dtype, left)
     _refuse(
         reader,
         {
@@ -50,7 +62,8 @@ def load_pretrained(folder: str | Path, dtype: torch.dtype | None = None) -> Etr
             "of another shape": {key for key, *_ in info["mismatched_keys"]},
         },
     )
-    return model
+    found: EtrForCausalLM = model
+    return found
 
 
 def load_causal(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
@@ -119,8 +132,9 @@ def _read_model(
     config: PreTrainedConfig,
     reader: ShardReader,
     dtype: torch.dtype | None,
+    left: Callable[[str], bool] = lambda key: False,
 ) -> tuple[Any, Info]:
-    """Build a model around the tensors of a folder."""
+    """Build a model around the tensors of a folder, but for those that are left."""
     for part in (config, getattr(config, "base_config", None)):
         attention = getattr(part, "_attn_implementation", None)
         if attention is not None and "/" in attention:
@@ -142,7 +156,7 @@ def _read_model(
             model, info = model_class.from_pretrained(
                 None,
                 config=config,
-                state_dict=tensors,
+                state_dict={key: part for key, part in tensors.items() if not left(key)},
                 dtype=dtype or config.dtype or reader.float_dtype(),
                 ignore_mismatched_sizes=True,  # reported by the caller with the other differences
                 output_loading_info=True,

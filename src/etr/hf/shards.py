@@ -112,6 +112,11 @@ class ShardReader:
             self._open = (shard, safe_open(self.folder / shard, framework="pt"))
         return self._open[1].get_tensor(key).clone()  # not a view of the mapped file
 
+    def file(self, key: str) -> Path:
+        """The file that holds a tensor."""
+        self._check_key(key)
+        return self.folder / self._shard[key]
+
     @contextmanager
     def slices(self) -> Iterator[dict[str, Any]]:
         """Every tensor as safetensors' slice of an open file, which reads when it is indexed."""
