@@ -38,7 +38,11 @@ SHELF = (
     "routing_consistency",
     "exflow",
     "moetuner",
+    "least_loaded",
     "expertflow",
+    "dynamic_sharing",
+    "dmoe",
+    "scmoe",
 )
 """Files of this folder, each a method of its name, in the order in which pages list them."""
 

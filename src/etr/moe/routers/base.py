@@ -98,6 +98,9 @@ class RouterConfig:
         raise NotImplementedError
 
 
+PAIR = ("of_logits", "scores")
+"""What a router must define together: who redefines `scores` alone is made of more than logits."""
+
 if TYPE_CHECKING:
     _KeptFromDecay = nn.Module
 else:
@@ -148,7 +151,7 @@ class Router(_KeptFromDecay):
         """
         # Autocast would run the scores in half precision and flip choices.
         with without_autocast(x):
-            scores = self.scores(x if self.takes_any_dtype else router_dtype(x), inputs)
+            scores = self.scored(x, inputs)
             if inputs.replay is not None:
                 return self.routing_of(scores, self._replayed(inputs.replay, x), inputs)
             if isinstance(tokens_choose, Tensor):
@@ -156,6 +159,39 @@ class Router(_KeptFromDecay):
             if tokens_choose:
                 return self.choose_alone(scores, inputs)
             return self.choose(scores, inputs)
+
+    def scored(self, x: Tensor, inputs: RouterInput) -> Scores:
+        """`scores` of tokens of any dtype; under autocast only where that is switched off.
+
+        Raises:
+            ValueError: something is to be added to logits, and the router is not made of them.
+        """
+        scores = self.scores(x if self.takes_any_dtype else router_dtype(x), inputs)
+        delta = inputs.logit_delta
+        if delta is None:
+            return scores
+        logits, shape = scores.logits, ((self.num_experts,), scores.gates.shape)
+        if logits is None or not self.made_of_logits():
+            raise ValueError(
+                f"context.logit_delta: router {self.config.name!r}, as it is set, is not made of "
+                "its logits alone; use token_choice, or etr with score=prob"
+            )
+        if delta.shape not in shape:
+            raise ValueError(
+                f"context.logit_delta of layer {inputs.layer_index} has shape "
+                f"{tuple(delta.shape)}; it must be {shape[0]} or {tuple(shape[1])}"
+            )
+        return self.of_logits(logits + delta.to(logits.dtype))
+
+    def of_logits(self, logits: Tensor) -> Scores:
+        """`scores` of other logits [T, E], for routers that are made of nothing else."""
+        raise NotImplementedError
+
+    def made_of_logits(self) -> bool:
+        """Whether `of_logits` of the logits of `scores` is `scores` once more."""
+        kinds = type(self).__mro__
+        first = [next(i for i, kind in enumerate(kinds) if name in vars(kind)) for name in PAIR]
+        return first[0] <= first[1] and kinds[first[0]] is not Router
 
     def _choose_where(self, tokens_choose: Tensor, scores: Scores, inputs: RouterInput) -> Routing:
         routing = self.choose(scores, inputs)

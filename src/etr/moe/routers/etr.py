@@ -191,13 +191,19 @@ class _EtrRouter(Router):
         scale: Tensor | float = self.temperature
         if self.log_temperature is not None:
             scale = self.log_temperature.squeeze().to(affinity.dtype).exp()
-        logits = affinity * scale
-        probs = logits.softmax(-1)
-        gates = probs
+        found = self.of_logits(affinity * scale)
+        if self.config.score != "cosine":
+            return found
+        return Scores(scores=affinity, logits=found.logits, gates=found.gates, probs=found.probs)
+
+    def of_logits(self, logits: Tensor) -> Scores:
+        gates = probs = logits.softmax(-1)
         if self.offset is not None:
             gates = (logits + self.offset.squeeze().to(logits.dtype)).sigmoid()
-        score = affinity if self.config.score == "cosine" else probs
-        return Scores(scores=score, logits=logits, gates=gates, probs=probs)
+        return Scores(scores=probs, logits=logits, gates=gates, probs=probs)
+
+    def made_of_logits(self) -> bool:
+        return self.config.score != "cosine"
 
     def choose(self, scores: Scores, inputs: RouterInput) -> Routing:
         if self.config.choice == "expert":

@@ -45,6 +45,8 @@ class SoftmaxRouter(LinearRouter):
         self.score_scale = OddsScale(1 / num_experts)
 
     def scores(self, x: Tensor, inputs: RouterInput) -> Scores:
-        logits = self.logits(x)
+        return self.of_logits(self.logits(x))
+
+    def of_logits(self, logits: Tensor) -> Scores:
         probs = logits.softmax(-1)
         return Scores(scores=probs, logits=logits, gates=probs, probs=probs)

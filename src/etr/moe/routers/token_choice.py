@@ -162,6 +162,9 @@ class LinearRouter(Router):
         logits = x @ self.weight.to(x.dtype).T
         if self.bias is not None:
             logits = logits + self.bias.to(x.dtype)
+        return self.of_logits(logits)
+
+    def of_logits(self, logits: Tensor) -> Scores:
         if self.config.gate == "softmax":
             gates = probs = logits.softmax(-1)
         else:

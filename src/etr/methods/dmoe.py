@@ -1,0 +1,65 @@
+"""dMoE: tokens of a block choose among the experts that hold a share of its votes (2605.30876)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from etr.methods.card import Card, Row
+from etr.moe.serving import SERVING
+from etr.moe.serving.chosen import Together, best_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class DMoE(Together):
+    """The core is the smallest set of experts that holds a share of the votes."""
+
+    name = "dmoe"
+    summary = "tokens of a block share the experts that hold a share of their votes"
+
+    tau: float = 0.7
+    """Share of the votes to reach; 1 and more: all experts."""
+    least: int | None = None
+    """Experts that the core holds at least; None for top_k."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tau > 0:
+            raise ValueError(f"tau={self.tau} must be > 0")
+        if self.least is not None and self.least < 1:
+            raise ValueError(f"least={self.least} must be at least 1 expert, or None")
+
+    def core(self, votes: Tensor, top_k: int) -> Tensor:
+        least = max(top_k, 0 if self.least is None else self.least)
+        tau = math.inf if self.tau >= 1 else self.tau
+        share = votes / votes.sum(1, keepdim=True).clamp_min(1e-300)  # a block of padding: none
+        before = F.pad(share.sort(dim=-1, descending=True).values.cumsum(-1)[:, :-1], (1, 0))
+        number = (before < tau - 1e-6).sum(-1, keepdim=True)
+        return best_of(votes, torch.clamp(number, min=least))
+
+
+CARD = Card(
+    name="dmoe",
+    title="dMoE",
+    summary=DMoE.summary,
+    paper="2605.30876",
+    level="model",
+    branch="decoding",
+    rows=(Row(table=SERVING, kind=DMoE),),
+    against="dropless",
+    moves=("loss", "load", "bytes"),
+    claim=(
+        "A block's experts hold tau = 0.5, 0.7 or 0.9 of its votes and no smaller set does; "
+        "tau = 1, or a token alone in its block, is the model's own top k, bit for bit."
+    ),
+    departs=(
+        "The votes must reach tau; the released code keeps one expert more where they meet it. The "
+        "core holds top_k experts at least, not 16. Votes are what tokens choose by, a bias "
+        "included, where that is positive. It was made for models that fill blocks of text; here "
+        "it serves prompts, and requests side by side."
+    ),
+)
