@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import PAD, calibrated, make_model, tokens
+from tiny_models import PAD, calibrated, make_model, quiet_eval, tokens
 from torch import Tensor
 
 from etr.hf import EtrForCausalLM
 from etr.hf.decode import decoding_by, generate
+from etr.methods.rewire import Rewire
 from etr.model import DECODINGS, Decoding
 from etr.moe import moe_layers, selecting
 
@@ -65,7 +67,7 @@ def by_hand(model: EtrForCausalLM, ids: Tensor, mask: Tensor, decoding: Decoding
         position = (mask.cumsum(1) - 1).clamp_min(0)
         logits = []
         for selection in decoding.branches:
-            with selecting(model, selection):
+            with nullcontext() if selection is None else selecting(model, selection):
                 out = model(input_ids=ids, attention_mask=mask, position_ids=position)
             logits.append(out.logits[:, -1:])
         best = decoding.combine(logits).argmax(-1)
@@ -114,6 +116,8 @@ def test_every_decoding_runs_alike_with_and_without_a_cache(name, model):
 
 
 def by_hand_or_plain(model: EtrForCausalLM, decoding: Decoding) -> Tensor:
+    if decoding.refits_after is not None:
+        return run(model, decoding)  # tests below
     if decoding.branches == (None,):
         ids, mask = padded()
         return model.generate(ids, attention_mask=mask, pad_token_id=PAD, **GREEDY)
@@ -179,3 +183,50 @@ def test_a_decoding_without_branches_is_refused(model):
 
     with pytest.raises(ValueError, match="decoding 'nothing' has no branch"):
         run(model, Nothing())
+
+
+@pytest.fixture(scope="module")
+def linear() -> EtrForCausalLM:
+    """A router to whose logits something can be added."""
+    return quiet_eval(make_model("token_choice", capacity="none"))
+
+
+def test_rewiring_by_nothing_writes_what_the_model_writes(linear):
+    """At rate 0, also where it is fitted in between; and weights stay whatever the rate."""
+    before = {name: value.clone() for name, value in linear.state_dict().items()}
+    plain = run(linear, DECODINGS.parse("plain"))
+    for text in ("rewire:rate=0", "rewire:rate=0,interval=2,steps=1"):
+        assert torch.equal(run(linear, DECODINGS.parse(text)), plain)
+    changed = run(linear, DECODINGS.parse("rewire:rate=3"))
+    assert not torch.equal(changed, plain)
+    assert all(torch.equal(value, before[name]) for name, value in linear.state_dict().items())
+    assert torch.equal(run(linear, DECODINGS.parse("plain")), plain)
+
+
+def test_a_request_is_rewired_by_its_own_text(linear):
+    """In a padded batch as alone, in float64; and a second text starts anew."""
+    decoding = DECODINGS.parse("rewire:rate=0.5,interval=3")
+    ids, mask = padded()
+    with decoding_by(linear, decoding):
+        options = {"pad_token_id": PAD, **GREEDY}
+        batch = linear.generate(ids, attention_mask=mask, **options)
+        for row, first in ((0, 4), (1, 0)):
+            alone = linear.generate(
+                ids[row : row + 1, first:], attention_mask=mask[row : row + 1, first:], **options
+            )
+            assert torch.equal(alone[0], batch[row, first:])
+        static = linear.generate(ids, attention_mask=mask, cache_implementation="static", **options)
+        assert torch.equal(static, batch)
+
+
+def test_refits_come_after_so_many_tokens(linear, monkeypatch):
+    lengths = []
+    fit = Rewire.fit
+
+    def counted(self, loss, start):
+        lengths.append(len(loss(dict(start))))
+        return fit(self, loss, start)
+
+    monkeypatch.setattr(Rewire, "fit", counted)
+    run(linear, DECODINGS.parse("rewire:interval=2,steps=1"))
+    assert lengths == [3] * 3  # at the prompt of 9, and as it grows from there to 9 + 5

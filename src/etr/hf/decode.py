@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from etr.hf.adapt import Adapting
 from etr.hf.modeling import EtrCausalLMOutput, EtrForCausalLM
 from etr.hf.versions import CACHE_NAMES
 from etr.model.decoding import Decoding
@@ -48,8 +49,11 @@ def decoding_by(model: EtrForCausalLM, decoding: Decoding) -> Iterator[None]:
     """
     if not decoding.branches:
         raise ValueError(f"decoding {decoding.name!r} has no branch")
-    branches = _Branches(model, decoding)
-    handles = [
+    branches, handles = _Branches(model, decoding), []
+    if decoding.refits_after is not None:
+        adapting = Adapting(model, decoding)
+        handles.append(model.register_forward_pre_hook(adapting.before, with_kwargs=True))
+    handles += [
         model.register_forward_pre_hook(branches.before, with_kwargs=True),
         model.register_forward_hook(branches.after, with_kwargs=True),
     ]

@@ -43,6 +43,7 @@ SHELF = (
     "dynamic_sharing",
     "dmoe",
     "scmoe",
+    "rewire",
 )
 """Files of this folder, each a method of its name, in the order in which pages list them."""
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from etr.table import Table
+
+Deltas = dict[int, Tensor]
+"""What is added to the logits of each MoE layer's router, by its index, float [B, E]."""
 
 
 class Decoding:
@@ -32,6 +35,21 @@ class Decoding:
         """The logits to choose by, [B, S, V], from those of each branch.
 
         Places do not touch each other: one token at a time gives what all of them do.
+        """
+        raise NotImplementedError
+
+    @property
+    def refits_after(self) -> int | None:
+        """Tokens after which `fit` is called again, and before the first; None: never."""
+        return None
+
+    def fit(self, loss: Callable[[Deltas], Tensor], start: Deltas) -> Deltas:
+        """What to add to routers' logits from here on, by the text so far.
+
+        Args:
+            loss: of deltas, the mean loss of each row's next tokens so far, [B]; rows do not touch
+                each other.
+            start: of each MoE layer by its index, float [B, E]: what was added before.
         """
         raise NotImplementedError
 

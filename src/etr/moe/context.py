@@ -125,6 +125,8 @@ class RoutingContext:
         ranks: which of a token's choices run, 0 for the best, e.g. ``(0,)`` or ``range(1, k)``; the
             others are as if the token had not chosen them. Where experts choose, a token's ranks
             go by its scores. None for all.
+        logit_delta: added to the logits of each layer's router before anything is made of them, by
+            MoE layer index, float [E], or [T, E] of all tokens; gradients flow into it.
         serving: route as eval mode does, by this policy (or its text), whatever the layer's mode
             and its own `serving`; nothing is learned from the call. None: as the mode says.
         selection: the old name of `serving`.
@@ -144,6 +146,7 @@ class RoutingContext:
     node_group: ProcessGroup | None = None
     replay: dict[int, Replay] | None = None
     ranks: Sequence[int] | None = None
+    logit_delta: Mapping[int, Tensor] | None = None
     serving: Any = None  # str | Serving | None; serving stands above the context
     collector: Collector | None = None
     selection: InitVar[Any] = None
@@ -190,11 +193,13 @@ class RoutingContext:
                 )
             if value.dtype not in dtypes:
                 raise ValueError(f"context.{name} has dtype {value.dtype}; it must be {what}")
-        if not isinstance(self.replay, Mapping | None):
-            raise TypeError(
-                f"context.replay is {type(self.replay).__name__}; it must be a dictionary from the "
-                "index of a MoE layer to a Replay"
-            )
+        for name, what in (("replay", "a Replay"), ("logit_delta", "a tensor")):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping | None):
+                raise TypeError(
+                    f"context.{name} is {type(value).__name__}; it must be a dictionary from the "
+                    f"index of a MoE layer to {what}"
+                )
         ranks = self.ranks
         if ranks is not None and not _are_ranks(ranks):
             raise ValueError(
@@ -218,6 +223,7 @@ class RouterInput:
         layer_index: number of the MoE layer in the model.
         bonus: added to the selection score of each expert, float [E], or None.
         replay: recorded choices for this layer, or None.
+        logit_delta: added to this layer's logits, float [E] or [T, E], or None.
         gather: brings rows [T, N] of all ranks whose tokens compete, in the order of the global
             batch and without gradient, for a router that looks at the whole batch; every rank must
             call it. None where this rank's tokens are the batch.
@@ -231,6 +237,7 @@ class RouterInput:
     layer_index: int
     bonus: Tensor | None = None
     replay: Replay | None = None
+    logit_delta: Tensor | None = None
     block: Tensor | None = None
     task: Tensor | None = None
     time: Tensor | None = None

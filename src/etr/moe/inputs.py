@@ -93,6 +93,7 @@ def router_input(
         layer_index=layer_index,
         bonus=bonus,
         replay=(context.replay and context.replay.get(layer_index)) or None,
+        logit_delta=None if context.logit_delta is None else context.logit_delta.get(layer_index),
         gather=gather,
         all_valid=context.valid_mask is None,
     )
