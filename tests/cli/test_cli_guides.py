@@ -21,19 +21,21 @@ from etr.hf import EtrConfig, EtrForCausalLM, load_pretrained
 from etr.moe import moe_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
-GUIDES = ("finetune", "upcycle", "serving", "mixtral")
+GUIDES = ("finetune", "upcycle", "serving", "mixtral", "place-experts", "offload")
 PAGES = [ROOT / "docs/guides" / f"{name}.md" for name in GUIDES]
 PYTHON = [(page, block) for page in PAGES for block in blocks(page, "python")]
 COMMANDS = [
     line for page in PAGES for block in blocks(page, "sh") for line in block.text.splitlines()
 ]
-TEXT = "--data my-text --cache-dir cache --sequence-length 32 --batch-size 4"
+SIZES = "--cache-dir cache --sequence-length 32 --batch-size 4"
+TEXT = f"--data my-text {SIZES}"
 PACKAGES = (("etr sft", "trl"), ("tuned", "trl"), ("--tasks", "lm_eval"))
 """What a command says, and the package that it or one before it needs."""
 SMALL = {  # added to the commands, so that they take little time and read a text of the test's
     "sft": "--use-cpu",
     "finetune": f"{TEXT} --calibration-batches 2 --eval-tokens-per-domain 64",
     "export": f"{TEXT} --num-batches 2",
+    "trace": f"{SIZES} --max-tokens 320",
     "evaluate": "--sequence-length 32 --batch-size 4 --cache-dir cache",
 }
 
@@ -65,10 +67,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "talks.jsonl").write_text(f"{json.dumps(talk)}\n" * 6)
     question = {"question": "Ice is", "choices": ["cold", "hot"], "answer": 0}
     (folder / "questions.jsonl").write_text(f"{json.dumps(question)}\n" * 2)
-    (folder / "my-text").mkdir()
-    for number in range(40):
-        text = " ".join(str((number * 7919 + i * i) % 1000) for i in range(100))
-        (folder / "my-text" / f"{number}.txt").write_text(text)
+    for place, step in (("my-text", 7919), ("other-text", 7907)):
+        (folder / place).mkdir()
+        for number in range(40):
+            text = " ".join(str((number * step + i * i) % 1000) for i in range(100))
+            (folder / place / f"{number}.txt").write_text(text)
     return folder
 
 

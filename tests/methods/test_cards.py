@@ -221,6 +221,8 @@ def test_a_method_that_sets_no_option_says_which_verb_runs_it() -> None:
     card = make(options={}, rows=(Row(table=TRANSFORMS, kind=Renumber),), branch="pruning")
     assert card.command == "etr transform renumber SRC DST"
     assert make().command == "--router token_choice"
+    assert (card.rival, make().rival) == ("", "token_choice")
+    assert make(options={}, rows=card.rows, against="renumber").rival == "renumber"
     add(card)
     try:
         with pytest.raises(ValueError, match="runs by `etr transform renumber SRC DST`"):

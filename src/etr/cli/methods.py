@@ -85,7 +85,7 @@ def card_table(card: Card) -> Table:
         "claim": card.claim,
         "status": statuses()[card.name],
         "departs": card.departs,
-        "against": card.against if card.options else "",
+        "against": card.rival,
         "may move": ", ".join(card.moves),
         "causal": yes_or_no(card.causal),
         "fixed load": yes_or_no(card.fixed_load),

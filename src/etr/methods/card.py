@@ -77,7 +77,8 @@ class Card:
     """What ``--router NAME`` sets, by field, as the command line writes values. Empty for a method
     that is no choice about a layer: a transform, a planner."""
     against: str = "token_choice"
-    """The variant it is compared with, where it is a variant itself: a card with options."""
+    """The variant it is compared with, where it is a variant itself: a card with options. Else a row
+    of the table of its first row, or nothing that means anything."""
     moves: tuple[str, ...] = ()
     """What it may change, of `MOVES`."""
     departs: str = ""
@@ -141,6 +142,12 @@ class Card:
             return COMMANDS.get(self.seam, "etr methods {name}").format(name=self.rows[0].kind.name)
         pairs = (f"--{name.replace('_', '-')} {value}" for name, value in self.options.items())
         return " ".join(pairs)
+
+    @property
+    def rival(self) -> str:
+        """What it is compared with; empty where there is nothing of its kind."""
+        known = self.options or self.against.partition(":")[0] in self.rows[0].table
+        return self.against if known else ""
 
     def config_options(self) -> dict[str, Any]:
         """The options as `MoEConfig` takes them."""

@@ -83,7 +83,7 @@ def _claims(cards: Iterable[Card]) -> Iterable[str]:
     for card in cards:
         departs = f" *Departs:* {escape_markdown(card.departs)}" if card.departs else ""
         ranks = " It looks at its own rank's tokens alone." if card.ranks == "own" else ""
-        against = f"; compared with `{card.against}`" if card.options else ""
+        against = f"; compared with `{card.rival}`" if card.rival else ""
         yield (
             f"- `{card.name}` (`{card.command}`{against}): "
             f"{escape_markdown(card.claim)}{ranks}{departs}"
