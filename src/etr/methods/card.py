@@ -77,8 +77,8 @@ class Card:
     """What ``--router NAME`` sets, by field, as the command line writes values. Empty for a method
     that is no choice about a layer: a transform, a planner."""
     against: str = "token_choice"
-    """The variant it is compared with, where it is a variant itself: a card with options. Else a row
-    of the table of its first row, or nothing that means anything."""
+    """The variant it is compared with, where it is a variant itself: a card with options. Without
+    them a row of its first row's table; any other name means nothing there."""
     moves: tuple[str, ...] = ()
     """What it may change, of `MOVES`."""
     departs: str = ""
