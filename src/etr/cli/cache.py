@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -69,7 +69,7 @@ def run(arguments: list[str]) -> int:
         name for name, kind in CACHES.items() if config.learn_from or not kind.predicts
     )
     expected = {name: _expected(CACHES.parse(name), config.learn_from, trace) for name in names}
-    options = {"num_experts": experts, "shared": config.shared}
+    options: dict[str, Any] = {"num_experts": experts, "shared": config.shared}
     table = make_table(
         "experts held", "policy", "hits", "of the bound", *_moved(config, None), words=("policy",)
     )

@@ -94,7 +94,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _demand(trace: Trace) -> Demand:
-    return Demand.of(*map(torch.tensor, trace.choices()), trace.info.num_experts)
+    choices, sequence = map(torch.tensor, trace.choices())
+    return Demand.of(choices, sequence, trace.info.num_experts)
 
 
 def _model_of(info: TraceInfo, model: str) -> Path:

@@ -89,9 +89,9 @@ class Adapting:
             return (nats * counted).sum(1) / counted.sum(1).clamp_min(1)
 
         if not self._deltas:
-            like = {"device": text.device, "dtype": torch.promote_types(model.dtype, torch.float32)}
+            wide = torch.promote_types(model.dtype, torch.float32)
             self._deltas = {
-                layer.layer_index: torch.zeros(len(text), layer.num_choices, **like)
+                layer.layer_index: text.new_zeros(len(text), layer.num_choices, dtype=wide)
                 for layer in moe_layers(model)
             }
         with torch.enable_grad():

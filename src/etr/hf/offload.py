@@ -183,7 +183,8 @@ class _WithoutExperts(EtrForCausalLM):
                     f"experts={layer.config.bank_config.name!r}: only uniform experts can be "
                     "offloaded"
                 )
-            layer.experts = OffloadedExperts(layer.experts)
+            (weights,) = layer.bank.parts
+            layer.experts = OffloadedExperts(weights)
 
 
 def load_offloaded(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -204,13 +205,11 @@ def borrowed(params: ExpertParams, rows: Tensor) -> ExpertParams:
     """This rank's experts, and behind them those whose weights came as rows."""
     own = _tensors(params)
     parts = rows.split([value[:1].numel() for value in own.values()], dim=1)
-    return replace(
-        params,
-        **{
-            name: torch.cat([value, part.view(-1, *value.shape[1:])])
-            for (name, value), part in zip(own.items(), parts, strict=True)
-        },
-    )
+    both: dict[str, Any] = {
+        name: torch.cat([value, part.view(-1, *value.shape[1:])])
+        for (name, value), part in zip(own.items(), parts, strict=True)
+    }
+    return replace(params, **both)
 
 
 def _tensors(params: ExpertParams) -> dict[str, Tensor]:
