@@ -6,6 +6,7 @@ python tools/seams.py
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ SEAMS = (
 
 def names_of(table: Any) -> list[str]:
     """Names of the rows, in the table's order."""
-    return list(table) if isinstance(table, dict) else [row.key for row in table]
+    return list(table) if isinstance(table, Mapping) else [row.key for row in table]
 
 
 def seams_table() -> str:
