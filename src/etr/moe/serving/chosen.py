@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from etr.moe.affinity import without_autocast
 from etr.moe.calibration import Calibration
 from etr.moe.context import RouterInput
 from etr.moe.routers import Router
@@ -40,7 +41,7 @@ class Chosen(Serving):
     ) -> tuple[Routing, Limit]:
         if inputs.replay is not None:
             return router(x, inputs, tokens_choose=True), Limit()
-        with torch.autocast(device_type=x.device.type, enabled=False):
+        with without_autocast(x):
             scores = router.scored(x, inputs)
             expert = self.choices(router.preferences(scores), inputs, router.top_k)
             return router.routing_of(scores, expert, inputs), Limit()
