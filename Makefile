@@ -12,7 +12,7 @@ PYTEST  = $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadsco
 # Tests start many processes, which then need not compile every module anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-fast test-newest test-lowest test-pythons test-peers criteria check lock bench \
+.PHONY: demo test test-fast test-newest test-lowest test-pythons test-peers criteria check lock bench gallery \
         study study-smoke results clean
 
 $(BIN)/python:
@@ -87,6 +87,13 @@ results: $(VENV)/.train  ## regenerate the pages of the demo (two seeds of the f
 	$(BIN)/etr demo --out runs/results-quick --markdown docs/results/demo-quick.md
 	cp runs/results-quick/results.json docs/results/demo-quick.json
 	$(BIN)/python tools/readme.py
+
+gallery: $(VENV)/.train  ## the pictures of docs/gallery.md, from the whole demo
+	$(BIN)/etr demo --full --out runs/gallery
+	for name in baseline locmoe etr_paper etr; do \
+	    $(BIN)/etr trace runs/gallery/$$name-seed0 --max-tokens 4096 || exit 1; done
+	$(BIN)/etr report runs/gallery --figures
+	cp runs/gallery/figures/*.svg docs/images/gallery/
 
 clean:
 	rm -rf $(VENV) .venv-* build runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -81,7 +81,7 @@ def test_the_wheel_alone_runs_the_layer_of_the_guide(tmp_path: Path) -> None:
     run(*pip, "wheel", *offline, "--no-build-isolation", "--wheel-dir", tmp_path, project)
     (wheel,) = tmp_path.glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
-    pages = {f"etr/report/pages/{name}" for name in ("report.html", "parts.html", "report.css")}
+    pages = {f"etr/report/pages/report.{kind}" for kind in ("html", "css", "js")}
     assert {"etr/py.typed", "etr_command.py", "etr/cli/train.py", *pages} <= held
     assert {name.split("/")[0] for name in held if "dist-info" not in name} == {
         "etr",

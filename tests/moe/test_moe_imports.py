@@ -8,7 +8,7 @@ import sys
 import pytest
 
 EXTRAS = (
-    *("transformers", "tokenizers", "safetensors", "tyro", "rich", "matplotlib", "scipy"),
+    *("transformers", "tokenizers", "safetensors", "tyro", "rich", "vl_convert", "scipy"),
     "numpy",
 )
 FLOORS = {"etr.moe", "etr.table", "etr.field_notes", "etr.methods", "etr.model", "etr.systems"}

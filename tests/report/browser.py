@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-WIDTHS = (1280, 390)
+WIDTHS = (1440, 390)
 _FLAGS = (
     "--headless=new",
     "--no-sandbox",
@@ -40,7 +40,9 @@ class Seen:
     """What the browser says of one page."""
 
     frames: dict[int, dict[str, Any]]
-    """By width: background, figures, pale texts, smallest text, width of the document, requests."""
+    """By width: background, figures, pale texts, smallest text, width of the document, requests;
+    texts over another, legends over data; what a pointer is told; the table sorted and sorted back;
+    and what is left in the figures of a variant that was hidden."""
     console: tuple[str, ...]
     """Lines of the console."""
 
@@ -90,6 +92,8 @@ def look(page: Path, theme: str, scratch: Path, widths: Sequence[int] = WIDTHS) 
     assert found, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     text = found.group(1).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
     assert text, f"the harness did not finish\n{done.stderr[-2000:]}"
+    errors = [f["error"] for f in json.loads(text).values() if "error" in f]
+    assert not errors, errors
     return Seen(
         frames={int(width): value for width, value in json.loads(text).items()},
         console=tuple(line for line in done.stderr.splitlines() if "CONSOLE" in line),
@@ -120,7 +124,8 @@ function texts(page, view) {
   const walker = page.createTreeWalker(page.body, NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
     const node = walker.currentNode, element = node.parentElement;
-    if (!node.data.trim() || element.closest('style, script, title')) continue;
+    const unseen = 'style, script, title, [opacity="0"], #vg-tooltip-element';
+    if (!node.data.trim() || element.closest(unseen)) continue;
     const range = page.createRange();
     range.selectNodeContents(node);
     if (!range.getClientRects().length) continue;
@@ -136,30 +141,115 @@ function texts(page, view) {
   }
   return {pale, smallest};
 }
+const boxes = (within, selector) => [...within.querySelectorAll(selector)]
+  .map(element => [element, element.getBoundingClientRect()])
+  .filter(([element, box]) => box.width && box.height && !element.closest('[opacity="0"]'));
+const meet = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1.5
+  && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3;
+function overlaps(page) {
+  const found = [];
+  for (const svg of page.querySelectorAll('.plot svg')) {
+    const texts = boxes(svg, 'text');
+    texts.forEach(([one, box], place) => texts.slice(place + 1).forEach(([other, rest]) => {
+      if (meet(box, rest)) found.push([one.textContent, other.textContent,
+        svg.closest('figure').id]);
+    }));
+  }
+  return found;
+}
+const PANELS = '.role-frame.root > g > path.background, .role-scope.cell > g > path.background';
+function panels(figure) {
+  const svg = figure.querySelector('svg');
+  if (!figure.querySelector('.plot')) return [];
+  const cells = boxes(svg, '.role-scope.cell > g > path.background');
+  return (cells.length ? cells : boxes(svg, PANELS)).map(([_, box]) => box);
+}
+function covered(page) {
+  const legends = [...boxes(page, 'aside'), ...boxes(page, '.role-legend')];
+  return [...page.querySelectorAll('figure')].flatMap(figure => panels(figure)
+    .flatMap(panel => legends.filter(([_, box]) => meet(box, panel)).map(() => figure.id)));
+}
 function figures(page, view) {
   return [...page.querySelectorAll('figure')].map(figure => {
     const box = figure.getBoundingClientRect();
-    const inside = figure.querySelector('svg, .routed').getBoundingClientRect();
+    const inside = figure.querySelector('.plot svg, .routed').getBoundingClientRect();
     return {key: figure.id, left: box.left, right: box.right, width: inside.width,
-      height: inside.height, visible: figure.checkVisibility({opacityProperty: true,
-        visibilityProperty: true})};
+      height: inside.height, interactive: !!figure.querySelector('.plot svg.marks'),
+      least: Math.min(1e9, ...panels(figure).map(panel => panel.height)),
+      visible: figure.checkVisibility({opacityProperty: true, visibilityProperty: true})};
   });
 }
-function examine(frame) {
-  const page = frame.contentDocument, view = frame.contentWindow;
+async function hovered(page, view) {
+  const told = {};
+  for (const figure of page.querySelectorAll('figure:has(.plot)')) {
+    const marks = boxes(figure, '.role-mark path').filter(([element]) =>
+      element.getAttribute('aria-label') === null && element.__data__ !== undefined);
+    for (const [mark, box] of marks.reverse()) {
+      const at = {bubbles: true, clientX: box.x + box.width / 2, clientY: box.y + box.height / 2};
+      for (const kind of ['pointerover', 'pointermove', 'mousemove'])
+        mark.dispatchEvent(new view.PointerEvent(kind, at));
+      await new Promise(done => setTimeout(done, 0));
+      const tip = page.querySelector('#vg-tooltip-element.visible');
+      if (tip) { told[figure.id] = tip.textContent; break; }
+    }
+    const tip = page.querySelector('#vg-tooltip-element');
+    if (tip) tip.classList.remove('visible');
+  }
+  return told;
+}
+function sorted(page) {
+  const heads = [...page.querySelectorAll('table.results thead th')];
+  const place = heads.findIndex(head => head.textContent.startsWith('val loss'));
+  return ['ascending', 'descending'].map(order => {
+    heads[place].click();
+    if (heads[place].getAttribute('aria-sort') !== order) throw new Error('not ' + order);
+    return [...page.querySelector('table.results').tBodies[0].rows]
+      .map(row => Number(row.cells[place].dataset.value));
+  });
+}
+async function left(page, view) {
+  const keys = [...page.querySelectorAll('button.key')], key = keys.at(-1);
+  const name = key.dataset.variant, tint = key.querySelector('path').style.stroke;
+  const parts = ['step-time-split', 'traffic'];  // their colours are those of parts
+  const find = () => [...page.querySelectorAll('.plot svg')].flatMap(svg => {
+    const own = svg.closest('figure').id, path = '.role-mark path';
+    const marks = parts.includes(own) ? []
+      : boxes(svg, `${path}[fill="${tint}"], ${path}[stroke="${tint}"]`);
+    const texts = boxes(svg, 'text').filter(([text]) => text.textContent.startsWith(name));
+    return marks.length + texts.length ? [own] : [];
+  });
+  const before = find();
+  key.click();
+  await view.etrReport.hide([], false);
+  const after = find();
+  key.click();
+  await view.etrReport.hide([], false);
+  return {name, before, after, again: find()};
+}
+async function examine(frame) {
+  const page = frame.contentDocument, view = frame.contentWindow, report = view.etrReport;
   page.querySelectorAll('details').forEach(details => details.open = true);
-  return {
+  if (report) await report.showAll();
+  const found = {
     background: view.getComputedStyle(page.body).backgroundColor,
     figures: figures(page, view),
     document_width: page.documentElement.scrollWidth,
-    requests: view.performance.getEntriesByType('resource').map(entry => entry.name)
-      .filter(name => !name.startsWith('data:')),
+    overlaps: overlaps(page),
+    covered: covered(page),
     ...texts(page, view),
   };
+  if (report) Object.assign(found, {sorted: sorted(page), told: await hovered(page, view),
+    left: page.querySelectorAll('button.key').length > 1 ? await left(page, view) : null});
+  found.requests = view.performance.getEntriesByType('resource').map(entry => entry.name)
+    .filter(name => !name.startsWith('data:'));
+  return found;
 }
-window.addEventListener('load', () => {
+window.addEventListener('load', async () => {
   const found = {};
-  for (const frame of document.querySelectorAll('iframe')) found[frame.width] = examine(frame);
+  for (const frame of document.querySelectorAll('iframe')) {
+    try { found[frame.width] = await examine(frame); }
+    catch (error) { found[frame.width] = {error: String(error.stack)}; }
+  }
   document.getElementById('findings').textContent = JSON.stringify(found);
 });
 """

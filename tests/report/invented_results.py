@@ -174,3 +174,20 @@ def _row(
         "metrics": metrics,
         "affinity_histogram": None if router == "baseline" else histogram,
     }
+
+
+def many_variants(folder: Path, count: int, name: str = "") -> None:
+    """A comparison of as many variants as asked for, which share the curves of a few.
+
+    Args:
+        folder: where to.
+        count: variants, each of one seed.
+        name: what each name ends with.
+    """
+    results = make_results(folder, seeds=1, steps=16, variants=min(count, 4), layers=2, experts=4)
+    rows = results["rows"]
+    results["rows"] = [
+        {**rows[place % len(rows)], "name": f"{place} {name}".strip() if place else "baseline"}
+        for place in range(count)
+    ]
+    write_results(folder, results)

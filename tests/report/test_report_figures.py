@@ -1,26 +1,29 @@
+import copy
 import csv
 import io
+import json
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pytest
 from invented_results import make_results
 from numpy.testing import assert_allclose
 
 from etr.report import draw_figures, load_results
-from etr.report.curves import Curve, mean_curve, smooth, thin
-from etr.report.figure import Drawing, Skipped, inline_svg, save_files
+from etr.report.chart import Drawing, Skipped, page_spec, page_svg, save_files
+from etr.report.curves import Curve, VariantCurves, mean_curve, smooth, thin
 from etr.report.figures import FIGURES
 from etr.report.figures.expert_load import draw_expert_load, relative_load
 from etr.report.histogram import Histogram, mean_histogram
+from etr.report.lines import log_ticks, values_domain
+from etr.report.marks import LINE, NAME, label_places
 from etr.report.spec import SECTIONS, Missing, Plot
-from etr.report.style import CARD, INK, SERIES, SOFT, variant_style
+from etr.report.style import CARD, INK, SERIES, SOFT, in_light, looks
+from etr.report.wording import clipped_inside
 
-OVERLOADED = "#a03c00"  # a datum: the end of the load's colour map
 KEYS = [spec.key for spec in FIGURES]
 
 
@@ -46,32 +49,42 @@ def test_every_figure_is_drawn_with_title_units_and_caption(
         assert isinstance(figure, Drawing)
         assert figure.title
         assert figure.caption.endswith(".")
-        labels = [axes.get_xlabel() + axes.get_ylabel() for axes in figure.figure.axes]
-        assert any(labels) or figure.html
+        assert figure.html or _titles(figure.chart)
         lines = list(csv.reader(io.StringIO(figure.numbers.csv())))
         assert len(lines) == len(figure.numbers.rows) + 1 > 1
 
 
-def test_inline_svg_is_valid_themed_and_alone(figures: dict[str, Drawing | Skipped]) -> None:
-    seen: set[str] = set()
+def test_pictures_of_the_page_are_valid_themed_and_alone(
+    figures: dict[str, Drawing | Skipped],
+) -> None:
     for figure in figures.values():
         assert isinstance(figure, Drawing)
-        svg = inline_svg(figure)
+        svg = page_svg(figure)
         root = ET.fromstring(svg)
         assert root.tag == "svg"
-        ids = {element.get("id") for element in root.iter() if element.get("id")}
-        assert not ids & seen
-        seen |= {str(name) for name in ids}
-        references = re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)', svg)
-        assert references or figure.key == "routed-text"
-        assert {a or b for a, b in references} <= ids
+        assert root.get("aria-labelledby") == f"{figure.key}-title"
         assert "http" not in svg
-        # A colour that is left over would not follow the page's theme.
-        left = set(re.findall(r"(?:fill|stroke): (#\w+)", svg))
+        ids = re.findall(r' id="([^"]*)"', svg)
+        assert all(name.startswith(f"{figure.key}-") for name in ids)
+        assert set(re.findall(r"url\(#([^)]*)\)", svg)) <= set(ids)
+        # Texts follow the page's theme.
+        colours = {element.get("fill") for element in root.iter("text")}
+        assert colours
         if figure.html is None:
-            ends_in_colour = figure.key in ("expert-load", "expert-by-domain")
-            assert left <= ({OVERLOADED} if ends_in_colour else set())
-        assert "var(--ink)" in svg or "var(--soft)" in svg
+            assert all(str(colour).startswith("var(--") for colour in colours), figure.key
+        assert in_light(svg).count("var(--") == 0
+
+
+def test_a_chart_has_what_its_picture_has_and_obeys_the_page(
+    figures: dict[str, Drawing | Skipped],
+) -> None:
+    for figure in figures.values():
+        assert isinstance(figure, Drawing)
+        spec = page_spec(figure)
+        assert spec["data"] == figure.chart["data"]
+        assert spec["params"][0]["name"] == "hidden"
+        assert all("variant" in record for record in spec["data"]["values"])
+        assert figure.html or '"tooltip": [' in json.dumps(spec)
 
 
 def test_titles_state_what_the_data_decide(figures: dict[str, Drawing | Skipped]) -> None:
@@ -92,28 +105,32 @@ def test_captions_name_what_is_not_comparable_or_not_shown(
     assert "Not shown, no scores: baseline 1.1." in captions["score-histograms"]
 
 
+def _titles(entry: Any) -> list[str]:
+    """Titles of all axes."""
+    if isinstance(entry, list):
+        return [title for one in entry for title in _titles(one)]
+    if not isinstance(entry, dict):
+        return []
+    own = [entry["title"]] if entry.get("type") == "quantitative" and entry.get("title") else []
+    return own + [t for key, one in entry.items() if key != "data" for t in _titles(one)]
+
+
 def test_files_are_written_and_leave_the_drawing_as_it_was(
     figures: dict[str, Drawing | Skipped], tmp_path: Path
 ) -> None:
     drawing = figures["loss-by-steps"]
     assert isinstance(drawing, Drawing)
-    size, texts = drawing.figure.get_size_inches().tolist(), len(drawing.figure.texts)
+    before = copy.deepcopy(drawing.chart)
     svg, png = save_files(drawing, tmp_path / "figures")
     root = ET.parse(svg).getroot()
     assert root.tag.endswith("svg")
     words = " ".join("".join(element.itertext()) for element in root.iter())
     assert "moving mean" in words
     assert png.read_bytes().startswith(b"\x89PNG")
-    assert drawing.figure.get_size_inches().tolist() == size
-    assert len(drawing.figure.texts) == texts
-    assert all(legend.get_bbox_to_anchor() is not None for legend in drawing.figure.legends)
+    assert "var(--" not in svg.read_text()
+    assert SERIES[0].light in svg.read_text()
+    assert drawing.chart == before
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [png.name, svg.name]
-
-
-def test_drawing_leaves_matplotlib_as_it_was(tmp_path: Path) -> None:
-    before = dict(matplotlib.rcParams)
-    draw_figures(make_results(tmp_path, seeds=1, steps=2, variants=1))
-    assert dict(matplotlib.rcParams) == before
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -123,7 +140,7 @@ def test_the_shortest_runs_are_drawn(tmp_path: Path, steps: int) -> None:
     assert [figure.key for figure in figures if isinstance(figure, Drawing)] == KEYS
     for figure in figures:
         assert isinstance(figure, Drawing)
-        ET.fromstring(inline_svg(figure))
+        ET.fromstring(page_svg(figure))
 
 
 def test_results_without_anything_skip_every_figure_with_a_reason(tmp_path: Path) -> None:
@@ -143,10 +160,10 @@ def test_names_with_marks_of_formulas_and_markup_are_drawn(tmp_path: Path) -> No
     content["rows"][1]["name"] = name
     for figure in draw_figures(load_results(content, metrics_root=tmp_path)):
         assert isinstance(figure, Drawing)
-        root = ET.fromstring(inline_svg(figure))
+        root = ET.fromstring(page_svg(figure))
         words = ["".join(element.itertext()) for element in root.iter("text")]
         if figure.key == "loss-by-steps":
-            assert name in words
+            assert clipped_inside(name, NAME) in words
 
 
 @pytest.mark.parametrize(
@@ -155,9 +172,9 @@ def test_names_with_marks_of_formulas_and_markup_are_drawn(tmp_path: Path) -> No
 def test_layers_of_the_load_can_be_chosen(comparison: Path, layers: Any, shown: list[int]) -> None:
     plot = draw_expert_load(load_results(comparison), layers)
     assert isinstance(plot, Plot)
-    titles = [axes.get_title(loc="left") or axes.get_title() for axes in plot.figure.axes]
-    assert [t for t in titles if t.startswith("baseline")] == [
-        f"baseline 1.1, seed {seed}, layer {layer}" for seed in range(3) for layer in shown
+    panels = plot.chart["facet"]["sort"]
+    assert [panel for panel in panels if panel.startswith("baseline")] == [
+        f"baseline 1.1, layer {layer}" for layer in shown
     ]
 
 
@@ -236,6 +253,45 @@ def test_colours_stand_out_from_the_card(tint: Any, least: float, theme: str) ->
 
 
 def test_variants_look_different() -> None:
-    looks = [variant_style(index) for index in range(64)]
-    assert len({(look.color, look.dashes, look.marker) for look in looks}) == 64
-    assert len({look.color for look in looks[:8]}) == 8
+    found = looks(f"variant {index}" for index in range(60)).values()
+    assert len({(look.tint, look.dashes, look.shape) for look in found}) == 60
+    few = looks(f"variant {index}" for index in range(8)).values()
+    assert len({look.tint for look in few}) == 8
+
+
+def test_a_colour_belongs_to_a_name_not_to_a_place() -> None:
+    names = ["etr", "baseline", "locmoe", "mine"]
+    found = looks(names)
+    assert looks(names[::-1]) == found
+    assert {name: looks([name])[name] for name in names} == found
+    assert found["baseline"].tint == SERIES[0]
+
+
+def test_labels_stand_near_their_lines_and_never_over_one_another() -> None:
+    ends = {f"v{place}": 100.0 for place in range(10)} | {"low": 240.0, "high": 2.0}
+    places = label_places(ends, 250.0)
+    apart = np.diff(sorted(places.values()))
+    assert (apart >= LINE).all()
+    assert (places["high"], places["low"]) == (2.0, 240.0)
+    assert 0 <= min(places.values()) <= max(places.values()) <= 250
+    full = label_places({str(place): 250.0 for place in range(20)}, 260.0)
+    assert (min(full.values()), max(full.values())) == (13.0, 260.0)
+
+
+@pytest.mark.parametrize(("low", "high"), [(1, 1000), (6.2, 6.9), (95, 460), (0.02, 0.021)])
+def test_logarithmic_axes_have_several_marks(low: float, high: float) -> None:
+    ticks = log_ticks(low, high)
+    assert 3 <= len(ticks) <= 12
+    assert all(low <= tick <= high for tick in ticks)
+    assert ticks == sorted(ticks)
+
+
+def test_a_steep_start_does_not_flatten_a_line() -> None:
+    y = np.array([90.0, *np.linspace(2, 1, 39)])
+    line = VariantCurves(name="a", line=Curve(x=np.arange(40.0), y=y), points=())
+    (low, high), told = values_domain([line])
+    assert low < 1 < 1.8 < high < 3
+    assert "cut" in told
+    flat = VariantCurves(name="a", line=Curve(x=np.arange(40.0), y=y[1:].repeat(2)[:40]), points=())
+    assert values_domain([flat])[1] == ""
+    assert values_domain([flat], from_zero=True)[0][0] == 0

@@ -1,4 +1,8 @@
+import base64
 import csv
+import gzip
+import hashlib
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -10,10 +14,12 @@ import pytest
 from invented_results import make_results, write_results
 
 from etr.report import FIGURES, load_results, write_report
+from etr.report.wording import TIMES
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
+SCRIPT = re.compile("<script.*?</script>", re.DOTALL)
 # Elements of SVG that HTML lets close themselves.
-SHAPES = {"g", "path", "use", "rect", "image", "line", "circle"}
+SHAPES = {"stop", "g", "path", "use", "rect", "image", "line", "circle"}
 
 
 class Page(HTMLParser):
@@ -41,7 +47,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] not in ("style", "script"):
             self.words.append(data)
 
     @property
@@ -54,12 +60,24 @@ class Page(HTMLParser):
 
 def assert_asks_for_nothing(page: Page, source: str) -> None:
     for tag, attributes in page.tags:
-        assert tag not in {"script", "link", "iframe", "object", "embed", "base"}
+        assert tag not in {"link", "iframe", "object", "embed", "base"}
+        assert tag != "script" or set(attributes) in (set(), {"type", "id"})
         for name, value in attributes.items():
             assert not name.startswith("on")
             if name in {"src", "href", "xlink:href", "action", "srcset", "data"} and tag != "a":
                 assert re.match(r"#|data:image/png;base64,", str(value)), (tag, name, value)
-    assert re.search(r"url\((?!#)|@import|//[a-z]", re.sub(r"base64,[^\"]*", "", source)) is None
+    # What the scripts may fetch, the policy says: nothing. Which may run, it says by their hashes.
+    rest = SCRIPT.sub("", re.sub(r"base64,[^\"]*", "", source))
+    assert re.search(r"url\((?!#)|@import|//[a-z]", rest) is None
+    policy = next(str(a["content"]) for _, a in page.tags if a.get("http-equiv"))
+    assert policy.startswith(
+        "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src"
+    )
+    allowed = re.findall(r"'sha256-([^']+)'", policy.partition("script-src")[2])
+    run = re.findall(r"<script>(.*?)</script>", source, re.DOTALL)
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in run]
+    assert digests == allowed
+    assert "unsafe" not in policy.partition("script-src")[2]
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +94,7 @@ def test_page_is_self_contained_and_small(report: Path) -> None:
     assert page.count("figure") == page.count("figcaption") == len(FIGURES)
     # The text view is text.
     assert sum("role" in a for tag, a in page.tags if tag == "svg") == len(FIGURES) - 1
+    assert sum(a.get("type") == "application/json" for _, a in page.tags) == len(FIGURES) - 1
     assert page.count("s") > 5
     assert "prefers-color-scheme:dark" in source
     assert any(a.get("name") == "viewport" for tag, a in page.tags if tag == "meta")
@@ -98,14 +117,20 @@ def test_page_reads_from_table_to_command(report: Path) -> None:
     places = [
         text.index(words)
         for words in (
-            "Results variant",
+            "linear 1.1 ends 0.018 nats/token below baseline 1.1.",
+            f"5 variants {TIMES} 3 seeds",
+            "Results variant Δ baseline nats/token val loss",
             "What the numbers say",
             "What it gains",
             "Where it loses",
-            "Alarms etr schedule, seed 0: collapsed expert at step 120. No token reached expert 3",
-            "Figures Quality Time and memory",
-            "What it gains and what it costs",
-            "How to reproduce etr compare --recipe demo",
+            "Quality Difference from baseline 1.1 over steps",
+            "Dropping etr mass 0.7 ends dropping",
+            "Load Load of every expert",
+            "Text Which expert takes which token",
+            "Alarms Collapsed expert: 3 runs etr schedule, seed 0 at step 120. No token reached",
+            "Undecided Within noise",
+            "Time and memory Step time over training",
+            "How to reproduce Copy etr compare --recipe demo",
             "torch 2.13.0",
             "Full configuration",
         )
@@ -116,7 +141,7 @@ def test_page_reads_from_table_to_command(report: Path) -> None:
 
 
 def test_figures_lie_beside_the_page_if_asked(tmp_path: Path) -> None:
-    results = load_results(make_results(tmp_path / "in", seeds=1, steps=1, variants=1, layers=1))
+    results = load_results(make_results(tmp_path / "in", seeds=1, steps=1, variants=2, layers=1))
     page, folder = tmp_path / "out" / "report.html", tmp_path / "out" / "figures"
     drawn = set(shown_keys(write_report(results, page, figures_dir=folder)))
     assert sorted(path.name for path in folder.iterdir()) == sorted(
@@ -124,31 +149,41 @@ def test_figures_lie_beside_the_page_if_asked(tmp_path: Path) -> None:
     )
     assert {"loss-by-domain", "gains-and-costs"} <= drawn
     beside = sorted(path.name for path in page.parent.iterdir())
-    assert beside == ["figures", "report-data", "report.html"]
+    assert beside == ["figures", "report.html"]
 
 
 def shown_keys(page: Path) -> list[str]:
     return [str(a["id"]) for tag, a in Page(page.read_text()).tags if tag == "figure"]
 
 
-def test_numbers_lie_beside_the_page_and_are_linked(report: Path) -> None:
+def test_numbers_are_in_the_page_as_links(report: Path) -> None:
     page = Page(report.read_text())
-    links = [a["href"] for tag, a in page.tags if tag == "a" and "download" in a]
-    assert links == [f"report-data/{spec.key}.csv" for spec in FIGURES]
-    for link in links:
-        with (report.parent / str(link)).open(newline="") as file:
-            rows = list(csv.reader(file))
+    links = {str(a["download"]): str(a["href"]) for _, a in page.tags if a.get("download")}
+    assert set(links) == {f"{spec.key}.csv.gz" for spec in FIGURES}
+    for link in links.values():
+        head, _, packed = link.partition(",")
+        assert head == "data:application/gzip;base64"
+        text = gzip.decompress(base64.b64decode(packed)).decode()
+        rows = list(csv.reader(io.StringIO(text, newline="")))
         assert len(rows) > 1
         assert {len(row) for row in rows} == {len(rows[0])}
 
 
-def test_numbers_of_a_figure_that_is_gone_are_removed(tmp_path: Path, few: int) -> None:
-    content = make_results(tmp_path, seeds=1, steps=2, variants=1, layers=1)
-    write_report(content, tmp_path / "r.html")
-    assert (tmp_path / "r-data" / "loss-by-domain.csv").exists()
-    content["rows"][0]["val_loss_by_domain"] = {}
-    write_report(content, tmp_path / "r.html")
-    assert not (tmp_path / "r-data" / "loss-by-domain.csv").exists()
+def test_alarms_stand_by_kind_and_the_best_row_is_marked(report: Path) -> None:
+    source = report.read_text()
+    assert source.count('<details class="card alarms">') == 1
+    (best,) = re.findall(r'<td class="num best[^"]*"[^>]*>(.*?)</td>', source, re.DOTALL)
+    assert "lowest" in best
+    row = source[source.rindex("<tr data-variant", 0, source.index("num best")) :]
+    assert row.startswith('<tr data-variant="linear 1.1">')
+
+
+def test_rows_of_figures_are_full(report: Path) -> None:
+    """Half a row never stands alone: two halves, or a whole."""
+    for group in re.findall(r'<div class="figures">(.*?)</section>', report.read_text(), re.DOTALL):
+        kinds = re.findall(r'<figure class="card( wide)?"', group)
+        runs = "".join("w" if kind else "h" for kind in kinds).split("w")
+        assert all(len(run) % 2 == 0 for run in runs), kinds
 
 
 def test_the_same_results_give_the_same_page(tmp_path: Path) -> None:

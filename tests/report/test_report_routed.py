@@ -6,7 +6,7 @@ import pytest
 from invented_rows import DOMAINS, TEXT, write_trace
 
 from etr.report import draw_figures
-from etr.report.figure import Drawing, Skipped
+from etr.report.chart import Drawing, Skipped
 from etr.report.routed import Piece, hue, merge, read_routed
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from invented_results import make_results
 
-from etr.report import FIGURES, draw_figures
-from etr.report.figure import Skipped
+from etr.report import FIGURES, draw_figures, write_report
+from etr.report.chart import Skipped
 
 Line = dict[str, Any]
 
@@ -45,7 +45,7 @@ OF_DIAGNOSTICS = {
         (lambda line: line, set()),
         (_without("loss"), {"loss-by-steps", "loss-by-compute"}),
         (_without("expert_flops"), {"loss-by-compute"}),
-        (_no("eval"), {"perplexity"}),
+        (_no("eval"), {"perplexity", "difference"}),
         (_without("step_time_seconds"), {"step-time"}),
         (_no("profile"), {"step-time-split", "operator-time"}),
         (_without("operators"), {"operator-time"}),
@@ -71,14 +71,21 @@ def test_a_figure_needs_its_own_data_alone(
     tmp_path: Path, strip: Callable[[Line], Line | None], skipped: set[str]
 ) -> None:
     content = make_results(tmp_path, seeds=1, steps=3, variants=2, layers=1, experts=4)
-    path = tmp_path / content["rows"][1]["metrics"]
-    content["rows"] = content["rows"][1:]
-    (tmp_path / "results.json").write_text(json.dumps(content))
-    lines = [strip(json.loads(line)) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines if line is not None))
+    for row in content["rows"]:
+        path = tmp_path / row["metrics"]
+        lines = [strip(json.loads(line)) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines if line is not None))
     found = {f.key: f.reason for f in draw_figures(tmp_path) if isinstance(f, Skipped)}
     assert set(found) == skipped
     assert all(reason and not reason.endswith(".") for reason in found.values())
+
+
+def test_one_run_alone_is_not_compared(tmp_path: Path) -> None:
+    make_results(tmp_path, seeds=2, steps=3, variants=1, layers=1, experts=4)
+    skipped = {f.key for f in draw_figures(tmp_path) if isinstance(f, Skipped)}
+    assert {spec.key for spec in FIGURES if spec.compares} <= skipped
+    page = write_report(tmp_path, tmp_path / "r.html").read_text()
+    assert "nothing to compare" not in page
 
 
 def test_without_any_data_no_figure_is_drawn(tmp_path: Path) -> None:

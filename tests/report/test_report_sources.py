@@ -11,7 +11,7 @@ from invented_rows import alarm, diagnostics, profile
 
 from etr.cli import main
 from etr.report import draw_figures, load_report, write_report
-from etr.report.figure import Drawing
+from etr.report.chart import Drawing
 
 
 def _train(step: int, **fields: Any) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def test_the_command_takes_several_folders(
     arguments = [str(tmp_path / "compare"), str(run), "--out", str(page), "--title", "Both"]
     assert main(["report", *arguments]) == 0
     assert "<h1>Both</h1>" in page.read_text()
-    assert (tmp_path / "all-data" / "loss-by-steps.csv").exists()
+    assert 'download="loss-by-steps.csv.gz"' in page.read_text()
     printed = capsys.readouterr().out
     assert "Single runs" in printed
     assert f"report: {page}" in printed

@@ -66,11 +66,10 @@ def _measure(arguments: list[str]) -> int:
 def _write_curve(curve: NetworkCurve, out: Path) -> None:
     from etr.cluster.figure import curve_drawing
     from etr.files import write_json
-    from etr.report.figure import house_style, save_files
+    from etr.report.chart import save_files
 
     write_json(out / "curve.json", curve.to_dict())
-    with house_style():
-        save_files(curve_drawing(curve), out)
+    save_files(curve_drawing(curve), out)
     print(f"{'bytes per rank':>16} {'seconds':>10} {'fitted':>10}")
     for size, seconds in zip(curve.sizes, curve.seconds, strict=True):
         print(f"{size:>16,} {seconds:>10.4f} {curve.line.seconds(size):>10.4f}")

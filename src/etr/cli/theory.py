@@ -10,13 +10,13 @@ from typing import Annotated, Any, cast
 
 import numpy as np
 import tyro
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from etr.cli._options import parse
 from etr.cli._tables import make_table
-from etr.report.figure import house_style, save_svg
+from etr.report.chart import save_svg
 from etr.report.figures.theory import draw_capacity, draw_check, draw_crossover, draw_success
+from etr.report.spec import Chart
 from etr.theory import Bounds
 from etr.theory.geometric import CHOICES
 from etr.theory.lower_bound import FORMS, capacity_lower_bound
@@ -64,8 +64,8 @@ class SizeConfig:
         """What is printed."""
         raise NotImplementedError
 
-    def draw(self) -> Figure:
-        """The figure that goes with the tables; inside `house_style`."""
+    def draw(self) -> Chart:
+        """The figure that goes with the tables."""
         raise NotImplementedError
 
 
@@ -97,7 +97,7 @@ class SuccessConfig(SizeConfig):
             "-: no statement for this case; vacuous: excludes nothing; *: one side only",
         )
 
-    def draw(self) -> Figure:
+    def draw(self) -> Chart:
         return draw_success(self.num_tokens, self.num_experts, self.signal, self.noisy)
 
 
@@ -144,7 +144,7 @@ class RequiredCapacityConfig(SizeConfig):
             "",
         )
 
-    def draw(self) -> Figure:
+    def draw(self) -> Chart:
         return draw_capacity(self.num_tokens, self.num_experts, self.signal, self.noisy)
 
 
@@ -167,7 +167,7 @@ class CrossoverConfig(SizeConfig):
             "signals in standard deviations; 0: expert choice is never behind",
         )
 
-    def draw(self) -> Figure:
+    def draw(self) -> Chart:
         middle = self.capacity_factors[(len(self.capacity_factors) - 1) // 2]
         return draw_crossover(self.num_tokens, self.num_experts, middle)
 
@@ -223,7 +223,7 @@ class CheckConfig(SizeConfig):
             f"{sum(map(agrees, self.rows))} of {len(self.rows)} agree",
         )
 
-    def draw(self) -> Figure:
+    def draw(self) -> Chart:
         return draw_check(self.rows)
 
 
@@ -247,8 +247,7 @@ def run(arguments: list[str]) -> int:
         if note:
             print(note)
     if config.figure is not None:
-        with house_style():
-            save_svg(config.draw(), config.figure)
+        save_svg(config.draw(), config.figure)
         print(f"figure: {config.figure}")
     return int(isinstance(config, CheckConfig) and not all(map(agrees, config.rows)))
 

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 from etr.cluster.measure import NetworkCurve
-from etr.report.figure import Drawing, add_legend, new_figure
-from etr.report.spec import Numbers
-from etr.report.style import variant_style
+from etr.report.chart import Drawing
+from etr.report.lines import log_ticks
+from etr.report.marks import numeric
+from etr.report.spec import Chart, Numbers
+from etr.report.style import SERIES
 
 
 def curve_drawing(curve: NetworkCurve) -> Drawing:
-    """Seconds of an exchange against bytes per rank, measured and fitted; inside `house_style`."""
-    figure = new_figure()
-    (axes,) = figure.axes
-    measured, fitted = variant_style(1), variant_style(2)
-    axes.plot(
-        curve.sizes, curve.seconds, color=measured.color, linestyle="none", marker=measured.marker
-    )
-    axes.plot(
-        curve.sizes,
-        [curve.line.seconds(size) for size in curve.sizes],
-        color=fitted.color,
-        linestyle=fitted.linestyle,
-    )
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("sent by each rank (bytes)")
-    axes.set_ylabel("time until the last rank is done (s)")
-    add_legend(figure, [("measured", measured)], lines=False)
+    """Seconds of an exchange against bytes per rank, measured and fitted."""
+    rows = [
+        (size, seconds, curve.line.seconds(size))
+        for size, seconds in zip(curve.sizes, curve.seconds, strict=True)
+    ]
     return Drawing(
         key="all-to-all",
         title=f"An exchange of {len(curve.node_of_rank)} ranks",
@@ -34,13 +23,36 @@ def curve_drawing(curve: NetworkCurve) -> Drawing:
         caption="Time of an all-to-all in equal parts, median over rounds; the line is the latency "
         f"{curve.line.latency_seconds * 1e3:.3g} ms plus the bytes at "
         f"{curve.line.bytes_per_second / 1e6:.4g} MB/s.",
-        figure=figure,
-        numbers=Numbers(
-            columns=("bytes", "seconds", "fitted (s)"),
-            rows=[
-                (size, seconds, curve.line.seconds(size))
-                for size, seconds in zip(curve.sizes, curve.seconds, strict=True)
-            ],
-        ),
+        chart=_chart(rows),
+        numbers=Numbers(columns=("bytes", "seconds", "fitted (s)"), rows=rows),
+        wide=False,
         html=None,
     )
+
+
+def _chart(rows: list[tuple[int, float, float]]) -> Chart:
+    records = [
+        {"bytes": size, "measured": seconds, "fitted": fitted} for size, seconds, fitted in rows
+    ]
+    times = [value for _, *values in rows for value in values if value > 0]
+    ticks = log_ticks(min(times) / 1.1, max(times) * 1.1)
+    scale = {"type": "log", "domain": [min(times) / 1.1, max(times) * 1.1], "nice": False}
+    title = "time until the last rank is done (s)"
+    x = numeric("bytes", "sent by each rank (bytes)", scale={"type": "log", "base": 2}, format="~s")
+    return {
+        "data": {"values": records},
+        "height": 250,
+        "encoding": {"x": x},
+        "layer": [
+            {
+                "mark": {"type": kind, "color": tint.css, "filled": kind == "point", "opacity": 1},
+                "encoding": {
+                    "y": numeric(field, title, scale=scale, values=ticks, format="~g"),
+                },
+            }
+            for kind, field, tint in (
+                ("line", "fitted", SERIES[2]),
+                ("point", "measured", SERIES[1]),
+            )
+        ],
+    }

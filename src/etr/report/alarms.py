@@ -1,5 +1,6 @@
 """What training warned of, in plain words: one entry per kind, run and layer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from etr.report.observations import LoggedAlarm
@@ -48,3 +49,17 @@ def gather_alarms(results: Results) -> tuple[Warned, ...]:
         )
         for (run, kind, layer), alarms in groups.items()
     )
+
+
+def by_kind(warned: tuple[Warned, ...]) -> dict[str, tuple[Warned, ...]]:
+    """Alarms by what they are, the kind of most runs first."""
+    kinds: dict[str, list[Warned]] = {}
+    for alarm in warned:
+        kinds.setdefault(alarm.name, []).append(alarm)
+    order = sorted(kinds, key=lambda kind: -num_runs(kinds[kind]))
+    return {kind: tuple(kinds[kind]) for kind in order}
+
+
+def num_runs(warned: Sequence[Warned]) -> int:
+    """How many runs alarms are of."""
+    return len({alarm.run for alarm in warned})

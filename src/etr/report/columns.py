@@ -22,6 +22,8 @@ class Cell:
     """Spread, change or verdict; may be empty."""
     tone: Tone = "plain"
     """`good` and `bad` only where an interval excludes 0."""
+    value: float | None = None
+    """What rows are sorted by; None for the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,11 @@ def loss_cell(variant: VariantSummary, key: str = "val_loss") -> Cell:
     if value is None:
         return Cell(text=ABSENT, detail="no value")
     spread = f"±{fixed(value.half_range, LOSS_DIGITS)}" if value.count > 1 else "one seed"
-    return Cell(text=fixed(value.mean, LOSS_DIGITS), detail=missing_seeds(value) or spread)
+    return Cell(
+        text=fixed(value.mean, LOSS_DIGITS),
+        detail=missing_seeds(value) or spread,
+        value=value.mean,
+    )
 
 
 def difference_cell(variant: VariantSummary, key: str = "val_loss") -> Cell:
@@ -59,7 +65,7 @@ def difference_cell(variant: VariantSummary, key: str = "val_loss") -> Cell:
     text = signed(found.mean, LOSS_DIGITS)
     if found.interval is not None:
         text += f" ±{fixed(found.interval[1] - found.mean, LOSS_DIGITS)}"
-    return Cell(text=text, detail=found.reason, tone=_TONES[found.verdict])
+    return Cell(text=text, detail=found.reason, tone=_TONES[found.verdict], value=found.mean)
 
 
 def difference_range_cell(variant: VariantSummary, key: str = "val_loss") -> Cell:
@@ -82,6 +88,7 @@ def kept_eval_cell(variant: VariantSummary) -> Cell:
         text=percent(value.mean if value else None),
         detail="" if gap is None else f"{signed(100 * gap, 1)}{NBSP}pt",
         tone="alarm" if variant.kept_gap_alarms else "plain",
+        value=value.mean if value else None,
     )
 
 
@@ -102,6 +109,7 @@ def number_cell(
         return Cell(
             text=write(value.mean * scale if value else None),
             detail=relative_change(variant.differences.get(key)) if relative else "",
+            value=value.mean if value else None,
         )
 
     return cell
@@ -119,13 +127,16 @@ def step_time_cell(variant: VariantSummary) -> Cell:
     return Cell(
         text=significant(seconds.mean * 1e3 if seconds else None),
         detail=relative_change(within_rounds or medians),
+        value=seconds.mean if seconds else None,
     )
 
 
 def _parameters(variant: VariantSummary) -> Cell:
     total, active = (variant.estimates.get(k) for k in ("parameters", "active_parameters"))
     return Cell(
-        text=short(total.mean if total else None), detail=short(active.mean) if active else ""
+        text=short(total.mean if total else None),
+        detail=short(active.mean) if active else "",
+        value=total.mean if total else None,
     )
 
 
@@ -166,6 +177,14 @@ COLUMNS = (
 )
 
 
+_FIRST = ("variant", "Δ baseline", "val loss")
+_LAST = ("router", "capacity")
+PAGE_COLUMNS = (
+    *(column for name in _FIRST for column in COLUMNS if column.header == name),
+    *(column for column in COLUMNS if column.header not in (*_FIRST, *_LAST)),
+    *(column for column in COLUMNS if column.header in _LAST),
+)
+"""The columns of the page: what is decided comes first, what it was made of last."""
 RUN_COLUMNS = (
     Column(header="run", numeric=False, cell=lambda v: Cell(text=v.name)),
     *(column for column in COLUMNS[1:] if column.header not in ("Δ baseline", "parameters")),

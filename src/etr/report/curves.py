@@ -7,7 +7,6 @@ import numpy as np
 
 from etr.report.observations import Array
 from etr.report.results import Results, Row
-from etr.report.style import LineStyle, variant_style
 
 SMOOTHING_SHARE = 40
 
@@ -119,8 +118,6 @@ class VariantCurves:
 
     name: str
     """The variant."""
-    style: LineStyle
-    """Its look."""
     line: Curve
     """Mean over seeds, not smoothed."""
     points: Sequence[Curve]
@@ -130,14 +127,13 @@ class VariantCurves:
 def gather(results: Results, pick: CurveOf, points: CurveOf | None = None) -> list[VariantCurves]:
     """The variants that have the curve; `points` are markers beside it."""
     found = []
-    for index, name in enumerate(results.names):
+    for name in results.names:
         rows = results.of(name)
         lines = [curve for row in rows if (curve := pick(row))]
         if lines:
             found.append(
                 VariantCurves(
                     name=name,
-                    style=variant_style(index),
                     line=mean_curve(lines),
                     points=[curve for row in rows if points and (curve := points(row))],
                 )

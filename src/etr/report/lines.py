@@ -1,88 +1,201 @@
 """Figures of lines over training, one per variant: what all of them share."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+import numpy as np
 
-from etr.report.curves import (
-    CurveOf,
-    VariantCurves,
-    gather,
-    mean_curve,
-    smooth,
-    thin,
+from etr.report.curves import Curve, CurveOf, VariantCurves, gather, mean_curve, smooth, thin
+from etr.report.marks import (
+    HIDDEN,
+    LINE,
+    PADDING,
+    SHOWN,
+    colors,
+    label_layer,
+    label_places,
+    labels,
+    numeric,
+    only,
+    rounded,
+    tip,
 )
-from etr.report.figure import add_legend, new_figure
 from etr.report.results import Results
-from etr.report.spec import Missing, Numbers, Plot
-from etr.report.wording import listed, short
+from etr.report.spec import Chart, Missing, Numbers, Plot
+from etr.report.wording import listed
 
-MOST_POINTS = 800
+HEIGHT = 250
+MOST_POINTS = 240
 # All lines of a figure together, so that many variants do not make a page of many megabytes.
-MOST_POINTS_IN_ALL = 6_000
+MOST_POINTS_IN_ALL = 3_000
+FEW = 6
+"""Variants up to which the raw means are drawn faint."""
 SMOOTHED = "mean over seeds, a moving mean over a fortieth of the steps, the raw mean faint"
+CUT = " The axis is cut above the steep start."
+STEPS = "optimizer steps"
+Domain = tuple[float, float]
 
 
-def draw_lines(axes: Axes, variants: Sequence[VariantCurves], scale: float = 1.0) -> None:
-    """Raw means faint, smoothed means on top, evaluations as markers."""
-    most = min(MOST_POINTS, MOST_POINTS_IN_ALL // len(variants))
-    for variant in variants:
-        look = variant.style
-        raw, line = thin(variant.line, most), thin(smooth(variant.line), most)
-        axes.plot(raw.x / scale, raw.y, color=look.color, linewidth=0.5, alpha=0.28)
-        axes.plot(
-            line.x / scale,
-            line.y,
-            color=look.color,
-            linestyle=look.linestyle,
-            marker=look.marker if line.x.size == 1 else None,
-            zorder=3,
-        )
-        if variant.points:
-            mean = mean_curve(variant.points)
-            axes.plot(
-                mean.x / scale,
-                mean.y,
-                color=look.color,
-                linestyle="none",
-                marker=look.marker,
-                markersize=4.8,
-                markeredgewidth=0.0,
-                zorder=4,
-            )
+def line_chart(
+    results: Results,
+    variants: Sequence[VariantCurves],
+    y: dict[str, Any],
+    domain: Domain,
+    *,
+    x: str = STEPS,
+    form: str = ".4~f",
+    smoothed: bool = True,
+    log: bool = False,
+    more: Sequence[Chart] = (),
+) -> Chart:
+    """Lines with their names beside them; evaluations as markers.
 
-
-def cut_start(axes: Axes, variants: Sequence[VariantCurves]) -> str:
-    """Leave out the steep start, which would press what is compared into a few pixels.
-
-    Returns:
-        A sentence for the caption where something was cut, else nothing.
+    Args:
+        results: the runs.
+        variants: their lines.
+        y: options of the vertical axis, its `title` among them.
+        domain: of the vertical axis.
+        x: title of the horizontal axis.
+        form: how a pointer is told a value.
+        smoothed: whether lines are smoothed, the raw ones faint.
+        log: whether the vertical axis is logarithmic.
+        more: layers besides.
     """
-    smoothed = [smooth(variant.line).y for variant in variants]
-    held_out = [mean_curve(variant.points).y for variant in variants if variant.points]
-    top = max(float(y[y.size // 8 :].max()) for y in (*smoothed, *held_out))
-    whole = max(float(y.max()) for y in (*smoothed, *held_out))
-    bottom = min(float(curve.y.min()) for v in variants for curve in (v.line, *v.points))
-    if whole - bottom < 1.3 * (top - bottom) or top <= bottom:
-        return ""
-    room = 0.05 * (top - bottom)
-    axes.set_ylim(bottom - room, top + room)
-    return " The axis is cut above the steep start."
+    names = [variant.name for variant in variants]
+    height = max(HEIGHT, LINE * len(names) + 10)
+    lines = {v.name: smooth(v.line) if smoothed else v.line for v in variants}
+    places = label_places(
+        {n: height * (1 - _share(float(c.y[-1]), domain, log)) for n, c in lines.items()}, height
+    )
+    records = [r for v in variants for r in _records(v, lines[v.name], len(names), smoothed)]
+    xs = [float(end) for c in lines.values() for end in (c.x[0], c.x[-1])]
+    ends = [min(xs), max(xs)] if min(xs) < max(xs) else [min(xs) - 0.5, max(xs) + 0.5]
+    title = y.pop("title")
+    scale: dict[str, Any] = {"domain": rounded(domain), "nice": False}
+    if log:
+        scale["type"], y["values"] = "log", log_ticks(*domain)
+    point = ("x", "step" if x == STEPS else x, ",.4~s" if x != STEPS else ",")
+    told = tip(("variant", "variant", None), point, ("y", title, form))
+    return {
+        "data": {"values": [*records, *labels(results, places)]},
+        "params": [HIDDEN],
+        "transform": [SHOWN, {"flatten": ["x", "y"]}],
+        "height": height,
+        "padding": PADDING,
+        "encoding": {
+            "x": numeric("x", x, format="~s", tickCount=6, scale={"domain": ends, "nice": False}),
+            "y": numeric("y", title, scale=scale, **y),
+            **{k: {**e, "legend": None} for k, e in colors(results, names).items()},
+        },
+        "layer": [
+            *_layers(results, names, told),
+            *more,
+            label_layer(),
+        ],
+    }
 
 
-def label_steps(axes: Axes) -> None:
-    """Steps along x."""
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-    axes.set_xlabel("optimizer steps")
+def _layers(results: Results, names: Sequence[str], told: Any) -> list[Chart]:
+    dash = colors(results, names, dash=True)["strokeDash"]
+    zoom = {"type": "interval", "zoom": "wheel![event.shiftKey]"}
+    near = {"type": "point", "on": "pointerover", "clear": "pointerout"}
+    return [
+        {
+            "params": [{"name": "zoom", "select": zoom, "bind": "scales"}],
+            "transform": only("raw"),
+            "mark": {"type": "line", "strokeWidth": 0.7, "opacity": 0.28, "clip": True},
+        },
+        {
+            "transform": only("line"),
+            "mark": {"type": "line", "strokeWidth": 1.9, "clip": True},
+            "encoding": {"strokeDash": {**dash, "legend": None}},
+        },
+        {
+            "transform": only("point"),
+            "mark": {"type": "point", "filled": True, "size": 36, "opacity": 1, "clip": True},
+        },
+        {
+            "name": "hover",
+            "params": [{"name": "near", "select": near}],
+            "transform": only("hover"),
+            "mark": {"type": "point", "filled": True, "size": 110, "clip": True},
+            "encoding": {
+                "opacity": {
+                    "condition": {"param": "near", "empty": False, "value": 1},
+                    "value": 0.01,
+                },
+                "tooltip": told,
+            },
+        },
+    ]
 
 
-def log_values(axes: Axes) -> None:
-    """A logarithmic vertical axis whose marks are few and written in full."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+def _records(
+    variant: VariantCurves, line: Curve, count: int, smoothed: bool
+) -> list[dict[str, Any]]:
+    most = min(MOST_POINTS, MOST_POINTS_IN_ALL // count)
+    kinds = {"line" if line.x.size > 1 else "point": thin(line, most)}
+    if smoothed and count <= FEW and line.x.size > 1:
+        kinds["raw"] = thin(variant.line, most)
+    hover = thin(line, max(12, min(40, 1200 // count)))
+    if variant.points:
+        held_out = mean_curve(variant.points)
+        kinds["point"] = held_out
+        hover = held_out if held_out.x.size > 4 else hover
+    kinds["hover"] = hover
+    return [
+        {"kind": kind, "variant": variant.name, "x": rounded(c.x), "y": rounded(c.y)}
+        for kind, c in kinds.items()
+    ]
+
+
+def _share(value: float, domain: Domain, log: bool) -> float:
+    """How far up an axis a value lies, within it."""
+    low, high = np.log(domain) if log else domain
+    value = np.log(max(value, 1e-300)) if log else value
+    return float(np.clip((value - low) / (high - low), 0, 1))
+
+
+def values_domain(
+    variants: Sequence[VariantCurves], *, from_zero: bool = False, smoothed: bool = True
+) -> tuple[Domain, str]:
+    """Range of the vertical axis, without a steep start, which would press what is compared into
+    a few pixels; and a sentence for the caption where something was cut, else nothing."""
+    lines = [smooth(v.line).y if smoothed else v.line.y for v in variants]
+    lines += [mean_curve(variant.points).y for variant in variants if variant.points]
+    # The first step alone may be far off in a line of few points too.
+    top = max(float(y[min(max(y.size // 8, 1), y.size - 1) :].max()) for y in lines)
+    whole = max(float(y.max()) for y in lines)
+    bottom = min(float(y.min()) for y in lines)
+    bottom = min(bottom, 0.0) if from_zero else bottom
+    cut = top > bottom and whole - bottom >= 1.3 * (top - bottom)
+    high = top if cut else whole
+    room = 0.06 * (high - bottom) or 0.05 * abs(high) or 0.01
+    low = bottom if from_zero and bottom == 0 else bottom - room
+    return (low, high + room), CUT if cut else ""
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Marks of a logarithmic axis: of each decade, of 1, 2 and 5, or evenly apart; at least three.
+
+    Args:
+        low, high: ends of the axis, above 0.
+    """
+    decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    steps = [10.0**n * s for n in range(-6, 12) for s in (5, 2, 1)]
+    even = ([step * n for n in range(int(low / step), int(high / step) + 2)]
+            for step in sorted(steps, reverse=True) if (high - low) / step < 20)  # fmt: skip
+    for found in ([*decades], [d * s for d in decades for s in (1, 2, 5)], *even):
+        inside = [tick for tick in map(_plain, found) if low <= tick <= high]
+        if len(inside) >= 3:
+            return inside[:: -(-len(inside) // 12)]
+    return [_plain(low), _plain((low + high) / 2), _plain(high)]
+
+
+def _plain(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def not_shown(results: Results, shown: Sequence[str], what: str = "no values") -> str:
@@ -118,7 +231,7 @@ def plot_curve(
     label: str,
     caption: str,
     lacking: str,
-    write: Callable[[float], str] | None = None,
+    percent: bool = False,
     from_zero: bool = True,
     headline: Callable[[Sequence[VariantCurves]], str | None] = lambda variants: None,
 ) -> Plot | Missing:
@@ -130,28 +243,24 @@ def plot_curve(
         label: of the vertical axis, with unit.
         caption: what it shows and how it is computed, one sentence without its full stop.
         lacking: why there is no figure if no run has the quantity.
-        write: how values of the axis are written.
+        percent: whether values are shares, written in percent.
         from_zero: whether the axis starts at 0.
         headline: the title where the lines decide one.
     """
     variants = gather(results, pick)
     if not variants:
         return Missing(reason=lacking)
-    figure = new_figure()
-    (axes,) = figure.axes
-    draw_lines(axes, variants)
-    if from_zero:
-        axes.set_ylim(bottom=0)
-    if write is not None:
-        # Bound here: mypy knows that it is not None, the formatter is called later.
-        written = write
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: written(value)))
-    axes.set_ylabel(label)
-    label_steps(axes)
-    add_legend(figure, [(v.name, v.style) for v in variants], markers=False)
+    domain, cut = values_domain(variants, from_zero=from_zero)
+    y = {"title": label, "format": (".1%" if domain[1] - domain[0] < 0.05 else ".0%")}
     return Plot(
-        figure=figure,
-        caption=f"{caption}; {SMOOTHED}.{not_shown(results, [v.name for v in variants])}",
+        chart=line_chart(
+            results,
+            variants,
+            y if percent else {"title": label, "format": "~s"},
+            domain,
+            form=".2%" if percent else ".4~s",
+        ),
+        caption=f"{caption}; {SMOOTHED}.{cut}{not_shown(results, [v.name for v in variants])}",
         numbers=curve_numbers(results, {label: pick}),
         title=headline(variants),
     )

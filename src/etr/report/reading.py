@@ -25,6 +25,8 @@ class Quantity:
     """Decimals of its differences."""
     relative: bool = False
     """Whether differences are said in percent of the baseline."""
+    counted: bool = False
+    """Whether it is counted, not measured: seeds that all agree in its sign decide it."""
 
 
 QUANTITIES = (
@@ -32,7 +34,9 @@ QUANTITIES = (
     Quantity(
         key="val_loss_dropless", label="held-out loss with nothing dropped", unit=" nats/token"
     ),
-    Quantity(key="expert_flops_per_step", label="expert compute per step", relative=True),
+    Quantity(
+        key="expert_flops_per_step", label="expert compute per step", relative=True, counted=True
+    ),
     Quantity(key="step_time_ratio_median", label="step time", relative=True),
     Quantity(key="max_violation", label="load violation (MaxVio)", digits=2),
 )
@@ -60,7 +64,7 @@ class Reading:
     losses: tuple[Finding, ...]
     """Where it lies wholly on the worse side."""
     undecided: tuple[Finding, ...]
-    """Held-out losses within noise."""
+    """What lies within noise."""
     caveats: tuple[str, ...]
     """What a reader must know before believing any of it."""
 
@@ -96,12 +100,21 @@ def _findings(summary: Summary, verdict: str) -> tuple[Finding, ...]:
 
 def _speaks(summary: Summary, variant: VariantSummary, quantity: Quantity, verdict: str) -> bool:
     difference = variant.differences.get(quantity.key)
-    if difference is None or not difference.comparable or difference.verdict != verdict:
+    if difference is None or not difference.comparable:
         return False
-    served_dropless = summary.baseline.selection == variant.selection == "dropless"
-    if quantity.key == "val_loss_dropless" and served_dropless:
+    if quantity.key == "val_loss_dropless" and (
+        summary.baseline.selection == variant.selection == "dropless"
+    ):
         return False  # the same number twice
-    return verdict != "within noise" or quantity.key.startswith("val_loss")
+    if not quantity.key.startswith("val_loss") and difference.low == difference.high == 0:
+        return False  # a cost that is the same is no news
+    return _verdict(quantity, difference) == verdict
+
+
+def _verdict(quantity: Quantity, difference: Difference) -> str:
+    if quantity.counted and not difference.missing and difference.low * difference.high > 0:
+        return "lower" if difference.mean < 0 else "higher"
+    return difference.verdict
 
 
 def _clause(quantity: Quantity, difference: Difference) -> str:
@@ -111,6 +124,12 @@ def _clause(quantity: Quantity, difference: Difference) -> str:
         scale, digits, unit = 1.0, quantity.digits, quantity.unit
     low, high = difference.interval or (difference.low, difference.high)
     text = f"{quantity.label} {signed(scale * difference.mean, digits)}{unit}"
+    if quantity.counted and difference.verdict != _verdict(quantity, difference):
+        if difference.count == 1:
+            return f"{text} (counted, one seed)"
+        seeds = counted(difference.count, "seed")
+        span = between(scale * difference.low, scale * difference.high, digits)
+        return f"{text} (counted: {span} over {seeds})"
     if difference.interval is None or difference.missing:
         return f"{text} ({difference.reason.removeprefix('undecided: ')})"
     if low == high:

@@ -7,21 +7,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from matplotlib.figure import Figure
-
 from etr.report.results import Results
 
-Section = Literal["Quality", "Time and memory", "Dropping", "Load", "Specialisation", "Text"]
+Chart = dict[str, Any]
+"""A Vega-Lite specification."""
+Section = Literal["Quality", "Dropping", "Load", "Text", "Specialisation", "Time and memory"]
 # What makes a spreadsheet compute a cell; full-width signs count as well.
 FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 BREAKS = ("\t", "\n")
 SECTIONS: tuple[Section, ...] = (
     "Quality",
-    "Time and memory",
     "Dropping",
     "Load",
-    "Specialisation",
     "Text",
+    "Specialisation",
+    "Time and memory",
 )
 
 
@@ -48,16 +48,18 @@ class Numbers:
 class Plot:
     """A figure that the data allow."""
 
-    figure: Figure
-    """The drawing, without title and caption."""
+    chart: Chart
+    """The specification, without width, title and caption."""
     caption: str
     """What it shows and how it is computed."""
     numbers: Numbers
     """What it draws."""
     title: str | None = None
     """The finding, where the data decide one; None for the title of the table's entry."""
+    wide: bool = False
+    """Whether it takes a whole row of the page."""
     html: str | None = None
-    """What a page shows in place of the drawing; None for the drawing."""
+    """What a page shows in place of the chart; None for the chart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,9 @@ class Spec:
     section: Section
     """Where in the page."""
     draw: Callable[[Results], Plot | Missing]
-    """Draws it from runs; called inside `house_style`."""
+    """Draws it from runs."""
+    compares: bool = False
+    """Whether it says nothing about one run alone."""
 
 
 def _written(value: Any) -> Any:

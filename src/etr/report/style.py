@@ -1,13 +1,14 @@
 """How figures look: one palette that colour-blind readers can tell apart, for light and dark.
 
-Figures are drawn once, in the light colours. Inside a page every colour is replaced by a CSS
-variable, so that the page's theme decides; files of their own keep the light colours and a card.
+Specifications name colours as CSS variables, so that the page's theme decides; for files of their
+own `in_light` puts the light colours in their place.
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
-
-from matplotlib.colors import LinearSegmentedColormap
+from zlib import crc32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,27 +22,22 @@ class Tint:
     dark: str
     """On a dark card, #rrggbb."""
 
+    @property
+    def css(self) -> str:
+        """The colour as a specification names it."""
+        return f"var({self.variable})"
+
 
 @dataclass(frozen=True, kw_only=True)
-class LineStyle:
+class Look:
     """How one variant looks in every figure."""
 
     tint: Tint
     """Colour."""
     dashes: tuple[float, ...]
-    """Lengths of dash and gap in line widths; empty for a solid line."""
-    marker: str
-    """Matplotlib marker."""
-
-    @property
-    def color(self) -> str:
-        """The light colour."""
-        return self.tint.light
-
-    @property
-    def linestyle(self) -> Any:
-        """Matplotlib line style."""
-        return (0, self.dashes) if self.dashes else "solid"
+    """Lengths of dash and gap in pixels; empty for a solid line."""
+    shape: str
+    """Vega's name of the marker."""
 
 
 CARD = Tint(variable="--card", light="#fffefc", dark="#1a2025")
@@ -66,25 +62,62 @@ SERIES = tuple(
     for index, (light, dark) in enumerate(_SERIES)
 )
 TINTS = (CARD, INK, SOFT, AXIS, GRID, *SERIES)
+SANS = "DejaVu Sans, Verdana, sans-serif"
+"""What figures are written in; a page takes its own letters, which are not wider."""
 
-_DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.8), (1.2, 1.4), (6, 1.6, 1.2, 1.6))
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
-
+_DASHES: tuple[tuple[float, ...], ...] = ((), (7, 3), (2, 2.5), (9, 3, 2, 3))
+_SHAPES = (
+    *("circle", "square", "triangle-up", "diamond"),
+    *("triangle-down", "cross", "triangle-right", "triangle-left"),
+)
+# Where the colour of a name is sought first, by the word that it begins with.
+_HOMES = {
+    "baseline": 0,
+    "linear": 0,
+    "etr": 1,
+    "fixed": 1,
+    "etr_paper": 2,
+    "learned": 2,
+    "locmoe": 3,
+    "orthonormal": 3,
+    "expert_choice": 4,
+    "token_choice": 5,
+    "hash": 6,
+    "loss_free_balance": 7,
+}
 # Idle to overloaded, 1 (the mean load) in the middle; both ends differ in hue and the middle is
 # a mid grey that neither theme swallows.
-LOAD_MAP = LinearSegmentedColormap.from_list(
-    "load", ["#0b4f8a", "#6ba3cf", "#dcdad4", "#e29a63", "#a03c00"]
-)
+LOAD_MAP = ("#0b4f8a", "#6ba3cf", "#dcdad4", "#e29a63", "#a03c00")
 
 
-def variant_style(index: int) -> LineStyle:
-    """Look of the variant at this place of the results; the first 64 differ."""
-    lap = index // len(SERIES)
-    return LineStyle(
-        tint=SERIES[index % len(SERIES)],
-        dashes=_DASHES[(index + lap) % len(_DASHES)],
-        marker=_MARKERS[(index + lap) % len(_MARKERS)],
-    )
+def looks(names: Iterable[str]) -> dict[str, Look]:
+    """Look of each variant, whatever its place; the first 60 differ.
+
+    A name has a colour of its own, and takes another only where one that is earlier in the
+    alphabet has it already.
+    """
+    found: dict[str, Look] = {}
+    used = [0] * len(SERIES)
+    order = list(dict.fromkeys(names))
+    for name in sorted(order, key=lambda name: (name not in _HOMES, name)):
+        home = _home(name)
+        # Grey is the baseline's: the others go there last.
+        slot = min(
+            range(len(SERIES)),
+            key=lambda slot: (used[slot] + 0.5 * (slot == 0 != home), (slot - home) % len(SERIES)),
+        )
+        lap, used[slot] = used[slot], used[slot] + 1
+        found[name] = Look(
+            tint=SERIES[slot],
+            dashes=_DASHES[lap % len(_DASHES)],
+            shape=_SHAPES[(slot + lap) % len(_SHAPES)],
+        )
+    return {name: found[name] for name in order}
+
+
+def _home(name: str) -> int:
+    word = re.split(r"[^a-z_]", name.rpartition("/")[2].lower(), maxsplit=1)[0]
+    return _HOMES.get(word, 1 + crc32(name.encode("utf-8", "replace")) % (len(SERIES) - 1))
 
 
 def theme_variables(dark: bool) -> str:
@@ -92,52 +125,41 @@ def theme_variables(dark: bool) -> str:
     return "".join(f"{t.variable}:{t.dark if dark else t.light};" for t in TINTS)
 
 
-# Names of variants are printed as they are: a dollar sign starts no formula.
-# Any: the names of the settings are a type of their own in some versions of matplotlib.
-RC: Any = {
-    "text.parse_math": False,
-    "axes.formatter.use_mathtext": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "etr",
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "text.color": INK.light,
-    "figure.facecolor": "none",
-    "figure.edgecolor": "none",
-    "axes.facecolor": "none",
-    "axes.edgecolor": AXIS.light,
-    "axes.linewidth": 0.8,
-    "axes.labelcolor": SOFT.light,
-    "axes.labelsize": 9.5,
-    "axes.titlecolor": INK.light,
-    "axes.titlesize": 9.0,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "axes.unicode_minus": True,
-    "grid.color": GRID.light,
-    "grid.linewidth": 0.8,
-    "xtick.color": AXIS.light,
-    "ytick.color": AXIS.light,
-    "xtick.labelcolor": SOFT.light,
-    "ytick.labelcolor": SOFT.light,
-    "xtick.labelsize": 9.0,
-    "ytick.labelsize": 9.0,
-    "xtick.major.size": 3.0,
-    "ytick.major.size": 0.0,
-    "xtick.minor.size": 0.0,
-    "ytick.minor.size": 0.0,
-    "legend.frameon": False,
-    "legend.fontsize": 9.0,
-    "legend.labelcolor": INK.light,
-    "legend.handlelength": 2.4,
-    "legend.columnspacing": 1.4,
-    "lines.linewidth": 1.7,
-    "lines.solid_capstyle": "round",
-    "figure.constrained_layout.use": True,
-    "figure.constrained_layout.h_pad": 0.05,
-    "figure.constrained_layout.w_pad": 0.05,
+def in_light(text: str) -> str:
+    """A specification or an SVG with the light colours in place of the variables."""
+    for tint in TINTS:
+        text = text.replace(tint.css, tint.light)
+    return text
+
+
+_TEXT = {"labelColor": SOFT.css, "titleColor": SOFT.css, "labelFontSize": 11, "titleFontSize": 11.5}
+CONFIG: dict[str, Any] = {
+    "background": None,
+    "font": SANS,
+    "view": {"stroke": None},
+    "mark": {"aria": False, "tooltip": None},
+    "axis": {
+        "aria": False,
+        **_TEXT,
+        "titleFontWeight": "normal",
+        "titlePadding": 6,
+        "domainColor": AXIS.css,
+        "tickColor": AXIS.css,
+        "gridColor": GRID.css,
+        "labelLimit": 170,
+    },
+    "axisX": {"grid": False, "tickSize": 4, "labelFlush": True, "titleAnchor": "middle"},
+    "axisY": {"domain": False, "ticks": False, "tickCount": 5},
+    "header": {**_TEXT, "labelAnchor": "start", "labelPadding": 4, "labelOrient": "top"},
+    "legend": {
+        "aria": False,
+        **_TEXT,
+        "labelColor": INK.css,
+        "orient": "top",
+        "titleFontWeight": "normal",
+        "symbolStrokeWidth": 2,
+        "labelLimit": 190,
+    },
+    "facet": {"spacing": {"row": 14, "column": 18}},
 }
+"""Vega-Lite's config: the project's look."""

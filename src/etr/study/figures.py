@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from etr.files import write_text
+from etr.report.chart import save_svg
+from etr.report.marks import nominal, numeric, panels
+from etr.report.spec import Chart
 from etr.report.statistics import mean, t_interval
+from etr.report.style import SERIES, SOFT
 from etr.study.collection import Collection
 from etr.study.summary import StudyRow
 
-MARKERS = {"steps": "o", "expert_flops": "s", "seconds": "^"}
+SHAPES = {"steps": "circle", "expert_flops": "square", "seconds": "triangle-up"}
 NAMES = {"steps": "equal steps", "expert_flops": "equal expert FLOPs", "seconds": "equal time"}
-FRAME_COLORS = {
-    "linear": "#59636d",
-    "fixed": "#0067b1",
-    "learned": "#c04a05",
-    "orthonormal": "#00805f",
-}
+FRAMES = ("linear", "fixed", "learned", "orthonormal")
+LOSS = "held-out loss, nats per byte"
 
 
 def draw(study: Collection, reference: str, folder: Path) -> dict[str, Path]:
@@ -28,36 +28,11 @@ def draw(study: Collection, reference: str, folder: Path) -> dict[str, Path]:
         ("quality-front", "Held-out loss as served against expert compute, text-x", _front),
         ("quality-time", "Held-out loss as served against time, headline rows", _time),
     ):
-        svg = make(study, reference)
-        if svg is not None:
-            path = folder / f"{name}.svg"
-            write_text(path, svg)
-            found[title] = path
+        chart = make(study, reference)
+        if chart is not None:
+            found[title] = folder / f"{name}.svg"
+            save_svg(chart, found[title])
     return found
-
-
-def _axes(width: float = 7.0, panels: int = 1) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, 3.8), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    for each in axes:
-        each.grid(color="#ebe9e4")
-        each.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _svg(figure: Any) -> str:
-    import io
-
-    import matplotlib as mpl
-
-    buffer = io.StringIO()
-    # A fixed salt and no date: the same results give the same file.
-    with mpl.rc_context({"svg.hashsalt": "etr", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    lines = (line.rstrip() for line in buffer.getvalue().splitlines())
-    return "\n".join(lines) + "\n"
 
 
 def _spread(row: StudyRow) -> tuple[float, float]:
@@ -67,40 +42,43 @@ def _spread(row: StudyRow) -> tuple[float, float]:
     return mean(values), 0.0 if interval is None else (interval[1] - interval[0]) / 2
 
 
-def _capacity(study: Collection, reference: str) -> str | None:
-    figure, axes = _axes()
-    drawn = False
-    for router, color in FRAME_COLORS.items():
-        rows = {
-            factor: row
-            for factor in (1.1, 0.6, 0.4, 0.2)
-            if (row := study.row("text-x", f"{router}-{factor}")) is not None
-        }
-        if not rows:
-            continue
-        drawn = True
-        spread = [_spread(row) for row in rows.values()]
-        axes[0].errorbar(
-            list(rows),
-            [value for value, _ in spread],
-            yerr=[width for _, width in spread],
-            color=color,
-            marker="o",
-            capsize=3,
-            label=router,
-        )
-    axes[0].set_xlabel("capacity factor (ranked by score, equal steps)")
-    axes[0].set_ylabel("held-out loss, nats per byte")
-    axes[0].legend(frameon=False)
-    return _svg(figure) if drawn else None
+def _capacity(study: Collection, reference: str) -> Chart | None:
+    records = []
+    for router in FRAMES:
+        for factor in (1.1, 0.6, 0.4, 0.2):
+            row = study.row("text-x", f"{router}-{factor}")
+            if row is not None:
+                value, width = _spread(row)
+                places = {"y": value, "low": value - width, "high": value + width}
+                records.append({"router": router, "x": factor, **places})
+    if not records:
+        return None
+    tints = {"domain": list(FRAMES), "range": [tint.css for tint in SERIES[: len(FRAMES)]]}
+    return {
+        "data": {"values": records},
+        "height": 280,
+        "encoding": {
+            "x": numeric("x", "capacity factor (ranked by score, equal steps)"),
+            "color": {**nominal("router"), "scale": tints, "legend": {"title": None}},
+        },
+        "layer": [
+            {
+                "mark": {"type": "line", "point": {"filled": True, "size": 40}},
+                "encoding": {"y": numeric("y", LOSS)},
+            },
+            {
+                "mark": {"type": "rule"},
+                "encoding": {"y": numeric("low", LOSS), "y2": {"field": "high"}},
+            },
+        ],
+    }
 
 
-def _front(study: Collection, reference: str) -> str | None:
+def _front(study: Collection, reference: str) -> Chart | None:
     base = study.row("text-x", reference)
     if base is None:
         return None
-    figure, axes = _axes(9.0)
-    labelled: set[str] = set()
+    records = []
     for task, match, rows in study.blocks.values():
         for row in rows:
             flops = row.average("expert_flops") / base.average("expert_flops")
@@ -108,29 +86,39 @@ def _front(study: Collection, reference: str) -> str | None:
             if task != "text-x" or loss is None or flops > 2:
                 continue
             ours = row.name.startswith("etr") and row.name != "etr_paper"
-            axes[0].plot(
-                flops,
-                loss,
-                MARKERS[match],
-                color="#c04a05" if ours else "#59636d",
-                label=None if match in labelled else NAMES[match],
-            )
-            labelled.add(match)
-            axes[0].annotate(
-                row.name, (flops, loss), fontsize=6, xytext=(3, 3), textcoords="offset points"
-            )
-    axes[0].set_xlabel(f"expert FLOPs of training over those of {reference}")
-    axes[0].set_ylabel("held-out loss, nats per byte")
-    axes[0].legend(frameon=False)
-    return _svg(figure)
+            color = SERIES[2 if ours else 0].css
+            point = {"x": flops, "y": loss, "name": row.name, "match": NAMES[match]}
+            records.append({**point, "color": color})
+    return {
+        "data": {"values": records},
+        "height": 420,
+        "encoding": {
+            "x": numeric("x", f"expert FLOPs of training over those of {reference}"),
+            "y": numeric("y", LOSS),
+        },
+        "layer": [
+            {
+                "mark": {"type": "point", "filled": True, "size": 46, "opacity": 1},
+                "encoding": {
+                    "shape": _shape(),
+                    "color": {"field": "color", "type": "nominal", "scale": None},
+                },
+            },
+            {
+                "mark": {"type": "text", "align": "left", "dx": 5, "dy": -4, "fontSize": 8,
+                         "color": SOFT.css},
+                "encoding": {"text": {"field": "name", "type": "nominal"}},
+            },
+        ],
+    }  # fmt: skip
 
 
-def _time(study: Collection, reference: str) -> str | None:
+def _time(study: Collection, reference: str) -> Chart | None:
     tasks = [task for task in ("text-x", "lm") if task in study.times]
     if not tasks:
         return None
-    figure, axes = _axes(9.0, len(tasks))
-    for panel, task in zip(axes, tasks, strict=True):
+    records: list[dict[str, Any]] = []
+    for task in tasks:
         base = study.row(task, reference)
         if base is None:
             return None
@@ -139,13 +127,38 @@ def _time(study: Collection, reference: str) -> str | None:
                 ratio = study.seconds(task, row.name)
                 if of != task or ratio is None or row.steps > 2 * base.steps:
                     continue
-                points = [result["curve"] for result in row.results]
-                x = [ratio * point["step"] / base.steps for point in points[0]]
-                y = [mean([curve[i]["served_loss"] for curve in points]) for i in range(len(x))]
-                panel.plot(x, y, marker=MARKERS[match], label=f"{row.name} ({NAMES[match]})")
-        panel.set_title(task, fontsize=10)
-        panel.set_xlabel(f"time over that of {reference}")
-        panel.set_ylabel("held-out loss, nats per byte")
-        panel.set_ylim(top=mean(list(base.losses().values())) + 0.4)
-        panel.legend(frameon=False, fontsize=6)
-    return _svg(figure)
+                curves = [result["curve"] for result in row.results]
+                x = [ratio * point["step"] / base.steps for point in curves[0]]
+                y = [mean([curve[i]["served_loss"] for curve in curves]) for i in range(len(x))]
+                # The start, far above all that is compared, is left out.
+                top = mean(list(base.losses().values())) + 0.4
+                points = [pair for pair in zip(x, y, strict=True) if pair[1] <= top]
+                line = {"panel": task, "name": f"{row.name} ({NAMES[match]})"}
+                records += [
+                    {**line, "match": NAMES[match], "x": at, "y": loss} for at, loss in points
+                ]
+    return _panels(records, reference) if records else None
+
+
+def _panels(records: Sequence[dict[str, Any]], reference: str) -> Chart:
+    """A panel for each task."""
+    spec = {
+        "mark": {"type": "line", "point": {"filled": True, "size": 36}},
+        "encoding": {
+            "x": numeric("x", f"time over that of {reference}"),
+            "y": numeric("y", LOSS),
+            "shape": _shape(),
+            "color": {
+                **nominal("name"),
+                "scale": {"range": [tint.css for tint in SERIES]},
+                "legend": {"title": None, "columns": 2},
+            },
+        },
+    }
+    given = [{"variant": "", **record} for record in records]
+    return panels(given, spec, height=300, independent=("y",))
+
+
+def _shape() -> dict[str, Any]:
+    scale = {"domain": list(NAMES.values()), "range": list(SHAPES.values())}
+    return {**nominal("match"), "scale": scale, "legend": {"title": None}}

@@ -9,6 +9,7 @@ import functools
 import json
 import platform
 import statistics
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+import etr
 from etr.data import OpenedData, open_data
 from etr.evaluate import score_densities
 from etr.files import read_json, write_json
@@ -102,7 +104,11 @@ def compare(
             "format": FORMAT,
             "command": command,
             "config": dataclasses.asdict(config),
-            "environment": {**environment(), "data": list(data.notes)},
+            "environment": {
+                **environment(),
+                "corpus": data.dataset.corpus_fingerprint[:16],
+                "data": list(data.notes),
+            },
             "rows": rows,
         }
         write_json(out / RESULTS, results)
@@ -110,14 +116,28 @@ def compare(
 
 
 def environment() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """What the figures were measured on, and by which code."""
     return {
+        "etr": f"{etr.__version__}{_commit()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "machine": f"{platform.system()} {platform.machine()}",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
+
+
+def _commit() -> str:
+    """The commit of the checkout that this code runs from; nothing where it is installed."""
+    root = Path(etr.__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return ""
+    git = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
+    try:
+        found = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return f", commit {found.stdout.strip()}"
 
 
 def _round(

@@ -6,10 +6,11 @@ A figure is a file here (or a function beside a kindred one) that ends in a `Spe
 
 from pathlib import Path
 
-from etr.report.figure import Drawing, Skipped, house_style, save_files
+from etr.report.chart import Drawing, Skipped, save_files
 from etr.report.figures import (
     capacity,
     clusters,
+    difference,
     dropping,
     expert_load,
     experts,
@@ -29,16 +30,12 @@ from etr.report.sources import ReportLike, load_report
 from etr.report.spec import Missing, Spec
 
 FIGURES: tuple[Spec, ...] = (
-    gains_and_costs.SPEC,
+    difference.SPEC,
     loss.BY_STEPS,
+    gains_and_costs.SPEC,
+    loss_by_domain.SPEC,
     loss.BY_COMPUTE,
     loss.PERPLEXITY,
-    loss_by_domain.SPEC,
-    time.STEP_TIME,
-    time.SPLIT,
-    time.OPERATORS,
-    memory.SPEC,
-    traffic.SPEC,
     dropping.DROP_RATE,
     dropping.WITHOUT_EXPERT,
     dropping.KEPT_MASS,
@@ -47,13 +44,18 @@ FIGURES: tuple[Spec, ...] = (
     expert_load.SPEC,
     load_distribution.DISTRIBUTION,
     load_distribution.UTILISATION,
+    routed_text.SPEC,
     clusters.SPEC,
     scores.TRAINED,
     scores.TRAINING,
     token_correlation.SPEC,
     experts.BY_DOMAIN,
     experts.SIMILARITY,
-    routed_text.SPEC,
+    time.STEP_TIME,
+    time.SPLIT,
+    time.OPERATORS,
+    memory.SPEC,
+    traffic.SPEC,
 )
 
 
@@ -64,13 +66,13 @@ def draw_figures(source: ReportLike) -> list[Drawing | Skipped]:
         FileNotFoundError, ValueError: as `load_report`.
     """
     results = load_report(source).results
-    with house_style():
-        return [draw(spec, results) for spec in FIGURES]
+    return [draw(spec, results) for spec in FIGURES]
 
 
 def draw(spec: Spec, results: Results) -> Drawing | Skipped:
-    """Draw one figure of the table; inside `house_style`."""
-    found = spec.draw(results)
+    """Draw one figure of the table."""
+    alone = spec.compares and len(results.names) == 1
+    found = Missing(reason="one run alone has nothing to compare") if alone else spec.draw(results)
     if isinstance(found, Missing):
         return Skipped(key=spec.key, title=spec.title, section=spec.section, reason=found.reason)
     return Drawing(
@@ -78,8 +80,9 @@ def draw(spec: Spec, results: Results) -> Drawing | Skipped:
         title=found.title or spec.title,
         section=spec.section,
         caption=found.caption,
-        figure=found.figure,
+        chart=found.chart,
         numbers=found.numbers,
+        wide=found.wide,
         html=found.html,
     )
 

@@ -1,14 +1,23 @@
 """Capacity of experts: as a factor, and in tokens against its lower bound."""
 
-from dataclasses import replace
+from typing import Any
 
 from etr.report.curves import gather, layer_curve, thin, train_curve
-from etr.report.figure import add_legend, direct_label, new_figure
-from etr.report.lines import MOST_POINTS_IN_ALL, curve_numbers, label_steps, log_values, not_shown
+from etr.report.lines import (
+    MOST_POINTS_IN_ALL,
+    STEPS,
+    curve_numbers,
+    line_chart,
+    log_ticks,
+    not_shown,
+    values_domain,
+)
+from etr.report.marks import colors, numeric, panels, rounded, tip
 from etr.report.results import Results
 from etr.report.spec import Missing, Plot, Spec
-from etr.report.style import variant_style
 from etr.report.wording import TIMES
+
+_DASHES = {"capacity": [1, 0], "capacity_lower_bound": [2, 3]}
 
 
 def _factor(results: Results) -> Plot | Missing:
@@ -16,25 +25,12 @@ def _factor(results: Results) -> Plot | Missing:
     variants = gather(results, pick)
     if not variants:
         return Missing(reason="no run limits its experts by a capacity")
-    figure = new_figure()
-    (axes,) = figure.axes
-    for variant in variants:
-        line = thin(variant.line, MOST_POINTS_IN_ALL // max(len(variants), 15))
-        axes.plot(
-            line.x,
-            line.y,
-            color=variant.style.color,
-            linestyle=variant.style.linestyle,
-            marker=variant.style.marker if line.x.size == 1 else None,
-        )
-    axes.margins(y=0.08)
-    axes.set_ylabel(f"capacity factor ({TIMES} even share)")
-    label_steps(axes)
-    add_legend(figure, [(v.name, v.style) for v in variants], markers=False)
+    domain, cut = values_domain(variants, smoothed=False)
+    y = {"title": f"capacity factor ({TIMES} even share)"}
     return Plot(
-        figure=figure,
+        chart=line_chart(results, variants, y, domain, smoothed=False),
         caption="Tokens that an expert may keep, in multiples of choices / experts; mean over"
-        f" seeds and layers.{not_shown(results, [v.name for v in variants])}",
+        f" seeds and layers.{cut}{not_shown(results, [v.name for v in variants])}",
         numbers=curve_numbers(results, {"capacity factor": pick}),
     )
 
@@ -57,42 +53,72 @@ def _against_bound(results: Results) -> Plot | Missing:
     }
     if not bounded:
         return Missing(reason="no run has a lower bound of its capacity; it needs cosine scores")
-    figure = new_figure(1, len(layers))
-    for axes, layer in zip(figure.axes, layers, strict=True):
-        for field, dashes in (("capacity", "solid"), ("capacity_lower_bound", ":")):
-            for variant in gather(results, layer_curve(field, layer)):
-                if variant.name in bounded:
-                    line = thin(variant.line, 300)
-                    axes.plot(
-                        line.x,
-                        line.y,
-                        color=variant.style.color,
-                        linestyle=dashes,
-                        marker=variant.style.marker if line.x.size == 1 else None,
-                    )
-        log_values(axes)
-        label_steps(axes)
-        direct_label(axes, f"layer {layer}")
-    figure.axes[0].set_ylabel("capacity (tokens/expert, log)")
-    looks = [
-        (name, replace(variant_style(index), dashes=()))
-        for index, name in enumerate(results.names)
-        if name in bounded
-    ]
-    add_legend(figure, looks, markers=False)
+    names = [name for name in results.names if name in bounded]
     picks = {
         f"{field}, layer {layer} (tokens)": layer_curve(field, layer)
         for layer in range(count)
         for field in ("capacity", "capacity_lower_bound")
     }
     return Plot(
-        figure=figure,
+        chart=_chart(results, names, layers),
         caption="Solid: most tokens an expert may keep. Dotted: the published lower bound, 1 / (E"
         " erfc z) with z from the chosen affinities and the width, which says something only in a"
         " narrow band of affinities. No solid line where nothing is dropped. Mean over seeds, first"
         f" and last MoE layer.{not_shown(results, sorted(bounded))}",
         numbers=curve_numbers(results, picks),
+        wide=True,
     )
+
+
+def _chart(results: Results, names: list[str], layers: list[int]) -> dict[str, Any]:
+    most = MOST_POINTS_IN_ALL // (2 * len(layers) * len(names))
+    records: list[dict[str, Any]] = [
+        {
+            "panel": f"layer {layer}",
+            "variant": variant.name,
+            "what": what,
+            "x": rounded(line.x),
+            "y": rounded(line.y),
+        }
+        for layer in layers
+        for what in _DASHES
+        for variant in gather(results, layer_curve(what, layer))
+        if variant.name in names
+        for line in (thin(variant.line, max(12, min(120, most))),)
+    ]
+    values = [y for record in records for y in record["y"] if y and y > 0] or [1.0]
+    low, high = min(values) / 1.1, max(values) * 1.1
+    title = "capacity (tokens/expert, log)"
+    scale = {"type": "log", "domain": [low, high], "nice": False}
+    # Markers where some line is a point; elsewhere a pointer alone finds them.
+    short = any(len(record["x"]) == 1 for record in records)
+    spec = {
+        "encoding": {
+            "x": numeric("x", STEPS, format="~s", tickCount=5),
+            "y": numeric("y", title, scale=scale, values=log_ticks(low, high), format="~s"),
+            **colors(results, names),
+            "strokeDash": {
+                "field": "what",
+                "type": "nominal",
+                "legend": None,
+                "scale": {"domain": list(_DASHES), "range": list(_DASHES.values())},
+            },
+            "tooltip": tip(
+                ("variant", "variant", None),
+                ("what", "quantity", None),
+                ("x", "step", ","),
+                ("y", title, ".4~s"),
+            ),
+        },
+        "layer": [
+            {"mark": {"type": "line", "strokeWidth": 1.7}},
+            {
+                "name": "points" if short else "hover",
+                "mark": {"type": "point", "size": 24, "opacity": 1 if short else 0.01},
+            },
+        ],
+    }
+    return panels(records, spec, height=230, least=330, transform=[{"flatten": ["x", "y"]}])
 
 
 FACTOR = Spec(

@@ -3,15 +3,15 @@
 import numpy as np
 
 from etr.report.curves import Curve, CurveOf, clean
-from etr.report.figure import direct_label
-from etr.report.lines import curve_numbers, label_steps, not_shown
-from etr.report.matrices import MOST_RUNS, first_of_each, panels, too_many
+from etr.report.found import MOST_RUNS, first_of_each, too_many
+from etr.report.lines import STEPS, curve_numbers, not_shown
+from etr.report.marks import colors, numeric, panels, rounded, tip
 from etr.report.observations import CLUSTERINGS
 from etr.report.results import Results, Row
 from etr.report.spec import Missing, Plot, Spec
-from etr.report.style import SOFT, variant_style
+from etr.report.style import SOFT
 
-_LOOKS = {"all": (0, (1.2, 1.4)), "kept": "solid", "trimmed": (0, (5, 1.8))}
+_DASHES = {"all": [2, 3], "kept": [1, 0], "trimmed": [7, 3]}
 
 
 def _ratio(clustering: str, layer: int = -1) -> CurveOf:
@@ -37,33 +37,50 @@ def _draw(results: Results) -> Plot | Missing:
     if not found:
         return Missing(reason="no run has Calinski-Harabasz ratios in its diagnostics")
     shown = found[:MOST_RUNS]
-    columns = min(2, len(shown))
-    figure, grid = panels(len(shown), columns, 1.8, above=0.5)
-    for place, (axes, run) in enumerate(zip(grid.flat, shown, strict=False)):
-        look = variant_style(run.index)
-        for name, curve in run.value.items():
-            grey = name == "trimmed"
-            axes.plot(
-                curve.x,
-                curve.y,
-                color=SOFT.light if grey else look.color,
-                linestyle=_LOOKS[name],
-                marker=look.marker if name == "kept" or curve.x.size == 1 else None,
-                markersize=4.0,
-            )
-        axes.set_ylim(bottom=0)
-        direct_label(axes, run.name)
-        if place % columns == 0:
-            axes.set_ylabel("between / within")
-        if place + columns >= len(shown):
-            label_steps(axes)
     depth = max(
         len(d.layers) for run in found if run.row.metrics for d in run.row.metrics.diagnostics
     )
+    records = [
+        {
+            "panel": run.name,
+            "variant": run.name,
+            "tokens": name,
+            "x": rounded(curve.x),
+            "y": rounded(curve.y),
+        }
+        for run in shown
+        for name, curve in run.value.items()
+    ]
+    names = [run.name for run in shown]
+    color = colors(results, names)["color"]
+    spec = {
+        "mark": {"type": "line", "strokeWidth": 1.7, "point": {"size": 22, "filled": True}},
+        "encoding": {
+            "x": numeric("x", STEPS, format="~s", tickCount=4),
+            "y": numeric("y", "between / within", scale={"zero": True}, tickCount=4),
+            "color": {
+                "condition": {"test": "datum.tokens == 'trimmed'", "value": SOFT.css},
+                **color,
+                "legend": None,
+            },
+            "strokeDash": {
+                "field": "tokens",
+                "type": "nominal",
+                "scale": {"domain": list(_DASHES), "range": list(_DASHES.values())},
+                "legend": {"title": "tokens", "symbolType": "stroke"},
+            },
+            "tooltip": tip(
+                ("variant", "variant", None),
+                ("tokens", "tokens", None),
+                ("x", "step", ","),
+                ("y", "between / within", ".4~f"),
+            ),
+        },
+    }
     return Plot(
-        figure=figure,
+        chart=panels(records, spec, transform=[{"flatten": ["x", "y"]}]),
         caption="Spread between the experts' mean tokens over the spread within them, at the last"
-        " MoE layer's input. Line with markers: kept tokens. Dotted: all tokens. Grey dashes:"
+        " MoE layer's input. Solid: kept tokens. Dotted: all tokens. Grey dashes:"
         " control, all tokens with the rise that trimming alone gives. Kept above the control"
         " means that experts keep clusters. First seed of each variant; compare values at equal"
         f" numbers of tokens alone.{too_many(found)}"
@@ -76,6 +93,7 @@ def _draw(results: Results) -> Plot | Missing:
                 for name in CLUSTERINGS
             },
         ),
+        wide=True,
     )
 
 

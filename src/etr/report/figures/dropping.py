@@ -9,10 +9,6 @@ from etr.report.spec import Missing, Plot, Spec
 from etr.report.wording import percent
 
 
-def _whole_percent(value: float) -> str:
-    return percent(value, 0)
-
-
 def _drop_rate(results: Results) -> Plot | Missing:
     return plot_curve(
         results,
@@ -20,7 +16,7 @@ def _drop_rate(results: Results) -> Plot | Missing:
         label="dropped choices (%)",
         caption="Pairs of token and expert that were chosen but not kept, share of all valid pairs",
         lacking="no run has a drop rate in its metrics",
-        write=_whole_percent,
+        percent=True,
         headline=_who_drops,
     )
 
@@ -41,7 +37,7 @@ def _without_expert(results: Results) -> Plot | Missing:
         caption="Tokens that no expert kept, which pass a layer by their residual alone; share of"
         " all tokens, over all MoE layers",
         lacking="no run counts tokens without an expert in its metrics",
-        write=_whole_percent,
+        percent=True,
     )
 
 
@@ -53,7 +49,7 @@ def _kept_mass(results: Results) -> Plot | Missing:
         caption="Gate weight of kept choices over that of all choices, mean over MoE layers: above"
         " the kept share where experts keep the tokens they suit",
         lacking="no run has the kept affinity mass in its metrics",
-        write=_whole_percent,
+        percent=True,
         from_zero=False,
     )
 

@@ -1,35 +1,26 @@
-"""Choices per expert over training: a heat map for every run, and the first and last layer."""
+"""Choices per expert over training: a heat map for every variant, of the first and last layer."""
 
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
-from matplotlib.image import AxesImage
 
-from etr.report.figure import direct_label, new_figure
-from etr.report.lines import not_shown
-from etr.report.matrices import (
-    MOST_RUNS,
-    Found,
-    color_scale,
-    every_run,
-    frameless,
-    too_many,
-)
-from etr.report.metrics import Metrics, Steps
+from etr.report.found import MOST_RUNS, Found, every_run, first_of_each, too_many
+from etr.report.lines import STEPS, not_shown
+from etr.report.marks import cells, heat, panels, rounded, tip
+from etr.report.metrics import Metrics
 from etr.report.observations import Array
 from etr.report.results import Results, Row
-from etr.report.spec import Missing, Numbers, Plot, Spec
+from etr.report.spec import Chart, Missing, Numbers, Plot, Spec
 from etr.report.style import LOAD_MAP
-from etr.report.wording import TIMES, clipped
+from etr.report.wording import TIMES, clipped_inside
 
 STEP_BINS = 120
-MOST_LOAD = 3.0
+MOST_CELLS = 3_200
+"""Cells that a figure draws, for its page to stay small: fewer bins where experts are many."""
 
 
 def draw_expert_load(results: Results, layers: Sequence[int] | None = None) -> Plot | Missing:
-    """One panel per run and layer.
+    """One panel per variant and layer.
 
     Args:
         results: the runs.
@@ -37,45 +28,68 @@ def draw_expert_load(results: Results, layers: Sequence[int] | None = None) -> P
             mean over layers: experts of different layers have nothing in common, and a mean hides
             that each is skewed.
     """
-    found = every_run(results, _choices)
+    every, found = every_run(results, _choices), first_of_each(results, _choices)
     if not found:
         return Missing(reason="no run has choices per expert in its metrics")
     shown = found[:MOST_RUNS]
-    columns = max(len(_layers(run.value.shape[1], layers)) for run in shown)
-    if columns == 0:
+    asked = {run.name: _layers(run.value.shape[1], layers) for run in shown}
+    if not any(asked.values()):
         return Missing(reason=f"no run has a layer of {list(layers or ())}")
-    figure = new_figure(len(shown), columns, height=1.0 + 0.95 * len(shown))
-    grid = np.array(figure.axes).reshape(len(shown), columns)
-    norm = TwoSlopeNorm(vcenter=1.0, vmin=0.0, vmax=MOST_LOAD)
-    for line, run in zip(grid, shown, strict=True):
-        asked = _layers(run.value.shape[1], layers)
-        for axes, layer in zip(line, asked, strict=False):
-            image = _draw_load(axes, _metrics(run).step, run.value[:, layer], norm)
-            suffix = f", layer {layer}" if run.value.shape[1] > 1 else ""
-            direct_label(axes, clipped(run.name, 24) + suffix)
-        for axes in line[len(asked) :]:
-            axes.set_axis_off()
-        line[0].set_ylabel("expert")
-    for axes in grid[-1]:
-        axes.set_xlabel("optimizer steps")
-    bar = color_scale(figure, image, f"choices ({TIMES} mean of experts)", extend="max")
-    bar.set_ticks([0, 0.5, 1, 2, 3])
+    chart, bins = _chart(shown, asked)
     return Plot(
-        figure=figure,
+        chart=chart,
         caption="Choices of each expert before dropping, relative to the mean of its layer: 1 is an"
-        f" even load. Steps averaged into at most {STEP_BINS} bins.{_loss_settings(shown)}"
-        f"{too_many(found)}{not_shown(results, [run.row.name for run in found])}",
+        f" even load. Steps averaged into at most {bins} bins; first seed of each variant."
+        f"{_loss_settings(every)}{too_many(found)}"
+        f"{not_shown(results, [run.name for run in found])}",
         numbers=Numbers(
             columns=("run", "seed", "layer", "expert", "bin of steps", "load over mean"),
             rows=[
                 (run.row.name, run.row.seed, layer, expert, place, float(load))
-                for run in shown
+                for run in every[:MOST_RUNS]
                 for layer in range(run.value.shape[1])
                 for expert, line in enumerate(relative_load(run.value[:, layer]))
                 for place, load in enumerate(line)
             ],
         ),
+        wide=True,
     )
+
+
+def _chart(shown: Sequence[Found[Array]], asked: dict[str, list[int]]) -> tuple[Chart, int]:
+    """The panels, and the bins of steps in each."""
+    lines = sum(len(asked[run.name]) * run.value.shape[2] for run in shown)
+    bins = max(10, min(48, MOST_CELLS // lines))
+    records = []
+    for run in shown:
+        steps = np.array_split(_metrics(run).step, min(bins, len(run.value)))
+        for layer in asked[run.name]:
+            suffix = f", layer {layer}" if run.value.shape[1] > 1 else ""
+            records += [
+                {
+                    "panel": clipped_inside(run.name, 26) + suffix,
+                    "variant": run.name,
+                    "row": expert,
+                    "value": rounded(line),
+                    "step": [int(part[-1]) for part in steps],
+                }
+                for expert, line in enumerate(relative_load(run.value[:, layer], bins))
+            ]
+    title = f"choices ({TIMES} mean of experts)"
+    told = tip(
+        ("variant", "variant", None),
+        ("row", "expert", "d"),
+        ("step", "steps to", ","),
+        ("value", title, ".3~f"),
+    )
+    spec = cells(heat(LOAD_MAP, (0, 0.5, 1, 2, 3), title), STEPS, "expert", told, format="~s")
+    spec["encoding"]["x"]["field"] = "step"
+    flat = [{"flatten": ["value", "step"]}]
+    tall = max(run.value.shape[2] for run in shown)
+    height = max(160, min(10 * tall, 320))
+    return panels(
+        records, spec, height=height, transform=flat, independent=("x", "y"), between=50
+    ), bins
 
 
 def relative_load(choices: Array, most_bins: int = STEP_BINS) -> Array:
@@ -114,17 +128,6 @@ def _loss_settings(runs: Sequence[Found[Array]]) -> str:
             names.append(run.row.name)
     told = "; ".join(f"{setting} ({', '.join(names)})" for setting, names in settings.items())
     return f" Router losses: {told}."
-
-
-def _draw_load(axes: Axes, step: Steps, choices: Array, norm: TwoSlopeNorm) -> AxesImage:
-    load = relative_load(choices)
-    # Half a step either side, so that a single step has an extent.
-    extent = (float(step[0]) - 0.5, float(step[-1]) + 0.5, len(load) - 0.5, -0.5)
-    image = axes.imshow(
-        load, aspect="auto", cmap=LOAD_MAP, norm=norm, extent=extent, interpolation="none"
-    )
-    frameless(axes)
-    return image
 
 
 SPEC = Spec(

@@ -1,25 +1,18 @@
 """What experts are for: which domains choose them, and how much they resemble each other."""
 
 import numpy as np
-from matplotlib.colors import Normalize, TwoSlopeNorm
 
-from etr.report.figure import direct_label
+from etr.report.found import MOST_RUNS, first_of_each, last_diagnostics, too_many
 from etr.report.lines import not_shown
-from etr.report.matrices import (
-    MOST_RUNS,
-    color_scale,
-    draw_matrix,
-    first_of_each,
-    last_diagnostics,
-    panels,
-    too_many,
-)
+from etr.report.marks import ROWS, cells, heat, panels, rounded, tip
 from etr.report.observations import Array, Diagnostics, LayerDiagnostics
 from etr.report.results import Results, Row
 from etr.report.spec import Missing, Numbers, Plot, Spec
 from etr.report.style import LOAD_MAP
-from etr.report.wording import TIMES, clipped, fixed
+from etr.report.wording import TIMES, clipped, clipped_inside, fixed
 
+MOST_EXPERTS = 24
+"""Experts of which a figure of pairs shows cosines; the numbers have all."""
 _Measured = tuple[Diagnostics, LayerDiagnostics, Array]
 
 
@@ -47,20 +40,38 @@ def _by_domain(results: Results) -> Plot | Missing:
     if not found:
         return Missing(reason="no run counts its domains' choices in its diagnostics")
     shown = found[:MOST_RUNS]
+    records = [
+        {
+            "panel": clipped_inside(run.name, 26)
+            + (f": {fixed(bits, 3)} bits" if bits is not None else ""),
+            "variant": run.name,
+            "row": clipped(domain, 22),
+            "value": rounded(line),
+        }
+        for run in shown
+        for bits in (run.value[1].mutual_information_bits,)
+        for domain, line in zip(run.value[0].domains, relative_choice(run.value[2]), strict=True)
+    ]
+    title = f"choices ({TIMES} even share)"
+    told = tip(
+        ("variant", "variant", None),
+        ("row", "domain", None),
+        ("column", "expert", "d"),
+        ("value", title, ".3~f"),
+    )
+    spec = cells(heat(LOAD_MAP, (0, 0.5, 1, 2, 3), title), "expert", "", told)
     tallest = max(len(run.value[2]) for run in shown)
-    figure, grid = panels(len(shown), 1, 0.5 + 0.15 * tallest, above=0.6)
-    norm = TwoSlopeNorm(vcenter=1.0, vmin=0.0, vmax=3.0)
-    for axes, run in zip(grid.flat, shown, strict=True):
-        diagnostics, layer, counts = run.value
-        image = draw_matrix(axes, relative_choice(counts), LOAD_MAP, norm, aspect="auto")
-        axes.set_yticks(range(len(counts)), [clipped(d, 16) for d in diagnostics.domains])
-        bits = layer.mutual_information_bits
-        direct_label(axes, run.name + (f": {fixed(bits, 3)} bits" if bits is not None else ""))
-    grid.flat[-1].set_xlabel("expert")
-    bar = color_scale(figure, image, f"choices ({TIMES} even share)", extend="max")
-    bar.set_ticks([0, 0.5, 1, 2, 3])
     return Plot(
-        figure=figure,
+        chart=panels(
+            records,
+            spec,
+            height=max(160, 16 * tallest),
+            least=300,
+            transform=ROWS,
+            independent=("x", "y"),
+            between=110,
+        ),
+        wide=True,
         caption="How often held-out tokens of a domain choose each expert of the last MoE layer,"
         " over an even share; newest diagnostics, first seed. Bits: mutual information of domain"
         " and expert, 0 where experts ignore the domain."
@@ -100,21 +111,30 @@ def _by_similarity(results: Results) -> Plot | Missing:
     if not found:
         return Missing(reason="no run has the similarity of its experts in its diagnostics")
     shown = found[:MOST_RUNS]
-    columns = min(3, max(len(shown), 2))
-    figure, grid = panels(len(shown), columns, 1.4, above=0.3)
-    for axes, run in zip(grid.flat, shown, strict=False):
-        matrix = run.value[2]
-        image = draw_matrix(axes, matrix, LOAD_MAP, Normalize(-1, 1))
-        mean = off_diagonal_mean(matrix)
-        direct_label(
-            axes, clipped(run.name, 14) + (f": {fixed(mean, 2)}" if mean is not None else "")
-        )
-    for line in grid:
-        line[0].set_ylabel("expert")
-    bar = color_scale(figure, image, "cosine of outputs")
-    bar.set_ticks([-1, -0.5, 0, 0.5, 1])
+    records = [
+        {
+            "panel": clipped_inside(run.name, 26)
+            + (f": {fixed(mean, 2)}" if mean is not None else ""),
+            "variant": run.name,
+            "row": expert,
+            "value": rounded(line),
+        }
+        for run in shown
+        for mean in (off_diagonal_mean(run.value[2]),)
+        for expert, line in enumerate(run.value[2][:MOST_EXPERTS, :MOST_EXPERTS])
+    ]
+    told = tip(
+        ("variant", "variant", None),
+        ("row", "expert", "d"),
+        ("column", "other expert", "d"),
+        ("value", "cosine", ".3~f"),
+    )
+    spec = cells(
+        heat(LOAD_MAP, (-1, -0.5, 0, 0.5, 1), "cosine of outputs"), "expert", "expert", told
+    )
     return Plot(
-        figure=figure,
+        chart=panels(records, spec, height=180, transform=ROWS, independent=("x", "y"), between=50),
+        wide=True,
         caption="Cosine of what every two experts of the last MoE layer give for the same held-out"
         " tokens, mean over tokens; the number is the mean over pairs of different experts. Newest"
         f" diagnostics, first seed.{too_many(found)}"

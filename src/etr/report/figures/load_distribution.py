@@ -5,16 +5,18 @@ import math
 import numpy as np
 
 from etr.report.curves import Curve, clean
-from etr.report.figure import add_legend, direct_label, new_figure
+from etr.report.found import Found, first_of_each
 from etr.report.lines import not_shown, plot_curve
-from etr.report.matrices import first_of_each
+from etr.report.marks import colors, numeric, panels, rounded, tip
 from etr.report.observations import Array
 from etr.report.results import Results, Row
-from etr.report.spec import Missing, Numbers, Plot, Spec
-from etr.report.style import AXIS, variant_style
-from etr.report.wording import TIMES, percent
+from etr.report.spec import Chart, Missing, Numbers, Plot, Spec
+from etr.report.style import AXIS
+from etr.report.wording import TIMES
 
 LAST_STEPS = 100
+MOST_STEPS = 120
+"""Points of a distribution that a page holds of each variant."""
 
 
 def _load(row: Row) -> Array | None:
@@ -32,39 +34,13 @@ def _distribution(results: Results) -> Plot | Missing:
     found = first_of_each(results, _load)
     if not found:
         return Missing(reason="no run has choices per expert in its metrics")
-    figure = new_figure(1, 2, height=2.9)
-    left, right = figure.axes
-    for run in found:
-        look, load = variant_style(run.index), run.value
-        share = np.arange(1, load.size + 1) / load.size
-        left.step(
-            [0.0, *load], [0.0, *share], where="post", color=look.color, linestyle=look.linestyle
-        )
-        spread = max(float(load.std()), 1e-3)
-        grid = np.linspace(0, float(load[-1]) * 1.05, 120)
-        normal = [0.5 * (1 + math.erf((x - 1) / (spread * math.sqrt(2)))) for x in grid]
-        left.plot(grid, normal, color=look.color, linewidth=0.8, alpha=0.5)
-        held = np.concatenate([[0.0], np.cumsum(load[::-1])]) / load.sum()
-        right.plot(np.linspace(0, 1, held.size), held, color=look.color, linestyle=look.linestyle)
-    right.plot([0, 1], [0, 1], color=AXIS.light, linewidth=0.8)
-    left.set_xlabel(f"load ({TIMES} mean of layer)")
-    left.set_ylabel("experts with at most that (%)")
-    right.set_xlabel("experts, most loaded first (%)")
-    right.set_ylabel("their share of choices (%)")
-    for axes in (left, right):
-        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}")
-        axes.set_ylim(0, 1.02)
-    right.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}")
-    direct_label(left, "ECDF, faint: normal CDF")
-    direct_label(right, "cumulative load")
-    add_legend(figure, [(r.name, variant_style(r.index)) for r in found], markers=False)
     return Plot(
-        figure=figure,
+        chart=_chart(results, found),
         caption=f"Choices of each expert of each layer, summed over the last {LAST_STEPS} logged"
-        " steps and divided by the mean of its layer. Left: share of experts with at most that"
-        " load, and the normal distribution of the same spread. Right: share of all choices that"
-        " the most loaded experts hold; the diagonal is an even load. First seed of each variant."
-        f"{not_shown(results, [run.name for run in found])}",
+        " steps and divided by the mean of its layer. Load: share of experts with at most that"
+        " load, and faint the normal distribution of the same spread. Concentration: share of all"
+        " choices that the most loaded experts hold; the diagonal is an even load. First seed of"
+        f" each variant.{not_shown(results, [run.name for run in found])}",
         numbers=Numbers(
             columns=("run", "seed", "load over mean", "share of experts with at most that"),
             rows=[
@@ -73,7 +49,68 @@ def _distribution(results: Results) -> Plot | Missing:
                 for place, load in enumerate(run.value)
             ],
         ),
+        wide=True,
     )
+
+
+def _chart(results: Results, found: list[Found[Array]]) -> Chart:
+    loads = f"load ({TIMES} mean of layer): share of experts up to it"
+    shares = "experts, most loaded first: their share of choices"
+    records = []
+    for run in found:
+        for panel, kind, x, y in _curves(run.value):
+            x, y = (_thinned(values) for values in (x, y))
+            records.append(
+                {
+                    "panel": (loads, shares)[panel],
+                    "variant": run.name,
+                    "kind": kind,
+                    "x": rounded(x),
+                    "y": rounded(y),
+                }
+            )
+    names = [run.name for run in found]
+    color = colors(results, names)["color"]
+    told = tip(("variant", "variant", None), ("x", "x", ".3~f"), ("y", "share", ".1%"))
+    plain = {"condition": {"test": "datum.kind == 'own'", "value": 1.8}, "value": 0.9}
+    spec = {
+        "mark": {"type": "line"},
+        "encoding": {
+            "x": numeric("x", None, format=".3~f", tickCount=5),
+            "y": numeric("y", None, format=".0%", scale={"domain": [0, 1.02], "nice": False}),
+            "detail": {"field": "kind", "type": "nominal"},
+            "color": {
+                "condition": {"test": "datum.kind == 'even'", "value": AXIS.css},
+                **color,
+            },
+            "strokeWidth": plain,
+            "tooltip": told,
+        },
+    }
+    flat = [{"flatten": ["x", "y"]}]
+    return panels(records, spec, height=230, least=300, transform=flat, independent=("x",))
+
+
+def _curves(load: Array) -> list[tuple[int, str, Array, Array]]:
+    """Panel, kind, x and y of each line of a variant."""
+    share = np.arange(1, load.size + 1) / load.size
+    spread = max(float(load.std()), 1e-3)
+    grid = np.linspace(0, float(load[-1]) * 1.05, 60)
+    normal = np.array([0.5 * (1 + math.erf((x - 1) / (spread * math.sqrt(2)))) for x in grid])
+    held = np.concatenate([[0.0], np.cumsum(load[::-1])]) / load.sum()
+    ends = np.array([0.0, 1.0])
+    return [
+        (0, "own", np.concatenate([[0.0], np.repeat(load, 2)]), np.repeat([0.0, *share], 2)[:-1]),
+        (0, "normal", grid, normal),
+        (1, "own", np.linspace(0, 1, held.size), held),
+        (1, "even", ends, ends),
+    ]
+
+
+def _thinned(values: Array) -> Array:
+    if values.size <= MOST_STEPS:
+        return values
+    return values[np.linspace(0, values.size - 1, MOST_STEPS).round().astype(int)]
 
 
 def _filled(row: Row) -> Curve | None:
@@ -107,7 +144,7 @@ def _utilisation(results: Results) -> Plot | Missing:
         " is the capacity, or where nothing is dropped the load of the busiest expert, for whom the"
         " others wait",
         lacking="no run has kept tokens per expert in its metrics",
-        write=lambda value: percent(value, 0),
+        percent=True,
     )
 
 

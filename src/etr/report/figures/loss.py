@@ -1,46 +1,32 @@
 """Loss against steps and against expert compute, and perplexity."""
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from etr.report.curves import Curve, CurveOf, VariantCurves, evaluation_curve, gather, train_curve
-from etr.report.figure import add_legend, new_figure
-from etr.report.lines import (
-    curve_numbers,
-    cut_start,
-    draw_lines,
-    label_steps,
-    log_values,
-    not_shown,
-)
+from etr.report.lines import curve_numbers, line_chart, not_shown, values_domain
+from etr.report.marks import rule
 from etr.report.reading import headline
 from etr.report.results import Results, Row
 from etr.report.spec import Missing, Plot, Spec
-from etr.report.style import SOFT
 from etr.report.summary import causality_note, summarize
-from etr.report.wording import prefix_of, short
+from etr.report.wording import short
 
 _NO_LOSS = "no run has a training loss in its metrics"
 _LABEL = "cross-entropy (nats/token)"
+_CAPTION = (
+    "Means over seeds. Lines: training loss, a moving mean over a fortieth of the steps, the"
+    " raw mean faint. Markers: held-out loss, experts selected as served."
+)
 
 
 def _by_steps(results: Results) -> Plot | Missing:
     variants = gather(results, train_curve("loss"), evaluation_curve())
     if not variants:
         return Missing(reason=_NO_LOSS)
-    figure = new_figure()
-    (axes,) = figure.axes
-    draw_lines(axes, variants)
-    cut = cut_start(axes, variants)
-    label_steps(axes)
-    caption = (
-        f"{_lines_caption(figure, axes, variants)}{cut}{_absent(results, variants)}"
-        f"{causality_note(results)}"
-    )
+    domain, cut = values_domain(variants)
     return Plot(
-        figure=figure,
-        caption=caption,
+        chart=line_chart(results, variants, {"title": _LABEL}, domain),
+        caption=f"{_CAPTION}{cut}{_absent(results, variants)}{causality_note(results)}",
         numbers=curve_numbers(results, _losses("step")),
         title=headline(summarize(results)),
     )
@@ -52,22 +38,24 @@ def _by_compute(results: Results) -> Plot | Missing:
     variants = gather(results, pick, evaluation_curve("expert_flops"))
     if not variants:
         return Missing(reason=_NO_LOSS)
-    figure = new_figure()
-    (axes,) = figure.axes
-    ends = [float(variant.line.x[-1]) for variant in variants]
-    scale, prefix = prefix_of(max(ends))
-    draw_lines(axes, variants, scale)
-    cut = cut_start(axes, variants)
-    axes.axvline(min(ends) / scale, color=SOFT.light, linewidth=0.8, linestyle=(0, (2, 2)))
-    axes.set_xlabel(f"expert compute so far ({prefix}FLOP)")
+    least = min(float(variant.line.x[-1]) for variant in variants)
+    domain, cut = values_domain(variants)
+    chart = line_chart(
+        results,
+        variants,
+        {"title": _LABEL},
+        domain,
+        x="expert compute so far (FLOP)",
+        more=[rule("x", least)],
+    )
     caption = (
-        f"{_lines_caption(figure, axes, variants)} Compute counts kept tokens, forward and"
-        f" backward. Dotted: the end of the thriftiest variant, {short(min(ends))}FLOP; others"
+        f"{_CAPTION} Compute counts kept tokens, forward and"
+        f" backward. Dotted: the end of the thriftiest variant, {short(least)}FLOP; others"
         f" have not finished their schedule there.{cut}{_absent(results, variants)}"
         f"{causality_note(results)}"
     )
     numbers = curve_numbers(results, _losses("expert_flops"), x="expert compute (FLOP)")
-    return Plot(figure=figure, caption=caption, numbers=numbers)
+    return Plot(chart=chart, caption=caption, numbers=numbers)
 
 
 def _perplexity(row: Row) -> Curve | None:
@@ -80,24 +68,18 @@ def _perplexity_by_steps(results: Results) -> Plot | Missing:
     variants = gather(results, _perplexity)
     if not variants:
         return Missing(reason="no run has a held-out loss in its metrics")
-    figure = new_figure()
-    (axes,) = figure.axes
-    for variant in variants:
-        look = variant.style
-        axes.plot(
-            variant.line.x,
-            variant.line.y,
-            color=look.color,
-            linestyle=look.linestyle,
-            marker=look.marker,
-            markersize=4.8,
-        )
-    log_values(axes)
-    axes.set_ylabel("held-out perplexity (log scale)")
-    label_steps(axes)
-    add_legend(figure, [(v.name, v.style) for v in variants])
+    every = [curve.y for variant in variants for curve in (variant.line,)]
+    low, high = min(float(y.min()) for y in every), max(float(y.max()) for y in every)
+    chart = line_chart(
+        results,
+        variants,
+        {"title": "held-out perplexity (log scale)", "format": "~s"},
+        (low / 1.05, high * 1.05),
+        smoothed=False,
+        log=True,
+    )
     return Plot(
-        figure=figure,
+        chart=chart,
         caption="Exponential of the held-out loss per token, experts selected as served; mean over"
         f" seeds.{_absent(results, variants)}{causality_note(results)}",
         numbers=curve_numbers(results, {"held-out perplexity": _perplexity}),
@@ -115,21 +97,13 @@ def _absent(results: Results, variants: list[VariantCurves]) -> str:
     return not_shown(results, [variant.name for variant in variants])
 
 
-def _lines_caption(figure: Figure, axes: Axes, variants: list[VariantCurves]) -> str:
-    axes.set_ylabel(_LABEL)
-    add_legend(figure, [(v.name, v.style) for v in variants])
-    return (
-        "Means over seeds. Lines: training loss, a moving mean over a fortieth of the steps, the"
-        " raw mean faint. Markers: held-out loss, experts selected as served."
-    )
-
-
 BY_STEPS = Spec(key="loss-by-steps", title="Loss against steps", section="Quality", draw=_by_steps)
 BY_COMPUTE = Spec(
     key="loss-by-compute",
     title="Loss at equal expert compute",
     section="Quality",
     draw=_by_compute,
+    compares=True,
 )
 PERPLEXITY = Spec(
     key="perplexity",

@@ -4,15 +4,12 @@ from collections.abc import Iterator, Sequence
 from colorsys import hls_to_rgb
 from html import escape
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from etr.report.figure import new_figure
-from etr.report.matrices import Found
+from etr.report.found import Found
+from etr.report.marks import HIDDEN, SHOWN
 from etr.report.results import Results
 from etr.report.routed import Piece, Routed, RoutedText, hue, read_routed
-from etr.report.spec import Missing, Numbers, Plot, Spec
-from etr.report.style import INK, SOFT
+from etr.report.spec import Chart, Missing, Numbers, Plot, Spec
+from etr.report.style import CARD, INK, SANS, SOFT
 from etr.report.wording import clipped
 
 MOST_RUNS = 4
@@ -28,7 +25,8 @@ def _draw(results: Results) -> Plot | Missing:
         )
     without = f" Not shown: {'; '.join(problems)}." if problems else ""
     return Plot(
-        figure=_picture(found),
+        chart=_picture(found),
+        wide=True,
         caption="Held-out text, each token in the colour of the best expert that kept it. Struck"
         " out: tokens that no expert kept. The start of one text per domain, at the first and the"
         " last MoE layer; experts of different layers and runs have nothing in common. First trace"
@@ -50,7 +48,7 @@ def _read(results: Results) -> tuple[list[Found[Routed]], list[str]]:
     """The first readable trace of each variant, and what is wrong with the others."""
     found: list[Found[Routed]] = []
     problems: list[str] = []
-    for index, name in enumerate(results.names):
+    for name in results.names:
         for row in results.of(name):
             if row.trace is None:
                 continue
@@ -59,7 +57,7 @@ def _read(results: Results) -> tuple[list[Found[Routed]], list[str]]:
             except ValueError as error:
                 problems.append(f"{name}, {error}")
                 continue
-            found.append(Found(index=index, name=name, row=row, value=routed))
+            found.append(Found(name=name, row=row, value=routed))
             break
     if len(found) > MOST_RUNS:
         problems.append(f"{len(found) - MOST_RUNS} more variants")
@@ -82,7 +80,8 @@ def _html(run: Found[Routed]) -> str:
         for layer in reversed(layers)
     )
     return (
-        f'<div class="routed"><h4>{escape(run.name)}, {escape(routed.selection)} selection</h4>'
+        f'<div class="routed" data-variant="{escape(run.name)}">'
+        f"<h4>{escape(run.name)}, {escape(routed.selection)} selection</h4>"
         f'<p class="tokens">{legend}{more} <s>dropped</s></p>{blocks}</div>'
     )
 
@@ -101,45 +100,80 @@ def _span(piece: Piece, num_experts: int) -> str:
     return f'<span title="expert {piece.expert}" style="--hue:{shade}">{text}</span>'
 
 
-def _picture(found: Sequence[Found[Routed]]) -> Figure:
+def _picture(found: Sequence[Found[Routed]]) -> Chart:
     """The last layer's first text of every run, as lines of fixed width."""
-    figure = new_figure(len(found), 1, height=0.2 + (0.35 + 0.17 * MOST_LINES) * len(found))
-    for axes, run in zip(figure.axes, found, strict=True):
+    heads: list[dict[str, object]] = []
+    letters: list[dict[str, object]] = []
+    for place, run in enumerate(found):
         last = max(text.layer for text in run.value.texts)
         text = next(text for text in run.value.texts if text.layer == last)
-        _draw_text(axes, text.pieces, run.value.num_experts)
-        axes.set_title(
-            clipped(f"{run.name}, layer {last}, {text.domain}", 60),
-            fontsize=8.5,
-            color=SOFT.light,
-            pad=4,
-        )
-    return figure
-
-
-def _draw_text(axes: Axes, pieces: Sequence[Piece], num_experts: int) -> None:
-    axes.set_axis_off()
-    axes.set_xlim(0, LINE)
-    axes.set_ylim(MOST_LINES, 0)
-    for piece, line, column, part in _lines(pieces):
-        middle, width = line + 0.5, len(part)
-        if piece.kept:
-            color = hls_to_rgb(hue(piece.expert or 0, num_experts) / 360, 0.84, 0.7)
-            axes.barh(middle, width, left=column, height=0.92, color=color, linewidth=0)
-        else:
-            axes.plot([column, column + width], [middle] * 2, color=SOFT.light, linewidth=0.7)
-        for place, letter in enumerate(part):
-            # One by one: another font's letters would be of another width.
-            axes.text(
-                column + place + 0.5,
-                middle,
-                letter,
-                ha="center",
-                va="center",
-                fontsize=7.5,
-                family="DejaVu Sans Mono",
-                color=INK.light if piece.kept else SOFT.light,
+        top = place * (MOST_LINES + 2)
+        name = clipped(f"{run.name}, layer {last}, {text.domain}", 70)
+        heads.append({"variant": run.name, "x": 0, "row": top, "name": name})
+        for piece, line, column, part in _lines(text.pieces):
+            red, green, blue = hls_to_rgb(
+                hue(piece.expert or 0, run.value.num_experts) / 360, 0.84, 0.7
             )
+            color = f"rgb({255 * red:.0f},{255 * green:.0f},{255 * blue:.0f})"
+            letters += [
+                {
+                    "variant": run.name,
+                    "x": column + at,
+                    "row": top + line + 1,
+                    "letter": letter,
+                    "color": color if piece.kept else CARD.css,
+                    "kept": piece.kept,
+                }
+                for at, letter in enumerate(part)
+            ]
+    rows = len(found) * (MOST_LINES + 2)
+    y = {"field": "row", "type": "quantitative", "axis": None, "scale": {"domain": [rows, 0]}}
+    x = {"field": "x", "type": "quantitative", "axis": None, "scale": {"domain": [0, LINE]}}
+    ends = {
+        "x2": {"field": "x1"},
+        "y2": {"field": "row1"},
+        "color": {"field": "color", "type": "nominal", "scale": None},
+    }
+    ink = {"condition": {"test": "datum.kept", "value": INK.light}, "value": SOFT.css}
+    mono = {
+        "type": "text",
+        "align": "left",
+        "baseline": "top",
+        "font": "DejaVu Sans Mono, monospace",
+    }
+    return {
+        "data": {"values": letters},
+        "params": [HIDDEN],
+        "height": 17 * rows,
+        "transform": [
+            SHOWN,
+            {"calculate": "datum.x + 1.03", "as": "x1"},
+            {"calculate": "datum.row + 0.94", "as": "row1"},
+            {"calculate": "datum.row + 0.5", "as": "middle"},
+        ],
+        "layer": [
+            {"mark": "rect", "encoding": {"x": x, "y": y, **ends}},
+            {
+                "mark": {**mono, "fontSize": 11, "dy": 3},
+                "encoding": {
+                    "x": x,
+                    "y": y,
+                    "text": {"field": "letter", "type": "nominal"},
+                    "color": ink,
+                },
+            },
+            {
+                "transform": [{"filter": "!datum.kept"}],
+                "mark": {"type": "rule", "color": SOFT.css},
+                "encoding": {"x": x, "x2": ends["x2"], "y": {**y, "field": "middle"}},
+            },
+            {
+                "data": {"values": heads},
+                "mark": {**mono, "font": SANS, "fontSize": 11, "color": SOFT.css},
+                "encoding": {"x": x, "y": y, "text": {"field": "name", "type": "nominal"}},
+            },
+        ],
+    }
 
 
 def _lines(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, int, int, str]]:

@@ -1,44 +1,43 @@
 """Scores of chosen experts against those of all the others: of the trained router, and before."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
-
-from etr.report.figure import direct_label
+from etr.report.found import MOST_RUNS, first_of_each, too_many
 from etr.report.histogram import Histogram, mean_histogram
 from etr.report.lines import not_shown
-from etr.report.matrices import MOST_RUNS, first_of_each, panels, too_many
+from etr.report.marks import colors, numeric, only, panels, rounded, tip
 from etr.report.observations import Diagnostics
 from etr.report.results import Results, Row
-from etr.report.spec import Missing, Numbers, Plot, Spec
-from etr.report.style import SOFT, variant_style
+from etr.report.spec import Chart, Missing, Numbers, Plot, Spec
+from etr.report.style import SOFT
+from etr.report.wording import clipped_inside
 
 _COLUMNS = ("run", "when", "score from", "score to", "density of chosen", "density of others")
 
 
 def _trained(results: Results) -> Plot | Missing:
     found = [
-        (index, name, histogram)
-        for index, name in enumerate(results.names)
+        (name, histogram)
+        for name in results.names
         if (histogram := mean_histogram([row.histogram for row in results.of(name)]))
     ]
     if not found:
         return Missing(reason="no run has a histogram of its router's scores")
-    figure, grid = panels(len(found), min(2, len(found)), 1.75, above=0.7)
-    for axes, (index, name, histogram) in zip(grid.flat, found, strict=False):
-        _draw_histogram(axes, histogram, variant_style(index).color)
-        direct_label(axes, f"{name}: {histogram.apart} apart")
-    _label(grid, len(found))
+    shown = [
+        (f"{clipped_inside(name, 24)}: {histogram.apart} apart", name, histogram)
+        for name, histogram in found[:MOST_RUNS]
+    ]
     return Plot(
-        figure=figure,
+        chart=_chart(results, shown),
+        wide=True,
         caption="Filled: scores of the experts that held-out tokens chose. Grey line: scores of all"
         " the others. Densities, mean over seeds, with the distance of the two means; scores of"
         " different routers have different units."
-        f"{not_shown(results, [name for _, name, _ in found], 'no scores')}",
+        f"{too_many(found)}{not_shown(results, [name for name, _ in found], 'no scores')}",
         numbers=Numbers(
             columns=_COLUMNS,
-            rows=[line for _, name, h in found for line in _lines(name, "trained", h)],
+            rows=[line for name, h in found for line in _lines(name, "trained", h)],
         ),
     )
 
@@ -58,22 +57,17 @@ def _training(results: Results) -> Plot | Missing:
     found = first_of_each(results, _before_and_after)
     if not found:
         return Missing(reason="no run has affinities in its diagnostics")
-    shown = found[: MOST_RUNS // 2]
-    figure, grid = panels(2 * len(shown), 2, 1.55, above=0.6)
-    for line, run in zip(grid, shown, strict=True):
-        for axes, (step, histogram) in zip(line, run.value, strict=False):
-            _draw_histogram(axes, histogram, variant_style(run.index).color)
-            direct_label(axes, f"{run.name}, step {step:,}")
-        for axes in line[len(run.value) :]:
-            axes.set_axis_off()
-        for axes in line[1 : len(run.value)]:
-            axes.set_xlim(line[0].get_xlim()) if axes.get_xlim() == line[0].get_xlim() else None
-    _label(grid, 2 * len(shown))
+    shown = [
+        (f"{clipped_inside(run.name, 20)}, step {step:,}", run.name, histogram)
+        for run in found[: MOST_RUNS // 2]
+        for step, histogram in run.value
+    ]
     return Plot(
-        figure=figure,
+        chart=_chart(results, shown),
+        wide=True,
         caption="Scores at the last MoE layer, at the first and the newest diagnostics. Filled: of"
         " each token's own experts, those it chose. Grey line: of all other experts. Densities in"
-        f" the router's own unit; first seed of each variant.{too_many(found)}"
+        f" the router's own unit; first seed of each variant.{too_many(found, MOST_RUNS // 2)}"
         f"{not_shown(results, [run.name for run in found], 'no affinities')}",
         numbers=Numbers(
             columns=_COLUMNS,
@@ -87,24 +81,47 @@ def _training(results: Results) -> Plot | Missing:
     )
 
 
-def _draw_histogram(axes: Axes, histogram: Histogram, color: str) -> None:
-    axes.stairs(histogram.others, histogram.edges, color=SOFT.light, linewidth=1.1)
-    axes.stairs(histogram.own, histogram.edges, fill=True, color=color, alpha=0.3)
-    axes.stairs(histogram.own, histogram.edges, color=color, linewidth=1.4)
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_locator(MaxNLocator(3))
-    axes.xaxis.set_major_locator(MaxNLocator(4))
-
-
-def _label(grid: Sequence[Sequence[Axes]], count: int) -> None:
-    """Names of the axes, along the outer panels alone."""
-    flat = [axes for line in grid for axes in line][:count]
-    columns = len(grid[0])
-    for place, axes in enumerate(flat):
-        if place + columns >= count:
-            axes.set_xlabel("score (the router's unit)")
-        if place % columns == 0:
-            axes.set_ylabel("density (1 / unit)")
+def _chart(results: Results, shown: Sequence[tuple[str, str, Histogram]]) -> Chart:
+    """A panel for each histogram: its heading, its variant, and itself."""
+    records: list[dict[str, Any]] = [
+        {
+            "panel": panel,
+            "variant": name,
+            "kind": kind,
+            "x": rounded(histogram.edges),
+            "y": rounded([*density, density[-1]]),
+        }
+        for panel, name, histogram in shown
+        for kind, density in (("own", histogram.own), ("others", histogram.others))
+    ]
+    names = list(dict.fromkeys(name for _, name, _ in shown))
+    steps = {"interpolate": "step-after"}
+    spec = {
+        "encoding": {
+            "x": numeric("x", "score (the router's unit)", tickCount=4),
+            "y": numeric("y", "density (1 / unit)", scale={"zero": True}, tickCount=3),
+            "color": {**colors(results, names)["color"], "legend": None},
+            "tooltip": tip(
+                ("variant", "variant", None),
+                ("kind", "scores of", None),
+                ("x", "score from", ".3~f"),
+                ("y", "density", ".3~f"),
+            ),
+        },
+        "layer": [
+            {
+                "transform": only("others"),
+                "mark": {"type": "line", "strokeWidth": 1.1, **steps},
+                "encoding": {"color": {"value": SOFT.css}},
+            },
+            {
+                "transform": only("own"),
+                "mark": {"type": "area", "opacity": 0.3, "line": {"strokeWidth": 1.4}, **steps},
+            },
+        ],
+    }
+    flat = [{"flatten": ["x", "y"]}]
+    return panels(records, spec, transform=flat, independent=("x", "y"), between=52)
 
 
 def _lines(name: str, when: str, histogram: Histogram) -> list[tuple[object, ...]]:

@@ -1,18 +1,18 @@
 """Where a step's time goes: over training, by kind of work, and by operator."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from etr.report.curves import train_curve
-from etr.report.figure import add_legend, new_figure
+from etr.report.dots import dot_chart, part_chart
+from etr.report.found import MOST_RUNS as MOST_BARS
+from etr.report.found import Found, every_run, first_of_each, too_many
 from etr.report.lines import not_shown, plot_curve
-from etr.report.matrices import MOST_RUNS as MOST_BARS
-from etr.report.matrices import Found, every_run, first_of_each, too_many
 from etr.report.observations import SPANS
 from etr.report.results import Results, Row
 from etr.report.spec import Missing, Numbers, Plot, Spec
-from etr.report.style import SERIES, LineStyle, variant_style
-from etr.report.wording import clipped, clipped_inside, counted, percent, significant
+from etr.report.style import SERIES
+from etr.report.wording import counted, percent, significant
 
 MOST_OPERATORS = 10
 _NO_PROFILE = "no run has a profile in its metrics"
@@ -29,12 +29,12 @@ def _step_time(results: Results) -> Plot | Missing:
 
 
 # Parts of a step that do not overlap, from the spans that do: name, colour.
-_PARTS = (
-    ("computation alone", SERIES[1]),
-    ("computation with communication", SERIES[3]),
-    ("communication alone", SERIES[2]),
-    ("idle", SERIES[0]),
-)
+_PARTS = {
+    "computation alone": SERIES[1],
+    "computation with communication": SERIES[3],
+    "communication alone": SERIES[2],
+    "idle": SERIES[0],
+}
 
 
 def _spans(row: Row) -> Mapping[str, float] | None:
@@ -56,26 +56,9 @@ def _step_time_split(results: Results) -> Plot | Missing:
     if not found:
         return Missing(reason=_NO_PROFILE)
     shown = found[:MOST_BARS]
-    figure = new_figure(height=1.25 + 0.3 * len(shown))
-    (axes,) = figure.axes
-    for place, run in enumerate(shown):
-        left = 0.0
-        for width, (_, tint) in zip(_parts(run.value), _PARTS, strict=True):
-            axes.barh(place, width, left=left, height=0.62, color=tint.light, linewidth=0)
-            left += width
-    axes.set_yticks(range(len(shown)), [clipped(run.name, 22) for run in shown])
-    axes.set_ylim(len(shown) - 0.4, -0.6)
-    axes.grid(axis="x")
-    axes.grid(axis="y", visible=False)
-    axes.spines["left"].set_visible(False)
-    axes.set_xlabel("time of a forward and backward pass (ms)")
-    add_legend(
-        figure,
-        [(name, LineStyle(tint=tint, dashes=(), marker="s")) for name, tint in _PARTS],
-        lines=False,
-    )
+    bars = [(run.name, run.row.name, _parts(run.value)) for run in shown]
     return Plot(
-        figure=figure,
+        chart=part_chart(bars, _PARTS, "time of a forward and backward pass (ms)", ",.4~f"),
         caption="A forward and backward pass by what the device does: mean over each run's profiled"
         " passes. Communication that runs during computation is drawn once; idle is the rest."
         f"{too_many(found)}{not_shown(results, [run.row.name for run in found])}",
@@ -89,12 +72,12 @@ def _step_time_split(results: Results) -> Plot | Missing:
     )
 
 
-def _split_title(runs: list[Found[Mapping[str, float]]]) -> str | None:
+def _split_title(runs: Sequence[Found[Mapping[str, float]]]) -> str | None:
     """What a single run spends its time on, where one part is over half of it."""
     if len(runs) != 1:
         return None
     parts = _parts(runs[0].value)
-    most, (name, _) = max(zip(parts, _PARTS, strict=True), key=lambda pair: pair[0])
+    most, name = max(zip(parts, _PARTS, strict=True))
     return (
         f"{percent(most / sum(parts), 0)} of a forward and backward pass is {name}"
         if most > 0.5 * sum(parts)
@@ -122,27 +105,17 @@ def _operator_time(results: Results) -> Plot | Missing:
         for name, (seconds, _) in run.value.items():
             totals[name] = max(totals.get(name, 0.0), seconds)
     longest = sorted(totals, key=lambda name: -totals[name])[:MOST_OPERATORS]
-    figure = new_figure(height=1.2 + len(longest) * max(0.26, 0.08 * len(found) + 0.1))
-    (axes,) = figure.axes
-    for order, run in enumerate(found):
-        offset = 0.6 * ((order + 0.5) / len(found) - 0.5)
-        look = variant_style(run.index)
-        for place, name in enumerate(longest):
-            if name in run.value:
-                y, x = place + offset, 1e3 * run.value[name][0]
-                axes.plot([0, x], [y, y], color=look.color, linewidth=1.1)
-                axes.plot([x], [y], color=look.color, marker=look.marker, markersize=4.4)
-    axes.set_yticks(range(len(longest)), [clipped_inside(name, 27) for name in longest])
-    axes.set_ylim(len(longest) - 0.5, -0.5)
-    axes.set_xlim(left=0)
-    axes.grid(axis="x")
-    axes.grid(axis="y", visible=False)
-    axes.spines["left"].set_visible(False)
-    axes.set_xlabel("time in the operator per pass (ms)")
-    add_legend(figure, [(run.name, variant_style(run.index)) for run in found], lines=False)
+    dots = [
+        (name, run.name, milliseconds, 0.0, milliseconds)
+        for run in found
+        for name in longest
+        if name in run.value
+        for milliseconds in (1e3 * run.value[name][0],)
+    ]
+    label = "time in the operator per pass (ms)"
     slowest = longest[0]
     return Plot(
-        figure=figure,
+        chart=dot_chart(results, dots, longest, label, zero=True, letters=27),
         caption=f"The {counted(len(longest), 'operator')} that take longest in any run, without"
         " what they call: mean over the profiled passes of each variant's first seed."
         f" Longest: {slowest}, {significant(1e3 * totals[slowest])} ms."

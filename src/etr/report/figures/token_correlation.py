@@ -1,21 +1,19 @@
 """Correlation of tokens before and after training, ordered by the expert they chose."""
 
-from matplotlib.colors import Normalize
+import numpy as np
 
-from etr.report.figure import direct_label
+from etr.report.found import first_of_each, too_many
 from etr.report.lines import not_shown
-from etr.report.matrices import (
-    MOST_RUNS,
-    color_scale,
-    draw_matrix,
-    first_of_each,
-    panels,
-    too_many,
-)
-from etr.report.observations import Diagnostics
+from etr.report.marks import ROWS, cells, heat, panels, rounded, tip
+from etr.report.observations import Array, Diagnostics
 from etr.report.results import Results, Row
 from etr.report.spec import Missing, Numbers, Plot, Spec
 from etr.report.style import LOAD_MAP
+from etr.report.wording import clipped_inside
+
+MOST_RUNS = 4
+MOST_TOKENS = 20
+"""Cells along a side: more tokens are averaged, for the page to stay small."""
 
 
 def _before_and_after(row: Row) -> list[Diagnostics] | None:
@@ -28,24 +26,29 @@ def _draw(results: Results) -> Plot | Missing:
     found = first_of_each(results, _before_and_after)
     if not found:
         return Missing(reason="no run has correlations of tokens in its diagnostics")
-    shown = found[: MOST_RUNS // 2]
-    figure, grid = panels(2 * len(shown), 2, 1.95, above=0.4)
-    for line, run in zip(grid, shown, strict=True):
-        for axes, diagnostics in zip(line, run.value, strict=False):
-            assert diagnostics.token_correlation is not None
-            image = draw_matrix(axes, diagnostics.token_correlation, LOAD_MAP, Normalize(-1, 1))
-            direct_label(axes, f"{run.name}, step {diagnostics.step:,}")
-        for axes in line[len(run.value) :]:
-            axes.set_axis_off()
-        line[0].set_ylabel("token, by expert")
-    bar = color_scale(figure, image, "correlation of features")
-    bar.set_ticks([-1, -0.5, 0, 0.5, 1])
+    records = [
+        {
+            "panel": f"{clipped_inside(run.name, 22)}, step {d.step:,}",
+            "variant": run.name,
+            "row": token,
+            "value": rounded(line),
+        }
+        for run in found[:MOST_RUNS]
+        for d in run.value
+        if d.token_correlation is not None
+        for token, line in enumerate(averaged(d.token_correlation, MOST_TOKENS))
+    ]
+    told = tip(("variant", "variant", None), ("value", "correlation", ".3~f"))
+    color = heat(LOAD_MAP, (-1, -0.5, 0, 0.5, 1), "correlation of features")
+    spec = cells(color, "token, by expert", "token, by expert", told, labels=False)
+    spec["encoding"]["y"]["axis"]["labels"] = False
     return Plot(
-        figure=figure,
+        chart=panels(records, spec, height=200, least=200, transform=ROWS),
+        wide=True,
         caption="Correlation of every two tokens over their features at the last MoE layer's input,"
         " tokens ordered by the expert they chose, at the first and the newest diagnostics. Blocks"
         " along the diagonal are tokens of one expert that resemble each other. First seed of each"
-        f" variant.{too_many(found)}{not_shown(results, [run.name for run in found])}",
+        f" variant.{too_many(found, MOST_RUNS)}{not_shown(results, [run.name for run in found])}",
         numbers=Numbers(
             columns=("run", "step", "token", "expert", "other token", "correlation"),
             rows=[
@@ -58,6 +61,18 @@ def _draw(results: Results) -> Plot | Missing:
             ],
         ),
     )
+
+
+def averaged(matrix: Array, most: int) -> Array:
+    """A matrix of at most `most` rows and columns, neighbours averaged; NaN where all are."""
+    parts = np.array_split(np.arange(len(matrix)), min(most, len(matrix)))
+    found = np.full((len(parts), len(parts)), np.nan)
+    for i, rows in enumerate(parts):
+        for j, columns in enumerate(parts):
+            values = matrix[np.ix_(rows, columns)]
+            values = values[np.isfinite(values)]
+            found[i, j] = values.mean() if values.size else np.nan
+    return found
 
 
 def _expert(diagnostics: Diagnostics, token: int) -> int | None:

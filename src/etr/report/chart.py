@@ -1,0 +1,210 @@
+"""A figure as a value, and how it leaves: into a page, or as SVG and PNG files.
+
+A figure is one Vega-Lite specification. The page shows it as a picture that needs no script, and
+as a chart where scripts run; files of their own are drawn from the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from etr.files import write_bytes
+from etr.report.spec import Chart, Numbers, Section
+from etr.report.style import CARD, CONFIG, INK, SOFT, in_light
+
+HALF, WHOLE = 488, 1034
+"""Pixels of a chart in half a row and in a whole row of the page."""
+FILE = 560
+"""Pixels of a chart in a file of its own."""
+_NEEDLESS = (
+    r' (?:aria-\w+|role|pointer-events|class)="[^"]*"'
+    r'| (?:opacity="1"|stroke-width="0"|stroke-miterlimit="10")'
+)
+SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
+VEGA_LITE = "6.4"
+"""Version that draws; vl-convert has it inside."""
+PNG_SCALE = 2
+INTERACTIVE = ("hover", "zoom")
+"""Names of layers and parameters that only a chart under a pointer needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """A figure that could be drawn."""
+
+    key: str
+    """Name of its files and of its place in the page: lower case, digits and dashes."""
+    title: str
+    """The finding where the data decide one, else what is shown."""
+    section: Section
+    """Where in the page."""
+    caption: str
+    """What it shows and how it is computed."""
+    chart: Chart
+    """The specification, without width, title and caption."""
+    numbers: Numbers
+    """What it draws."""
+    wide: bool
+    """Whether it takes a whole row of the page."""
+    html: str | None
+    """What a page shows in place of the chart; None for the chart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """A figure that the data did not allow."""
+
+    key: str
+    """As in `Drawing`."""
+    title: str
+    """What would have been shown."""
+    section: Section
+    """As in `Drawing`."""
+    reason: str
+    """What is missing."""
+
+
+def sized(chart: Chart, width: int) -> Chart:
+    """A copy that fills `width` pixels; panels are as many in a row as fit. The page's script
+    does the same for the room that it finds."""
+    chart = copy.deepcopy(chart)
+    if "facet" in chart:
+        count, least = chart["usermeta"]["panels"], chart["usermeta"]["least"]
+        rows = -(-count // max(1, (width - 40) // least))
+        columns = -(-count // rows)
+        chart["columns"] = columns
+        chart["spec"]["width"] = (width - 62) // columns - chart["usermeta"]["between"]
+    else:
+        chart["width"] = width
+        chart["autosize"] = {"type": "fit-x", "contains": "padding"}
+    return {"$schema": SCHEMA, **chart}
+
+
+def page_spec(drawing: Drawing) -> Chart:
+    """The specification for the page's script, which makes the page's one legend serve it."""
+    chart = _walk(drawing.chart, _without_legend)
+    return {**chart, "config": CONFIG}
+
+
+def page_svg(drawing: Drawing) -> str:
+    """The picture for the page, as an `<svg>` element whose colours are CSS variables."""
+    text = _svg(_still(page_spec(drawing)), WHOLE if drawing.wide else HALF, drawing.key)
+    svg = re.sub(r' (?:xmlns(?::xlink)?|version|font-family)="[^"]*"(?=[^<>]*>)', "", text)
+    return svg.replace("<svg", f'<svg role="img" aria-labelledby="{drawing.key}-title"', 1)
+
+
+def save_files(drawing: Drawing, folder: Path) -> tuple[Path, Path]:
+    """Write the drawing with title and caption as KEY.svg and KEY.png; returns both paths."""
+    import vl_convert
+
+    paths = folder / f"{drawing.key}.svg", folder / f"{drawing.key}.png"
+    svg = in_light(_svg(_framed(drawing), FILE, drawing.key))
+    write_bytes(paths[0], svg.encode("utf-8", errors="replace"))
+    write_bytes(paths[1], vl_convert.svg_to_png(svg, scale=PNG_SCALE))
+    return paths
+
+
+def save_svg(chart: Chart, path: Path) -> None:
+    """Write a chart alone, without title and caption."""
+    spec = {**_still(chart), "config": {**CONFIG, "background": CARD.css}}
+    write_bytes(path, in_light(_svg(spec, FILE, path.stem)).encode("utf-8", errors="replace"))
+
+
+@cache
+def script() -> str:
+    """The JavaScript that shows specifications: Vega, Vega-Lite and Vega-Embed, offline."""
+    import vl_convert
+
+    found = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE)
+    return str(found).replace("</script", "<\\/script")
+
+
+def as_json(chart: Chart) -> str:
+    """A specification that may stand inside a script element."""
+    text = json.dumps(chart, ensure_ascii=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _svg(chart: Chart, width: int, name: str) -> str:
+    """The picture; its ids begin with `name`, so that several fit one page."""
+    import vl_convert
+
+    # Half a surrogate pair in a name is not UTF-8.
+    spec = json.dumps(sized(chart, width)).encode("utf-8", "replace").decode()
+    svg = str(vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE))
+    # They count on from picture to picture, and no file would be the same twice.
+    ids = {old: f"{name}-{new}" for new, old in enumerate(re.findall(r'<[^>]* id="([^"]+)"', svg))}
+    for old, new in ids.items():
+        svg = svg.replace(f' id="{old}"', f' id="{new}"').replace(f"url(#{old})", f"url(#{new})")
+    # Tags only: what a name says is left alone.
+    return re.sub(r"<[^>]+>", _trimmed, svg)
+
+
+def _trimmed(match: re.Match[str]) -> str:
+    """A tag without what no picture needs, its numbers with two decimals."""
+    tag = match.group()
+    if 'display="none"' in tag or ' d=""' in tag:
+        return ""
+    tag = re.sub(r"(\d\.\d\d)\d+", r"\1", re.sub(_NEEDLESS, "", tag))
+    return re.sub(r"rgb\((\d+), (\d+), (\d+)\)", _hex, tag)
+
+
+def _hex(match: re.Match[str]) -> str:
+    return "#" + "".join(f"{int(channel):02x}" for channel in match.groups())
+
+
+def _framed(drawing: Drawing) -> Chart:
+    """The specification of a file: with the title above, and the caption below it."""
+    title = textwrap.wrap(drawing.title, 62)
+    caption = textwrap.wrap(drawing.caption, 92)
+    return {
+        **_still(drawing.chart),
+        "padding": 14,
+        "title": {
+            "text": title,
+            "subtitle": caption,
+            "anchor": "start",
+            "frame": "bounds",
+            "fontSize": 15,
+            "subtitleFontSize": 11,
+            "subtitlePadding": 6,
+            "offset": 12,
+            "color": INK.css,
+            "subtitleColor": SOFT.css,
+        },
+        "config": {**CONFIG, "background": CARD.css},
+    }
+
+
+def _still(chart: Chart) -> Chart:
+    """The specification without what a pointer needs."""
+
+    def strip(entry: dict[str, Any]) -> dict[str, Any]:
+        for key in ("layer", "params"):
+            if key in entry:
+                entry[key] = [e for e in entry[key] if e.get("name") not in INTERACTIVE]
+        return entry
+
+    return _walk(chart, strip)
+
+
+def _without_legend(entry: dict[str, Any]) -> dict[str, Any]:
+    return (
+        {**entry, "legend": None} if entry.get("field") == "variant" and "scale" in entry else entry
+    )
+
+
+def _walk(value: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """A copy in which every object but data is what `change` makes of it."""
+    if isinstance(value, dict):
+        found = {k: v if k == "data" else _walk(v, change) for k, v in value.items()}
+        return change(found)
+    return [_walk(entry, change) for entry in value] if isinstance(value, list) else value
