@@ -17,5 +17,5 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> int:
     """Pages get the first figures only, for tests of the page around them; says how many."""
-    monkeypatch.setattr("etr.report.figures.FIGURES", FIGURES[:5])
-    return 5
+    monkeypatch.setattr("etr.report.figures.FIGURES", FIGURES[:3])
+    return 3

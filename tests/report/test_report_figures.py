@@ -13,13 +13,14 @@ from invented_results import make_results
 from numpy.testing import assert_allclose
 
 from etr.report import draw_figures, load_results
-from etr.report.chart import Drawing, Skipped, page_spec, page_svg, save_files
+from etr.report.chart import Drawing, Skipped, _slim, page_spec, page_svg, save_files
 from etr.report.curves import Curve, VariantCurves, mean_curve, smooth, thin
 from etr.report.figures import FIGURES
 from etr.report.figures.expert_load import draw_expert_load, relative_load
 from etr.report.histogram import Histogram, mean_histogram
+from etr.report.labels import LINE, NAME, label_places
 from etr.report.lines import log_ticks, values_domain
-from etr.report.marks import LINE, NAME, label_places
+from etr.report.results import Results
 from etr.report.spec import SECTIONS, Missing, Plot
 from etr.report.style import CARD, INK, SERIES, SOFT, in_light, looks
 from etr.report.wording import clipped_inside
@@ -37,8 +38,13 @@ def test_the_table_names_each_figure_once_in_the_order_of_the_sections() -> None
 
 
 @pytest.fixture(scope="module")
-def figures(comparison: Path) -> dict[str, Drawing | Skipped]:
-    return {figure.key: figure for figure in draw_figures(comparison)}
+def results(comparison: Path) -> Results:
+    return load_results(comparison)
+
+
+@pytest.fixture(scope="module")
+def figures(results: Results) -> dict[str, Drawing | Skipped]:
+    return {figure.key: figure for figure in draw_figures(results)}
 
 
 def test_every_figure_is_drawn_with_title_units_and_caption(
@@ -59,7 +65,7 @@ def test_pictures_of_the_page_are_valid_themed_and_alone(
 ) -> None:
     for figure in figures.values():
         assert isinstance(figure, Drawing)
-        svg = page_svg(figure)
+        svg = page_svg(figure, figure.wide)
         root = ET.fromstring(svg)
         assert root.tag == "svg"
         assert root.get("aria-labelledby") == f"{figure.key}-title"
@@ -73,6 +79,25 @@ def test_pictures_of_the_page_are_valid_themed_and_alone(
         if figure.html is None:
             assert all(str(colour).startswith("var(--") for colour in colours), figure.key
         assert in_light(svg).count("var(--") == 0
+
+
+def test_a_slim_picture_is_the_same_picture() -> None:
+    """Groups nest as before, whatever was left out; what a clip needs stays, and text."""
+    cell = '<path d="M{0},0h1v1h-1Z" fill="rgb(160, 9, {1})"/>'
+    cells = "".join(cell.format(place, 8 * (place % 2)) for place in range(10))
+    svg = (
+        '<svg><defs><clipPath id="a"><path d="M0,0h9v9h-9Z"/></clipPath></defs><g class="r">'
+        '<g class="e"/><g transform="translate(0,0)"><path d="M0,0h9v9h-9Z"/><g x="1.500"><g></g>'
+        f'<text y="1.2345">1.2345 &lt;g&gt;</text></g>{cells}</g><path d="" display="none"/></g>'
+        '<path d="M1.26,2L3,4.04" stroke="var(--a)"/></svg>'
+    )
+    even, odd = ("".join(f"M{at},0h1v1h-1Z" for at in range(start, 10, 2)) for start in (0, 1))
+    assert _slim(svg) == (
+        '<svg><defs><clipPath id="a"><path d="M0,0h9v9h-9Z"/></clipPath></defs><g x="1.5">'
+        '<text y="1.23">1.2345 &lt;g&gt;</text></g>'
+        f'<path d="{even}" fill="#a00800"/><path d="{odd}" fill="#a00808"/>'
+        '<path d="M1.3,2L3,4" stroke="var(--a)"/></svg>'
+    )
 
 
 def test_a_chart_has_what_its_picture_has_and_obeys_the_page(
@@ -133,14 +158,19 @@ def test_files_are_written_and_leave_the_drawing_as_it_was(
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [png.name, svg.name]
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-def test_the_shortest_runs_are_drawn(tmp_path: Path, steps: int) -> None:
-    make_results(tmp_path, seeds=1, steps=steps, variants=2, layers=1)
-    figures = draw_figures(tmp_path)
+@pytest.mark.parametrize(("steps", "name"), [(1, "etr mass 0.7"), (2, '$a$b$ <b>&" #0067b1 id=')])
+def test_the_shortest_runs_and_names_with_marks_are_drawn(
+    tmp_path: Path, steps: int, name: str
+) -> None:
+    content = make_results(tmp_path, seeds=1, steps=steps, variants=2, layers=1)
+    content["rows"][1]["name"] = name
+    figures = draw_figures(load_results(content, metrics_root=tmp_path))
     assert [figure.key for figure in figures if isinstance(figure, Drawing)] == KEYS
     for figure in figures:
         assert isinstance(figure, Drawing)
-        ET.fromstring(page_svg(figure))
+        root = ET.fromstring(page_svg(figure, figure.wide))
+        words = ["".join(element.itertext()) for element in root.iter("text")]
+        assert figure.key != "loss-by-steps" or clipped_inside(name, NAME) in words
 
 
 def test_results_without_anything_skip_every_figure_with_a_reason(tmp_path: Path) -> None:
@@ -154,23 +184,11 @@ def test_results_without_anything_skip_every_figure_with_a_reason(tmp_path: Path
     assert len({figure.title for figure in figures}) == len(FIGURES)
 
 
-def test_names_with_marks_of_formulas_and_markup_are_drawn(tmp_path: Path) -> None:
-    content = make_results(tmp_path, seeds=1, steps=3, variants=2, layers=1)
-    name = '$a$b$ <b>&" #0067b1 id='
-    content["rows"][1]["name"] = name
-    for figure in draw_figures(load_results(content, metrics_root=tmp_path)):
-        assert isinstance(figure, Drawing)
-        root = ET.fromstring(page_svg(figure))
-        words = ["".join(element.itertext()) for element in root.iter("text")]
-        if figure.key == "loss-by-steps":
-            assert clipped_inside(name, NAME) in words
-
-
 @pytest.mark.parametrize(
     ("layers", "shown"), [(None, [0, 2]), ([1], [1]), ([-1, 2], [2]), ([0, 1, 2], [0, 1, 2])]
 )
-def test_layers_of_the_load_can_be_chosen(comparison: Path, layers: Any, shown: list[int]) -> None:
-    plot = draw_expert_load(load_results(comparison), layers)
+def test_layers_of_the_load_can_be_chosen(results: Results, layers: Any, shown: list[int]) -> None:
+    plot = draw_expert_load(results, layers)
     assert isinstance(plot, Plot)
     panels = plot.chart["facet"]["sort"]
     assert [panel for panel in panels if panel.startswith("baseline")] == [
@@ -178,8 +196,8 @@ def test_layers_of_the_load_can_be_chosen(comparison: Path, layers: Any, shown: 
     ]
 
 
-def test_a_layer_that_no_run_has_is_a_reason(comparison: Path) -> None:
-    plot = draw_expert_load(load_results(comparison), [7])
+def test_a_layer_that_no_run_has_is_a_reason(results: Results) -> None:
+    plot = draw_expert_load(results, [7])
     assert isinstance(plot, Missing)
     assert "[7]" in plot.reason
 

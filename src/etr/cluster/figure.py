@@ -5,7 +5,7 @@ from __future__ import annotations
 from etr.cluster.measure import NetworkCurve
 from etr.report.chart import Drawing
 from etr.report.lines import log_ticks
-from etr.report.marks import numeric
+from etr.report.marks import layer, mark, numeric
 from etr.report.spec import Chart, Numbers
 from etr.report.style import SERIES
 
@@ -25,34 +25,26 @@ def curve_drawing(curve: NetworkCurve) -> Drawing:
         f"{curve.line.bytes_per_second / 1e6:.4g} MB/s.",
         chart=_chart(rows),
         numbers=Numbers(columns=("bytes", "seconds", "fitted (s)"), rows=rows),
-        wide=False,
-        html=None,
     )
 
 
 def _chart(rows: list[tuple[int, float, float]]) -> Chart:
-    records = [
-        {"bytes": size, "measured": seconds, "fitted": fitted} for size, seconds, fitted in rows
-    ]
+    fields = ("bytes", "measured", "fitted")
     times = [value for _, *values in rows for value in values if value > 0]
-    ticks = log_ticks(min(times) / 1.1, max(times) * 1.1)
-    scale = {"type": "log", "domain": [min(times) / 1.1, max(times) * 1.1], "nice": False}
-    title = "time until the last rank is done (s)"
+    low, high = min(times) / 1.1, max(times) * 1.1
+    scale = {"type": "log", "domain": [low, high], "nice": False}
+    axis = {"scale": scale, "values": log_ticks(low, high), "format": "~g"}
+    y = numeric("fitted", "time until the last rank is done (s)", **axis)
     x = numeric("bytes", "sent by each rank (bytes)", scale={"type": "log", "base": 2}, format="~s")
     return {
-        "data": {"values": records},
+        "data": {"values": [dict(zip(fields, row, strict=True)) for row in rows]},
         "height": 250,
         "encoding": {"x": x},
         "layer": [
-            {
-                "mark": {"type": kind, "color": tint.css, "filled": kind == "point", "opacity": 1},
-                "encoding": {
-                    "y": numeric(field, title, scale=scale, values=ticks, format="~g"),
-                },
-            }
-            for kind, field, tint in (
-                ("line", "fitted", SERIES[2]),
-                ("point", "measured", SERIES[1]),
-            )
+            layer(mark("line", color=SERIES[2].css), y=y),
+            layer(
+                mark("point", color=SERIES[1].css, filled=True, opacity=1),
+                y=y | {"field": "measured"},
+            ),
         ],
     }

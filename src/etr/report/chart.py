@@ -17,17 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from etr.files import write_bytes
-from etr.report.spec import Chart, Numbers, Section
+from etr.report.spec import Chart, Plot, Section
 from etr.report.style import CARD, CONFIG, INK, SOFT, in_light
 
 HALF, WHOLE = 488, 1034
 """Pixels of a chart in half a row and in a whole row of the page."""
 FILE = 560
 """Pixels of a chart in a file of its own."""
-_NEEDLESS = (
+_NEEDLESS = re.compile(
     r' (?:aria-\w+|role|pointer-events|class)="[^"]*"'
-    r'| (?:opacity="1"|stroke-width="0"|stroke-miterlimit="10")'
+    r'| (?:opacity="1"|stroke-width="0"|stroke-miterlimit="10"|transform="translate\(0,0\)")'
 )
+_UNSEEN = re.compile(r'<path d="[^"]*"(?: display="none")?/>(?!</clipPath>)')
+_CELLS = re.compile(r'(?:<path d="[^"]*Z" fill="#\w{6}"/>){9,}')
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 VEGA_LITE = "6.4"
 """Version that draws; vl-convert has it inside."""
@@ -37,7 +39,7 @@ INTERACTIVE = ("hover", "zoom")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
+class Drawing(Plot):
     """A figure that could be drawn."""
 
     key: str
@@ -46,16 +48,6 @@ class Drawing:
     """The finding where the data decide one, else what is shown."""
     section: Section
     """Where in the page."""
-    caption: str
-    """What it shows and how it is computed."""
-    chart: Chart
-    """The specification, without width, title and caption."""
-    numbers: Numbers
-    """What it draws."""
-    wide: bool
-    """Whether it takes a whole row of the page."""
-    html: str | None
-    """What a page shows in place of the chart; None for the chart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +86,10 @@ def page_spec(drawing: Drawing) -> Chart:
     return {**chart, "config": CONFIG}
 
 
-def page_svg(drawing: Drawing) -> str:
-    """The picture for the page, as an `<svg>` element whose colours are CSS variables."""
-    text = _svg(_still(page_spec(drawing)), WHOLE if drawing.wide else HALF, drawing.key)
+def page_svg(drawing: Drawing, whole: bool) -> str:
+    """The picture for a whole or half row of the page, as an `<svg>` element whose colours are CSS
+    variables."""
+    text = _svg(_still(page_spec(drawing)), WHOLE if whole else HALF, drawing.key)
     svg = re.sub(r' (?:xmlns(?::xlink)?|version|font-family)="[^"]*"(?=[^<>]*>)', "", text)
     return svg.replace("<svg", f'<svg role="img" aria-labelledby="{drawing.key}-title"', 1)
 
@@ -123,14 +116,7 @@ def script() -> str:
     """The JavaScript that shows specifications: Vega, Vega-Lite and Vega-Embed, offline."""
     import vl_convert
 
-    found = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE)
-    return str(found).replace("</script", "<\\/script")
-
-
-def as_json(chart: Chart) -> str:
-    """A specification that may stand inside a script element."""
-    text = json.dumps(chart, ensure_ascii=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE))
 
 
 def _svg(chart: Chart, width: int, name: str) -> str:
@@ -144,21 +130,40 @@ def _svg(chart: Chart, width: int, name: str) -> str:
     ids = {old: f"{name}-{new}" for new, old in enumerate(re.findall(r'<[^>]* id="([^"]+)"', svg))}
     for old, new in ids.items():
         svg = svg.replace(f' id="{old}"', f' id="{new}"').replace(f"url(#{old})", f"url(#{new})")
+    return _slim(svg)
+
+
+def _slim(svg: str) -> str:
+    """The same picture in fewer letters: nothing unseen, short numbers, cells by their colour."""
+    kept: list[bool] = []
+
+    def short(match: re.Match[str]) -> str:
+        tag = _NEEDLESS.sub("", match.group())
+        if tag.startswith("<g") and tag.endswith("/>"):
+            return ""
+        if tag.startswith("<g"):
+            kept.append(tag != "<g>")
+        if (tag == "<g>" and not kept[-1]) or (tag == "</g>" and not kept.pop()):
+            return ""
+        digits = 1 if "L" in tag else 2
+        tag = re.sub(r"\d+\.\d+", lambda number: f"{round(float(number[0]), digits):g}", tag)
+        return re.sub(r"rgb\((\d+), (\d+), (\d+)\)", _hex, tag)
+
     # Tags only: what a name says is left alone.
-    return re.sub(r"<[^>]+>", _trimmed, svg)
+    return _CELLS.sub(_by_colour, _UNSEEN.sub("", re.sub(r"<[^>]+>", short, svg)))
 
 
-def _trimmed(match: re.Match[str]) -> str:
-    """A tag without what no picture needs, its numbers with two decimals."""
-    tag = match.group()
-    if 'display="none"' in tag or ' d=""' in tag:
-        return ""
-    tag = re.sub(r"(\d\.\d\d)\d+", r"\1", re.sub(_NEEDLESS, "", tag))
-    return re.sub(r"rgb\((\d+), (\d+), (\d+)\)", _hex, tag)
+def _by_colour(cells: re.Match[str]) -> str:
+    """One path for all cells of a colour; they do not overlap."""
+    paths: dict[str, str] = {}
+    for place, colour in re.findall(r'd="([^"]*)" fill="([^"]*)"', cells[0]):
+        paths[colour] = paths.get(colour, "") + place
+    return "".join(f'<path d="{path}" fill="{colour}"/>' for colour, path in paths.items())
 
 
-def _hex(match: re.Match[str]) -> str:
-    return "#" + "".join(f"{int(channel):02x}" for channel in match.groups())
+def _hex(colour: re.Match[str]) -> str:
+    """Of cells: a few dozen colours that differ to the eye."""
+    return "#" + "".join(f"{min(255, 8 * round(int(part) / 8)):02x}" for part in colour.groups())
 
 
 def _framed(drawing: Drawing) -> Chart:

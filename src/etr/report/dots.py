@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from etr.report.marks import HIDDEN, PADDING, SHOWN, colors, nominal, numeric, rounded, tip
+from etr.report.marks import (
+    FRAME,
+    SHOWN,
+    colors,
+    layer,
+    mark,
+    named,
+    nominal,
+    numeric,
+    rounded,
+    shapes,
+    tip,
+)
 from etr.report.results import Results
 from etr.report.spec import Chart
 from etr.report.style import GRID, Tint
@@ -36,52 +48,31 @@ def dot_chart(
     names = [name for name in results.names if any(dot[1] == name for dot in dots)]
     written = {row: clipped_inside(row, letters) for row in rows}
     records = [
-        {
-            "row": written[row],
-            "variant": name,
-            **dict(zip(("value", "low", "high"), rounded(values), strict=True)),
-        }
+        {"row": written[row], "variant": name, "value": value, "low": low, "high": high}
         for row, name, *values in dots
+        for value, low, high in (rounded(values),)
     ]
-    look = colors(results, names, shape=True)
-    step = max(34, 9 * len(names))
+    axis = {"grid": True, "bandPosition": 1, "labelPadding": 8, "gridColor": GRID.css}
+    low = numeric("low", title, grid=True, scale={"zero": zero, "padding": 8})
+    told = {"value": (title, ",.5~g"), "low": ("from", ",.5~g"), "high": ("to", ",.5~g")}
     return {
         "data": {"values": records},
-        "params": [HIDDEN],
+        **FRAME,
         "transform": [SHOWN],
-        "height": max(160, step * len(rows)),
-        "padding": PADDING,
+        "height": max(160, max(34, 9 * len(names)) * len(rows)),
         "encoding": {
-            "y": nominal(
-                "row",
-                [written[row] for row in rows],
-                axis={"grid": True, "bandPosition": 1, "labelPadding": 8, "gridColor": GRID.css},
-            ),
-            "yOffset": {"field": "variant", "type": "nominal", "sort": names},
-            "color": look["color"],
+            "y": nominal("row", (written[row] for row in rows), axis=axis),
+            "yOffset": nominal("variant", names),
+            **colors(results, names),
         },
         "layer": [
-            {
-                "mark": {"type": "rule", "strokeWidth": 1.4},
-                "encoding": {
-                    "x": numeric("low", title, grid=True, scale={"zero": zero, "padding": 8}),
-                    "x2": {"field": "high"},
-                },
-            },
-            {
-                "mark": {"type": "point", "filled": True, "size": 42, "opacity": 1},
-                "encoding": {
-                    "x": {"field": "value", "type": "quantitative", "title": title},
-                    "shape": look["shape"],
-                    "tooltip": tip(
-                        ("variant", "variant", None),
-                        ("row", "row", None),
-                        ("value", title, ",.5~g"),
-                        ("low", "from", ",.5~g"),
-                        ("high", "to", ",.5~g"),
-                    ),
-                },
-            },
+            layer(mark("rule", strokeWidth=1.4), x=low, x2={"field": "high"}),
+            layer(
+                mark("point", filled=True, size=42, opacity=1),
+                x={"field": "value", "type": "quantitative", "title": title},
+                **shapes(results, names),
+                tooltip=tip(row=("row", None), **told),
+            ),
         ],
     }
 
@@ -100,33 +91,25 @@ def part_chart(
         title: of the lengths.
         form: how a pointer is told a length.
     """
-    names = list(parts)
     records = [
         {"run": run, "variant": variant, "part": part, "order": place, "value": value}
         for run, variant, values in runs
-        for place, (part, value) in enumerate(zip(names, rounded(values), strict=True))
+        for place, (part, value) in enumerate(zip(parts, rounded(values), strict=True))
     ]
     order = [run for run, _, _ in runs]
+    scale = {"zero": True}
+    tints = {part: tint.css for part, tint in parts.items()}
     return {
         "data": {"values": records},
-        "params": [HIDDEN],
+        **FRAME,
         "transform": [SHOWN],
         "height": max(160, 26 * len(order)),
-        "padding": PADDING,
-        "mark": {"type": "bar", "height": {"band": 0.68}},
-        "encoding": {
-            "y": nominal("run", order, axis={"labelLimit": 150}),
-            "x": {
-                **numeric("value", title, grid=True, scale={"zero": True}),
-                "stack": "zero",
-            },
-            "order": {"field": "order", "type": "quantitative"},
-            "color": {
-                "field": "part",
-                "type": "nominal",
-                "scale": {"domain": names, "range": [tint.css for tint in parts.values()]},
-                "legend": {"columns": 2, "title": None},
-            },
-            "tooltip": tip(("run", "run", None), ("part", "part", None), ("value", title, form)),
-        },
+        **layer(
+            mark("bar", height={"band": 0.68}),
+            y=nominal("run", order, axis={"labelLimit": 150}),
+            x={**numeric("value", title, grid=True, scale=scale), "stack": "zero"},
+            order={"field": "order", "type": "quantitative"},
+            color=named("part", tints, columns=2),
+            tooltip=tip("run", part=("part", None), value=(title, form)),
+        ),
     }

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from etr.report.curves import Curve, CurveOf, VariantCurves, gather, mean_curve, smooth, thin
+from etr.report.labels import LINE, label_layer, label_places, labels
 from etr.report.marks import (
-    HIDDEN,
-    LINE,
-    PADDING,
+    FRAME,
+    SHARED,
     SHOWN,
     colors,
-    label_layer,
-    label_places,
-    labels,
+    layer,
+    mark,
+    named,
     numeric,
-    only,
     rounded,
     tip,
 )
 from etr.report.results import Results
 from etr.report.spec import Chart, Missing, Numbers, Plot
+from etr.report.style import looks
 from etr.report.wording import listed
 
 HEIGHT = 250
-MOST_POINTS = 240
+MOST_POINTS = 160
 # All lines of a figure together, so that many variants do not make a page of many megabytes.
 MOST_POINTS_IN_ALL = 3_000
 FEW = 6
@@ -36,6 +36,13 @@ SMOOTHED = "mean over seeds, a moving mean over a fortieth of the steps, the raw
 CUT = " The axis is cut above the steep start."
 STEPS = "optimizer steps"
 Domain = tuple[float, float]
+
+
+class Named(Protocol):
+    """What is of a variant."""
+
+    @property
+    def name(self) -> str: ...
 
 
 def line_chart(
@@ -72,62 +79,42 @@ def line_chart(
     records = [r for v in variants for r in _records(v, lines[v.name], len(names), smoothed)]
     xs = [float(end) for c in lines.values() for end in (c.x[0], c.x[-1])]
     ends = [min(xs), max(xs)] if min(xs) < max(xs) else [min(xs) - 0.5, max(xs) + 0.5]
-    title = y.pop("title")
-    scale: dict[str, Any] = {"domain": rounded(domain), "nice": False}
+    title, scale = y.pop("title"), {"domain": rounded(domain), "nice": False}
     if log:
         scale["type"], y["values"] = "log", log_ticks(*domain)
-    point = ("x", "step" if x == STEPS else x, ",.4~s" if x != STEPS else ",")
-    told = tip(("variant", "variant", None), point, ("y", title, form))
+    told = tip(x=("step", ",") if x == STEPS else (x, ",.4~s"), y=(title, form))
     return {
-        "data": {"values": [*records, *labels(results, places)]},
-        "params": [HIDDEN],
+        "data": {"values": [*records, *labels(places)]},
+        **FRAME,
         "transform": [SHOWN, {"flatten": ["x", "y"]}],
         "height": height,
-        "padding": PADDING,
         "encoding": {
             "x": numeric("x", x, format="~s", tickCount=6, scale={"domain": ends, "nice": False}),
             "y": numeric("y", title, scale=scale, **y),
-            **{k: {**e, "legend": None} for k, e in colors(results, names).items()},
+            "color": colors(results, names)["color"] | SHARED,
         },
-        "layer": [
-            *_layers(results, names, told),
-            *more,
-            label_layer(),
-        ],
+        "layer": [*_layers(results, names, told), *more, label_layer()],
     }
 
 
 def _layers(results: Results, names: Sequence[str], told: Any) -> list[Chart]:
-    dash = colors(results, names, dash=True)["strokeDash"]
+    every = looks(results.names)
+    dash = named("variant", {name: every[name].dashes or (1, 0) for name in names}) | SHARED
     zoom = {"type": "interval", "zoom": "wheel![event.shiftKey]"}
     near = {"type": "point", "on": "pointerover", "clear": "pointerout"}
+    seen = {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0.01}
+    dot = {"filled": True, "clip": True}
     return [
         {
             "params": [{"name": "zoom", "select": zoom, "bind": "scales"}],
-            "transform": only("raw"),
-            "mark": {"type": "line", "strokeWidth": 0.7, "opacity": 0.28, "clip": True},
+            **layer(mark("line", strokeWidth=0.7, opacity=0.28, clip=True), "raw"),
         },
-        {
-            "transform": only("line"),
-            "mark": {"type": "line", "strokeWidth": 1.9, "clip": True},
-            "encoding": {"strokeDash": {**dash, "legend": None}},
-        },
-        {
-            "transform": only("point"),
-            "mark": {"type": "point", "filled": True, "size": 36, "opacity": 1, "clip": True},
-        },
+        layer(mark("line", strokeWidth=1.9, clip=True), "line", strokeDash=dash),
+        layer(mark("point", size=36, opacity=1, **dot), "point"),
         {
             "name": "hover",
             "params": [{"name": "near", "select": near}],
-            "transform": only("hover"),
-            "mark": {"type": "point", "filled": True, "size": 110, "clip": True},
-            "encoding": {
-                "opacity": {
-                    "condition": {"param": "near", "empty": False, "value": 1},
-                    "value": 0.01,
-                },
-                "tooltip": told,
-            },
+            **layer(mark("point", size=110, **dot), "hover", opacity=seen, tooltip=told),
         },
     ]
 
@@ -198,9 +185,10 @@ def _plain(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def not_shown(results: Results, shown: Sequence[str], what: str = "no values") -> str:
+def not_shown(results: Results, shown: Iterable[str | Named], what: str = "no values") -> str:
     """A sentence that names the variants a figure lacks; nothing where it has all."""
-    missing = [name for name in results.names if name not in shown]
+    names = {entry if isinstance(entry, str) else entry.name for entry in shown}
+    missing = [name for name in results.names if name not in names]
     return f" Not shown, {what}: {listed(missing)}." if missing else ""
 
 
@@ -249,18 +237,14 @@ def plot_curve(
     """
     variants = gather(results, pick)
     if not variants:
-        return Missing(reason=lacking)
+        return Missing(lacking)
     domain, cut = values_domain(variants, from_zero=from_zero)
-    y = {"title": label, "format": (".1%" if domain[1] - domain[0] < 0.05 else ".0%")}
+    shares = ".1%" if domain[1] - domain[0] < 0.05 else ".0%"
+    y = {"title": label, "format": shares if percent else "~s"}
+    form = ".2%" if percent else ".4~s"
     return Plot(
-        chart=line_chart(
-            results,
-            variants,
-            y if percent else {"title": label, "format": "~s"},
-            domain,
-            form=".2%" if percent else ".4~s",
-        ),
-        caption=f"{caption}; {SMOOTHED}.{cut}{not_shown(results, [v.name for v in variants])}",
+        chart=line_chart(results, variants, y, domain, form=form),
+        caption=f"{caption}; {SMOOTHED}.{cut}{not_shown(results, variants)}",
         numbers=curve_numbers(results, {label: pick}),
         title=headline(variants),
     )

@@ -1,4 +1,4 @@
-"""What charts of runs are put together from: records, colours, labels, panels."""
+"""What charts of runs are put together from: records, marks, colours, panels."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from typing import Any
 
 from etr.report.results import Results
 from etr.report.spec import Chart
-from etr.report.style import SOFT, looks
-from etr.report.wording import clipped_inside
+from etr.report.style import LOAD_MAP, SOFT, looks
 
-NAME = 20
-"""Letters of a name beside its line."""
-LINE = 13
-"""Pixels from one label to the next."""
-PADDING = {"left": 4, "top": 8, "right": 8, "bottom": 4}
 HIDDEN = {"name": "hidden", "value": []}
 SHOWN = {"filter": "indexof(hidden, datum.variant) < 0"}
 """The page's legend says which variants a chart leaves out."""
+FRAME = {"params": [HIDDEN], "padding": {"left": 4, "top": 8, "right": 8, "bottom": 4}}
+"""What every chart of one panel has beside its data."""
+SHARED = {"legend": None}
+"""No legend of its own: that of the page, or labels, say whose a mark is."""
 
 
 def rounded(values: Iterable[float]) -> list[float | None]:
@@ -29,106 +27,53 @@ def rounded(values: Iterable[float]) -> list[float | None]:
 def numeric(field: str, title: str | None, **options: Any) -> dict[str, Any]:
     """An encoding of a number; options are those of the axis, and `scale`."""
     scale = options.pop("scale", {"zero": False})
-    return {
-        "field": field,
-        "type": "quantitative",
-        "title": title,
-        "scale": scale,
-        **({"axis": options} if options else {}),
-    }
+    axis = {"axis": options} if options else {}
+    return {"field": field, "type": "quantitative", "title": title, "scale": scale, **axis}
 
 
-def nominal(field: str, order: Sequence[str] | None = None, **options: Any) -> dict[str, Any]:
+def nominal(field: str, order: Iterable[str] | None = None, **options: Any) -> dict[str, Any]:
     """An encoding of a name, in the order given or that of the data."""
-    sort = list(order) if order is not None else None
+    sort = None if order is None else list(order)
     return {"field": field, "type": "nominal", "sort": sort, "title": None, **options}
 
 
-def colors(
-    results: Results, shown: Sequence[str], *, dash: bool = False, shape: bool = False
-) -> Any:
-    """Encodings that give the variants their colours, and their dashes or markers."""
+def named(field: str, looks: Mapping[str, Any], **legend: Any) -> dict[str, Any]:
+    """An encoding of a name by the look that each has."""
+    scale = {"domain": list(looks), "range": list(looks.values())}
+    return nominal(field, looks, scale=scale, legend={"title": None, "columns": 3, **legend})
+
+
+def mark(kind: str, **look: Any) -> dict[str, Any]:
+    """A mark and how it looks."""
+    return {"type": kind, **look}
+
+
+def layer(mark: dict[str, Any], only: str | None = None, /, **encoding: Any) -> Chart:
+    """A mark, the kind of records that it takes alone, and what of them it shows."""
+    taken = {} if only is None else {"transform": [{"filter": f"datum.kind == '{only}'"}]}
+    return {**taken, "mark": mark, "encoding": encoding}
+
+
+def colors(results: Results, shown: Iterable[str]) -> dict[str, Any]:
+    """The encoding that gives variants their colours."""
     every = looks(results.names)
-    found = [every[name] for name in shown]
-    domain = list(shown)
-    legend = {"columns": 3, "title": None, **({"symbolType": "stroke"} if dash else {})}
-    given = {
-        "color": [look.tint.css for look in found],
-        **({"strokeDash": [list(look.dashes) or [1, 0] for look in found]} if dash else {}),
-        **({"shape": [look.shape for look in found]} if shape else {}),
-    }
-    return {
-        channel: {
-            **nominal("variant", domain),
-            "scale": {"domain": domain, "range": values},
-            "legend": legend,
-        }
-        for channel, values in given.items()
-    }
+    return {"color": named("variant", {name: every[name].tint.css for name in shown})}
 
 
-def only(kind: str) -> list[dict[str, Any]]:
-    """The transform that leaves the records of a kind."""
-    return [{"filter": f"datum.kind == '{kind}'"}]
+def shapes(results: Results, shown: Iterable[str]) -> dict[str, Any]:
+    """The encoding that gives variants their markers."""
+    every = looks(results.names)
+    return {"shape": named("variant", {name: every[name].shape for name in shown})}
 
 
-def tip(*fields: tuple[str, str, str | None]) -> list[dict[str, Any]]:
-    """What a pointer is told: field, title and number format of each line."""
+def tip(lead: str = "variant", /, **fields: tuple[str, str | None]) -> list[dict[str, Any]]:
+    """What a pointer is told: whose a mark is, then title and number format of each field."""
     return [
         {"field": field, "title": title, "type": "quantitative", "format": form}
         if form
         else {"field": field, "title": title, "type": "nominal"}
-        for field, title, form in fields
+        for field, (title, form) in {lead: (lead, None), **fields}.items()
     ]
-
-
-def label_places(wanted: Mapping[str, float], height: float) -> dict[str, float]:
-    """Pixels from the top for a label of each line: near its end, and none over another."""
-    order = sorted(wanted, key=lambda name: wanted[name])
-    places: list[float] = []
-    for name in order:
-        least = places[-1] + LINE if places else 0.0
-        places.append(max(wanted[name], least))
-    most = height
-    for at in reversed(range(len(places))):
-        places[at] = min(places[at], most)
-        most = places[at] - LINE
-    return dict(zip(order, places, strict=True))
-
-
-def labels(results: Results, places: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Records of names beside their lines."""
-    return [
-        {
-            "kind": "label",
-            "variant": name,
-            "x": [0],
-            "y": [0],
-            "py": round(place, 1),
-            "name": clipped_inside(name, NAME),
-        }
-        for name, place in places.items()
-    ]
-
-
-def label_layer() -> dict[str, Any]:
-    """The layer of names beside their lines; the chart leaves room for them."""
-    return {
-        "transform": only("label"),
-        "mark": {
-            "type": "text",
-            "align": "left",
-            "baseline": "middle",
-            "dx": 7,
-            "fontSize": 10.5,
-            "clip": False,
-        },
-        "encoding": {
-            "x": {"value": "width"},
-            "y": {"field": "py", "type": "quantitative", "scale": None},
-            "text": {"field": "name", "type": "nominal"},
-        },
-    }
 
 
 def panels(
@@ -138,7 +83,7 @@ def panels(
     height: int = 160,
     least: int = 220,
     between: int = 18,
-    transform: Sequence[Mapping[str, Any]] = (),
+    transform: Sequence[Mapping[str, Any]] = ({"flatten": ["x", "y"]},),
     independent: Sequence[str] = (),
 ) -> Chart:
     """Panels, one for each `panel` of the records, in their order.
@@ -153,82 +98,61 @@ def panels(
         independent: axes that differ from panel to panel.
     """
     names = list(dict.fromkeys(str(record["panel"]) for record in records))
+    apart = dict.fromkeys(independent, "independent")
     return {
         "data": {"values": list(records)},
         "params": [HIDDEN],
         "transform": [SHOWN, *transform],
-        "facet": {
-            **nominal("panel", names),
-            "header": {"labelLimit": max(least, 200), "title": None},
-        },
+        "facet": nominal("panel", names, header={"labelLimit": max(least, 200), "title": None}),
         "spec": {"height": height, **spec},
         "usermeta": {"panels": len(names), "least": least, "between": between},
-        **(
-            {
-                "resolve": {
-                    "axis": dict.fromkeys(independent, "independent"),
-                    "scale": dict.fromkeys(independent, "independent"),
-                }
-            }
-            if independent
-            else {}
-        ),
+        **({"resolve": {"axis": apart, "scale": apart}} if apart else {}),
     }
 
 
 def rule(axis: str, value: float) -> Chart:
     """A thin dotted line across a chart of lines at a value of one axis."""
-    across = {"x": "height", "y": "width"}[axis]
-    other = {"x": "y", "y": "x"}[axis]
-    return {
-        "data": {"values": [{}]},
-        "mark": {"type": "rule", "strokeDash": [2, 3]},
-        "encoding": {
-            axis: {"datum": value},
-            other: {"value": 0},
-            f"{other}2": {"value": across},
-            "color": {"value": SOFT.css},
-        },
-    }
+    other, end = {"x": ("y", "height"), "y": ("x", "width")}[axis]
+    across = {axis: {"datum": value}, other: {"value": 0}, f"{other}2": {"value": end}}
+    look = {"color": {"value": SOFT.css}, "tooltip": {"value": None}}
+    return {"mark": mark("rule", strokeDash=[2, 3]), "encoding": {**across, **look}}
 
 
-def heat(scheme: Sequence[str], domain: Sequence[float], title: str) -> dict[str, Any]:
-    """The colour of a cell by its `value`."""
-    return {
-        "field": "value",
-        "type": "quantitative",
-        "scale": {
-            "domain": list(domain),
-            "range": list(scheme),
-            "clamp": True,
-            "interpolate": "rgb",
-        },
-        "legend": {
-            "title": title,
-            "titleLimit": 300,
-            "gradientLength": 200,
-            "values": list(domain),
-            "format": ".2~f",
-        },
-    }
+LOADS = (0, 0.5, 1, 2, 3)
+"""Load over its mean, of the colours of `heat`."""
+COSINES = (-1, -0.5, 0, 0.5, 1)
+"""The same of cosines and correlations."""
 
 
-def cells(color: Any, x: str, y: str, tooltip: Any, **axis: Any) -> Chart:
-    """A panel of rectangles: `column` along x, `row` along y, row 0 on top."""
-    whole = {"grid": False, "labelOverlap": True, "domain": False, "ticks": False}
-    return {
-        "mark": {"type": "rect", "stroke": None, "strokeWidth": 0},
-        "encoding": {
-            "x": {"field": "column", "type": "ordinal", "title": x,
-                  "axis": {**whole, "labelAngle": 0, **axis}},
-            "y": {"field": "row", "type": "ordinal", "title": y, "axis": whole, "sort": None},
-            "color": color,
-            "tooltip": tooltip,
-        },
-    }  # fmt: skip
+def heat(
+    title: str, domain: Sequence[float], x: str, y: str, told: Any, labels: Any = None
+) -> Chart:
+    """A panel of rectangles in the colours of their `value`.
+
+    Args:
+        title: of the values.
+        domain: values of the colours.
+        x, y: titles of the axes: `column` along x, `row` along y, row 0 on top.
+        told: what a pointer is told.
+        labels: options of both axes.
+    """
+    axis: dict[str, Any] = {"grid": False, "labelOverlap": True, "domain": False, "ticks": False}
+    axis |= {"labelAngle": 0, **(labels or {})}
+    scale = {"domain": domain, "range": LOAD_MAP, "clamp": True, "interpolate": "rgb"}
+    legend = {"title": title, "titleLimit": 300, "gradientLength": 200, "values": domain}
+    color = {"field": "value", "type": "quantitative", "scale": scale}
+    return layer(
+        mark("rect", stroke=None, strokeWidth=0),
+        x={"field": "column", "type": "ordinal", "title": x, "axis": axis},
+        y={"field": "row", "type": "ordinal", "title": y, "axis": axis, "sort": None},
+        color={**color, "legend": {**legend, "format": ".2~f"}},
+        tooltip=told,
+    )
 
 
-ROWS: list[dict[str, Any]] = [{"flatten": ["value"]},
-        {"window": [{"op": "row_number", "as": "place"}], "groupby": ["panel", "row"]},
-        {"calculate": "datum.place - 1", "as": "column"}]  # fmt: skip
+ROWS: list[dict[str, Any]] = [
+    {"flatten": ["value"]},
+    {"window": [{"op": "row_number", "as": "place"}], "groupby": ["panel", "row"]},
+    {"calculate": "datum.place - 1", "as": "column"},
+]
 """A row of cells for each record: its list `value` becomes cells of columns from 0."""

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader
 from etr.files import write_bytes
 from etr.prose import prose_html
 from etr.report.alarms import by_kind, gather_alarms
-from etr.report.chart import Drawing, Skipped, as_json, page_spec, page_svg, save_files, script
+from etr.report.chart import Drawing, Skipped, page_spec, page_svg, save_files, script
 from etr.report.columns import PAGE_COLUMNS, RUN_COLUMNS, footnotes
 from etr.report.figures import FIGURES, draw_figures
 from etr.report.reading import NOTHING, headline, read
@@ -95,8 +95,9 @@ def render_page(report: Report, figures: Sequence[Drawing | Skipped], *, title: 
             sections={name: rows for name, rows in sections.items() if rows and name != LAST},
             last=(LAST, sections[LAST]),
             skipped=_told(figures, alone=len(results.names) == 1),
-            scripts=(script(), own),
-            hashes=[_hash(text) for text in (script(), own)],
+            charts=_charts(drawn),
+            script=own,
+            hashes=[_hash(text) for text in (own, script())],
         )
     )
 
@@ -137,7 +138,6 @@ def _pages() -> Environment:
         "prose": prose_html,
         "sentence": sentence,
         "svg": page_svg,
-        "spec": lambda figure: as_json(page_spec(figure)),
         "data_link": data_link,
         "anchor": lambda text: text.lower().replace(" ", "-"),
         "counted": counted,
@@ -147,9 +147,20 @@ def _pages() -> Environment:
 
 def data_link(numbers: Numbers) -> str:
     """The numbers of a figure as a link that holds them: CSV, compressed."""
-    text = numbers.csv().encode("utf-8", errors="replace")
-    packed = base64.b64encode(gzip.compress(text, mtime=0)).decode()
-    return f"data:application/gzip;base64,{packed}"
+    return f"data:application/gzip;base64,{_packed(numbers.csv())}"
+
+
+def _charts(drawn: Sequence[Drawing]) -> str:
+    """What makes the page's pictures charts: specifications, and the script that shows them."""
+    charts = {figure.key: page_spec(figure) for figure in drawn if figure.html is None}
+    held = {"runtime": script(), "charts": charts}
+    return _packed(json.dumps(held, ensure_ascii=False, separators=(",", ":")))
+
+
+def _packed(text: str) -> str:
+    """A text as letters that stand anywhere in a page, compressed; the same ones for the same."""
+    packed = gzip.compress(text.encode("utf-8", errors="replace"), mtime=0)
+    return base64.b64encode(packed).decode()
 
 
 def _hash(text: str) -> str:

@@ -5,7 +5,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from etr.report.results import Results
 
@@ -15,14 +15,7 @@ Section = Literal["Quality", "Dropping", "Load", "Text", "Specialisation", "Time
 # What makes a spreadsheet compute a cell; full-width signs count as well.
 FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 BREAKS = ("\t", "\n")
-SECTIONS: tuple[Section, ...] = (
-    "Quality",
-    "Dropping",
-    "Load",
-    "Text",
-    "Specialisation",
-    "Time and memory",
-)
+SECTIONS: tuple[Section, ...] = get_args(Section)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +55,7 @@ class Plot:
     """What a page shows in place of the chart; None for the chart."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Missing:
     """A figure that the data do not allow."""
 
@@ -70,7 +63,7 @@ class Missing:
     """What is missing; completes a sentence."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Spec:
     """One entry in the table of figures."""
 
@@ -88,7 +81,7 @@ class Spec:
 
 def _written(value: Any) -> Any:
     if isinstance(value, float):
-        return f"{value:.7g}" if math.isfinite(value) else ""
+        return f"{value:.6g}" if math.isfinite(value) else ""
     if isinstance(value, str):
         value = value.replace("\r\n", "\n").replace("\r", "\n")  # the writer quotes "\n" alone
         return f"'{value}" if value.strip().startswith(FORMULA) or value[:1] in BREAKS else value

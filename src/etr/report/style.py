@@ -142,7 +142,7 @@ CONFIG: dict[str, Any] = {
         "aria": False,
         **_TEXT,
         "titleFontWeight": "normal",
-        "titlePadding": 6,
+        "titlePadding": 10,
         "domainColor": AXIS.css,
         "tickColor": AXIS.css,
         "gridColor": GRID.css,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from etr.report.chart import save_svg
-from etr.report.marks import nominal, numeric, panels
+from etr.report.marks import layer, mark, named, nominal, numeric, panels
 from etr.report.spec import Chart
 from etr.report.statistics import mean, t_interval
 from etr.report.style import SERIES, SOFT
@@ -53,23 +54,18 @@ def _capacity(study: Collection, reference: str) -> Chart | None:
                 records.append({"router": router, "x": factor, **places})
     if not records:
         return None
-    tints = {"domain": list(FRAMES), "range": [tint.css for tint in SERIES[: len(FRAMES)]]}
+    tints = dict(zip(FRAMES, (tint.css for tint in SERIES), strict=False))
+    dot = {"filled": True, "size": 40}
     return {
         "data": {"values": records},
         "height": 280,
         "encoding": {
             "x": numeric("x", "capacity factor (ranked by score, equal steps)"),
-            "color": {**nominal("router"), "scale": tints, "legend": {"title": None}},
+            "color": named("router", tints, columns=4),
         },
         "layer": [
-            {
-                "mark": {"type": "line", "point": {"filled": True, "size": 40}},
-                "encoding": {"y": numeric("y", LOSS)},
-            },
-            {
-                "mark": {"type": "rule"},
-                "encoding": {"y": numeric("low", LOSS), "y2": {"field": "high"}},
-            },
+            layer(mark("line", point=dot), y=numeric("y", LOSS)),
+            layer(mark("rule"), y=numeric("low", LOSS), y2={"field": "high"}),
         ],
     }
 
@@ -97,20 +93,17 @@ def _front(study: Collection, reference: str) -> Chart | None:
             "y": numeric("y", LOSS),
         },
         "layer": [
-            {
-                "mark": {"type": "point", "filled": True, "size": 46, "opacity": 1},
-                "encoding": {
-                    "shape": _shape(),
-                    "color": {"field": "color", "type": "nominal", "scale": None},
-                },
-            },
-            {
-                "mark": {"type": "text", "align": "left", "dx": 5, "dy": -4, "fontSize": 8,
-                         "color": SOFT.css},
-                "encoding": {"text": {"field": "name", "type": "nominal"}},
-            },
+            layer(
+                mark("point", filled=True, size=46, opacity=1),
+                shape=_shape(),
+                color={"field": "color", "type": "nominal", "scale": None},
+            ),
+            layer(
+                mark("text", align="left", dx=5, dy=-4, fontSize=8, color=SOFT.css),
+                text=nominal("name"),
+            ),
         ],
-    }  # fmt: skip
+    }
 
 
 def _time(study: Collection, reference: str) -> Chart | None:
@@ -142,23 +135,18 @@ def _time(study: Collection, reference: str) -> Chart | None:
 
 def _panels(records: Sequence[dict[str, Any]], reference: str) -> Chart:
     """A panel for each task."""
-    spec = {
-        "mark": {"type": "line", "point": {"filled": True, "size": 36}},
-        "encoding": {
-            "x": numeric("x", f"time over that of {reference}"),
-            "y": numeric("y", LOSS),
-            "shape": _shape(),
-            "color": {
-                **nominal("name"),
-                "scale": {"range": [tint.css for tint in SERIES]},
-                "legend": {"title": None, "columns": 2},
-            },
-        },
-    }
+    names = dict.fromkeys(record["name"] for record in records)
+    tints = dict(zip(names, cycle(tint.css for tint in SERIES), strict=False))
+    spec = layer(
+        mark("line", point={"filled": True, "size": 36}),
+        x=numeric("x", f"time over that of {reference}"),
+        y=numeric("y", LOSS),
+        shape=_shape(),
+        color=named("name", tints, columns=2),
+    )
     given = [{"variant": "", **record} for record in records]
-    return panels(given, spec, height=300, independent=("y",))
+    return panels(given, spec, height=300, transform=(), independent=("y",))
 
 
 def _shape() -> dict[str, Any]:
-    scale = {"domain": list(NAMES.values()), "range": list(SHAPES.values())}
-    return {**nominal("match"), "scale": scale, "legend": {"title": None}}
+    return named("match", {NAMES[match]: shape for match, shape in SHAPES.items()})

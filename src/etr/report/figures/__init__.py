@@ -72,19 +72,11 @@ def draw_figures(source: ReportLike) -> list[Drawing | Skipped]:
 def draw(spec: Spec, results: Results) -> Drawing | Skipped:
     """Draw one figure of the table."""
     alone = spec.compares and len(results.names) == 1
-    found = Missing(reason="one run alone has nothing to compare") if alone else spec.draw(results)
+    found = Missing("one run alone has nothing to compare") if alone else spec.draw(results)
     if isinstance(found, Missing):
         return Skipped(key=spec.key, title=spec.title, section=spec.section, reason=found.reason)
-    return Drawing(
-        key=spec.key,
-        title=found.title or spec.title,
-        section=spec.section,
-        caption=found.caption,
-        chart=found.chart,
-        numbers=found.numbers,
-        wide=found.wide,
-        html=found.html,
-    )
+    own = {"key": spec.key, "section": spec.section, "title": found.title or spec.title}
+    return Drawing(**(vars(found) | own))
 
 
 def write_figures(source: ReportLike, folder: Path) -> list[Path]:

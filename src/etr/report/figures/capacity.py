@@ -12,7 +12,7 @@ from etr.report.lines import (
     not_shown,
     values_domain,
 )
-from etr.report.marks import colors, numeric, panels, rounded, tip
+from etr.report.marks import SHARED, colors, layer, mark, named, numeric, panels, rounded, tip
 from etr.report.results import Results
 from etr.report.spec import Missing, Plot, Spec
 from etr.report.wording import TIMES
@@ -24,13 +24,13 @@ def _factor(results: Results) -> Plot | Missing:
     pick = train_curve("capacity_factor")
     variants = gather(results, pick)
     if not variants:
-        return Missing(reason="no run limits its experts by a capacity")
+        return Missing("no run limits its experts by a capacity")
     domain, cut = values_domain(variants, smoothed=False)
     y = {"title": f"capacity factor ({TIMES} even share)"}
     return Plot(
         chart=line_chart(results, variants, y, domain, smoothed=False),
         caption="Tokens that an expert may keep, in multiples of choices / experts; mean over"
-        f" seeds and layers.{cut}{not_shown(results, [v.name for v in variants])}",
+        f" seeds and layers.{cut}{not_shown(results, variants)}",
         numbers=curve_numbers(results, {"capacity factor": pick}),
     )
 
@@ -46,45 +46,35 @@ def _against_bound(results: Results) -> Plot | Missing:
         default=0,
     )
     layers = sorted({0, count - 1}) if count else []
-    bounded = {
-        variant.name
-        for layer in layers
-        for variant in gather(results, layer_curve("capacity_lower_bound", layer))
-    }
+    bounded = [v for at in layers for v in gather(results, layer_curve("capacity_lower_bound", at))]
     if not bounded:
-        return Missing(reason="no run has a lower bound of its capacity; it needs cosine scores")
-    names = [name for name in results.names if name in bounded]
+        return Missing("no run has a lower bound of its capacity; it needs cosine scores")
     picks = {
         f"{field}, layer {layer} (tokens)": layer_curve(field, layer)
         for layer in range(count)
         for field in ("capacity", "capacity_lower_bound")
     }
     return Plot(
-        chart=_chart(results, names, layers),
+        chart=_chart(results, list(dict.fromkeys(v.name for v in bounded)), layers),
         caption="Solid: most tokens an expert may keep. Dotted: the published lower bound, 1 / (E"
         " erfc z) with z from the chosen affinities and the width, which says something only in a"
         " narrow band of affinities. No solid line where nothing is dropped. Mean over seeds, first"
-        f" and last MoE layer.{not_shown(results, sorted(bounded))}",
+        f" and last MoE layer.{not_shown(results, bounded)}",
         numbers=curve_numbers(results, picks),
         wide=True,
     )
 
 
 def _chart(results: Results, names: list[str], layers: list[int]) -> dict[str, Any]:
-    most = MOST_POINTS_IN_ALL // (2 * len(layers) * len(names))
+    most = max(12, min(120, MOST_POINTS_IN_ALL // (2 * len(layers) * len(names))))
     records: list[dict[str, Any]] = [
-        {
-            "panel": f"layer {layer}",
-            "variant": variant.name,
-            "what": what,
-            "x": rounded(line.x),
-            "y": rounded(line.y),
-        }
-        for layer in layers
+        {**head, "x": rounded(line.x), "y": rounded(line.y)}
+        for at in layers
         for what in _DASHES
-        for variant in gather(results, layer_curve(what, layer))
+        for variant in gather(results, layer_curve(what, at))
         if variant.name in names
-        for line in (thin(variant.line, max(12, min(120, most))),)
+        for line in (thin(variant.line, most),)
+        for head in ({"panel": f"layer {at}", "variant": variant.name, "what": what},)
     ]
     values = [y for record in records for y in record["y"] if y and y > 0] or [1.0]
     low, high = min(values) / 1.1, max(values) * 1.1
@@ -97,39 +87,21 @@ def _chart(results: Results, names: list[str], layers: list[int]) -> dict[str, A
             "x": numeric("x", STEPS, format="~s", tickCount=5),
             "y": numeric("y", title, scale=scale, values=log_ticks(low, high), format="~s"),
             **colors(results, names),
-            "strokeDash": {
-                "field": "what",
-                "type": "nominal",
-                "legend": None,
-                "scale": {"domain": list(_DASHES), "range": list(_DASHES.values())},
-            },
-            "tooltip": tip(
-                ("variant", "variant", None),
-                ("what", "quantity", None),
-                ("x", "step", ","),
-                ("y", title, ".4~s"),
-            ),
+            "strokeDash": named("what", _DASHES) | SHARED,
+            "tooltip": tip(what=("quantity", None), x=("step", ","), y=(title, ".4~s")),
         },
         "layer": [
-            {"mark": {"type": "line", "strokeWidth": 1.7}},
+            layer(mark("line", strokeWidth=1.7)),
             {
                 "name": "points" if short else "hover",
-                "mark": {"type": "point", "size": 24, "opacity": 1 if short else 0.01},
+                **layer(mark("point", size=24, opacity=1 if short else 0.01)),
             },
         ],
     }
-    return panels(records, spec, height=230, least=330, transform=[{"flatten": ["x", "y"]}])
+    return panels(records, spec, height=230, least=330)
 
 
-FACTOR = Spec(
-    key="capacity-factor",
-    title="Capacity factor over training",
-    section="Dropping",
-    draw=_factor,
-)
+FACTOR = Spec("capacity-factor", "Capacity factor over training", "Dropping", _factor)
 LOWER_BOUND = Spec(
-    key="capacity-lower-bound",
-    title="Capacity against its lower bound",
-    section="Dropping",
-    draw=_against_bound,
+    "capacity-lower-bound", "Capacity against its lower bound", "Dropping", _against_bound
 )

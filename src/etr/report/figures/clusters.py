@@ -5,7 +5,7 @@ import numpy as np
 from etr.report.curves import Curve, CurveOf, clean
 from etr.report.found import MOST_RUNS, first_of_each, too_many
 from etr.report.lines import STEPS, curve_numbers, not_shown
-from etr.report.marks import colors, numeric, panels, rounded, tip
+from etr.report.marks import SHARED, colors, layer, mark, named, numeric, panels, rounded, tip
 from etr.report.observations import CLUSTERINGS
 from etr.report.results import Results, Row
 from etr.report.spec import Missing, Plot, Spec
@@ -35,56 +35,35 @@ def _curves(row: Row) -> dict[str, Curve] | None:
 def _draw(results: Results) -> Plot | Missing:
     found = first_of_each(results, _curves)
     if not found:
-        return Missing(reason="no run has Calinski-Harabasz ratios in its diagnostics")
+        return Missing("no run has Calinski-Harabasz ratios in its diagnostics")
     shown = found[:MOST_RUNS]
     depth = max(
         len(d.layers) for run in found if run.row.metrics for d in run.row.metrics.diagnostics
     )
     records = [
-        {
-            "panel": run.name,
-            "variant": run.name,
-            "tokens": name,
-            "x": rounded(curve.x),
-            "y": rounded(curve.y),
-        }
+        {"panel": run.name, "variant": run.name, "tokens": name, "x": x, "y": rounded(curve.y)}
         for run in shown
         for name, curve in run.value.items()
+        for x in (rounded(curve.x),)
     ]
-    names = [run.name for run in shown]
-    color = colors(results, names)["color"]
-    spec = {
-        "mark": {"type": "line", "strokeWidth": 1.7, "point": {"size": 22, "filled": True}},
-        "encoding": {
-            "x": numeric("x", STEPS, format="~s", tickCount=4),
-            "y": numeric("y", "between / within", scale={"zero": True}, tickCount=4),
-            "color": {
-                "condition": {"test": "datum.tokens == 'trimmed'", "value": SOFT.css},
-                **color,
-                "legend": None,
-            },
-            "strokeDash": {
-                "field": "tokens",
-                "type": "nominal",
-                "scale": {"domain": list(_DASHES), "range": list(_DASHES.values())},
-                "legend": {"title": "tokens", "symbolType": "stroke"},
-            },
-            "tooltip": tip(
-                ("variant", "variant", None),
-                ("tokens", "tokens", None),
-                ("x", "step", ","),
-                ("y", "between / within", ".4~f"),
-            ),
-        },
-    }
+    grey = {"condition": {"test": "datum.tokens == 'trimmed'", "value": SOFT.css}, **SHARED}
+    ratio = "between / within"
+    spec = layer(
+        mark("line", strokeWidth=1.7, point={"size": 22, "filled": True}),
+        x=numeric("x", STEPS, format="~s", tickCount=4),
+        y=numeric("y", ratio, scale={"zero": True}, tickCount=4),
+        color=colors(results, [run.name for run in shown])["color"] | grey,
+        strokeDash=named("tokens", _DASHES, title="tokens", symbolType="stroke"),
+        tooltip=tip(tokens=("tokens", None), x=("step", ","), y=(ratio, ".4~f")),
+    )
     return Plot(
-        chart=panels(records, spec, transform=[{"flatten": ["x", "y"]}]),
+        chart=panels(records, spec),
         caption="Spread between the experts' mean tokens over the spread within them, at the last"
         " MoE layer's input. Solid: kept tokens. Dotted: all tokens. Grey dashes:"
         " control, all tokens with the rise that trimming alone gives. Kept above the control"
         " means that experts keep clusters. First seed of each variant; compare values at equal"
         f" numbers of tokens alone.{too_many(found)}"
-        f"{not_shown(results, [run.name for run in found])}",
+        f"{not_shown(results, found)}",
         numbers=curve_numbers(
             results,
             {
@@ -97,9 +76,4 @@ def _draw(results: Results) -> Plot | Missing:
     )
 
 
-SPEC = Spec(
-    key="calinski-harabasz",
-    title="Do experts keep clusters of tokens?",
-    section="Specialisation",
-    draw=_draw,
-)
+SPEC = Spec("calinski-harabasz", "Do experts keep clusters of tokens?", "Specialisation", _draw)

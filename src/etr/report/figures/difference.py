@@ -10,11 +10,10 @@ import numpy as np
 from etr.report.curves import evaluation_curve
 from etr.report.found import MOST_RUNS, too_many
 from etr.report.lines import STEPS, not_shown
-from etr.report.marks import colors, numeric, panels, rounded, tip
+from etr.report.marks import SHARED, colors, layer, mark, numeric, panels, rounded, rule, tip
 from etr.report.results import Results, Row
 from etr.report.spec import Chart, Missing, Numbers, Plot, Spec
 from etr.report.statistics import mean, t_interval
-from etr.report.style import SOFT
 from etr.report.summary import causality_note, summarize
 
 _LABEL = "difference (nats/token)"
@@ -40,7 +39,7 @@ class _Point:
 
 def _draw(results: Results) -> Plot | Missing:
     if not results.is_comparison:
-        return Missing(reason="the runs belong to no comparison, or to several")
+        return Missing("the runs belong to no comparison, or to several")
     base, *others = results.names
     incomparable = summarize(results).incomparable
     found = {
@@ -49,9 +48,7 @@ def _draw(results: Results) -> Plot | Missing:
         if name not in incomparable and (points := _points(results.of(name), results.of(base)))
     }
     if not found:
-        return Missing(
-            reason="no variant was evaluated during training at the steps of the baseline"
-        )
+        return Missing("no variant was evaluated during training at the steps of the baseline")
     shown = list(found)[:MOST_RUNS]
     return Plot(
         chart=_chart(results, {name: found[name] for name in shown}),
@@ -101,47 +98,24 @@ def _chart(results: Results, found: dict[str, list[_Point]]) -> Chart:
         }
         for name, points in found.items()
     ]
-    low, high = _range(list(found.values()))
-    color = {k: {**v, "legend": None} for k, v in colors(results, list(found)).items()}
     zero = "datum.value == 0 ? '0' : datum.label"
-    scale = {"domain": [low, high], "nice": False}
+    scale = {"domain": list(_range(list(found.values()))), "nice": False}
     y = numeric("y", _LABEL, format="+.3~f", labelExpr=zero, scale=scale)
+    ends = {"low": ("interval from", "+.4f"), "high": ("interval to", "+.4f")}
+    dot = {"filled": True, "size": 40, "opacity": 1}
     spec = {
         "encoding": {
             "x": numeric("x", STEPS, format="~s", tickCount=4),
             "y": y,
-            **color,
-            "tooltip": tip(
-                ("variant", "variant", None),
-                ("x", "step", ","),
-                ("y", _LABEL, "+.4f"),
-                ("low", "interval from", "+.4f"),
-                ("high", "interval to", "+.4f"),
-            ),
+            "color": colors(results, found)["color"] | SHARED,
+            "tooltip": tip(x=("step", ","), y=(_LABEL, "+.4f"), **ends),
         },
         "layer": [
-            {
-                "mark": {"type": "area", "opacity": 0.2, "clip": True},
-                "encoding": {"y": {**y, "field": "low"}, "y2": {"field": "high"}},
-            },
-            {
-                "mark": {"type": "rule", "strokeDash": [2, 3]},
-                "encoding": {
-                    "y": {"datum": 0},
-                    "x": {"value": 0},
-                    "x2": {"value": "width"},
-                    "color": {"value": SOFT.css},
-                    "tooltip": {"value": None},
-                },
-            },
-            {
-                "mark": {
-                    "type": "line",
-                    "strokeWidth": 1.9,
-                    "clip": True,
-                    "point": {"filled": True, "size": 40, "opacity": 1},
-                }
-            },
+            layer(
+                mark("area", opacity=0.2, clip=True), y=y | {"field": "low"}, y2={"field": "high"}
+            ),
+            rule("y", 0),
+            layer(mark("line", strokeWidth=1.9, clip=True, point=dot)),
         ],
     }
     flat = [{"flatten": ["x", "y", "low", "high"]}]
@@ -161,9 +135,5 @@ def _range(found: list[list[_Point]]) -> tuple[float, float]:
 
 
 SPEC = Spec(
-    key="difference",
-    title="Difference from the baseline over steps",
-    section="Quality",
-    draw=_draw,
-    compares=True,
+    "difference", "Difference from the baseline over steps", "Quality", _draw, compares=True
 )

@@ -54,21 +54,8 @@ def _kept_mass(results: Results) -> Plot | Missing:
     )
 
 
-DROP_RATE = Spec(
-    key="drop-rate",
-    title="Dropped choices over training",
-    section="Dropping",
-    draw=_drop_rate,
-)
+DROP_RATE = Spec("drop-rate", "Dropped choices over training", "Dropping", _drop_rate)
 WITHOUT_EXPERT = Spec(
-    key="tokens-without-expert",
-    title="Tokens that no expert kept",
-    section="Dropping",
-    draw=_without_expert,
+    "tokens-without-expert", "Tokens that no expert kept", "Dropping", _without_expert
 )
-KEPT_MASS = Spec(
-    key="kept-affinity-mass",
-    title="Affinity mass that experts kept",
-    section="Dropping",
-    draw=_kept_mass,
-)
+KEPT_MASS = Spec("kept-affinity-mass", "Affinity mass that experts kept", "Dropping", _kept_mass)

@@ -6,16 +6,15 @@ import numpy as np
 
 from etr.report.found import MOST_RUNS, Found, every_run, first_of_each, too_many
 from etr.report.lines import STEPS, not_shown
-from etr.report.marks import cells, heat, panels, rounded, tip
+from etr.report.marks import LOADS, heat, panels, rounded, tip
 from etr.report.metrics import Metrics
 from etr.report.observations import Array
 from etr.report.results import Results, Row
 from etr.report.spec import Chart, Missing, Numbers, Plot, Spec
-from etr.report.style import LOAD_MAP
 from etr.report.wording import TIMES, clipped_inside
 
 STEP_BINS = 120
-MOST_CELLS = 3_200
+MOST_CELLS = 1_900
 """Cells that a figure draws, for its page to stay small: fewer bins where experts are many."""
 
 
@@ -30,18 +29,18 @@ def draw_expert_load(results: Results, layers: Sequence[int] | None = None) -> P
     """
     every, found = every_run(results, _choices), first_of_each(results, _choices)
     if not found:
-        return Missing(reason="no run has choices per expert in its metrics")
+        return Missing("no run has choices per expert in its metrics")
     shown = found[:MOST_RUNS]
     asked = {run.name: _layers(run.value.shape[1], layers) for run in shown}
     if not any(asked.values()):
-        return Missing(reason=f"no run has a layer of {list(layers or ())}")
+        return Missing(f"no run has a layer of {list(layers or ())}")
     chart, bins = _chart(shown, asked)
     return Plot(
         chart=chart,
         caption="Choices of each expert before dropping, relative to the mean of its layer: 1 is an"
         f" even load. Steps averaged into at most {bins} bins; first seed of each variant."
         f"{_loss_settings(every)}{too_many(found)}"
-        f"{not_shown(results, [run.name for run in found])}",
+        f"{not_shown(results, found)}",
         numbers=Numbers(
             columns=("run", "seed", "layer", "expert", "bin of steps", "load over mean"),
             rows=[
@@ -71,25 +70,18 @@ def _chart(shown: Sequence[Found[Array]], asked: dict[str, list[int]]) -> tuple[
                     "variant": run.name,
                     "row": expert,
                     "value": rounded(line),
-                    "step": [int(part[-1]) for part in steps],
+                    "column": [int(part[-1]) for part in steps],
                 }
                 for expert, line in enumerate(relative_load(run.value[:, layer], bins))
             ]
     title = f"choices ({TIMES} mean of experts)"
-    told = tip(
-        ("variant", "variant", None),
-        ("row", "expert", "d"),
-        ("step", "steps to", ","),
-        ("value", title, ".3~f"),
-    )
-    spec = cells(heat(LOAD_MAP, (0, 0.5, 1, 2, 3), title), STEPS, "expert", told, format="~s")
-    spec["encoding"]["x"]["field"] = "step"
-    flat = [{"flatten": ["value", "step"]}]
-    tall = max(run.value.shape[2] for run in shown)
-    height = max(160, min(10 * tall, 320))
-    return panels(
-        records, spec, height=height, transform=flat, independent=("x", "y"), between=50
-    ), bins
+    told = tip(row=("expert", "d"), column=("steps to", ","), value=(title, ".3~f"))
+    spec = heat(title, LOADS, STEPS, "expert", told, {"format": "~s"})
+    flat = [{"flatten": ["value", "column"]}]
+    height = max(160, min(10 * max(run.value.shape[2] for run in shown), 320))
+    apart = ("x", "y")
+    chart = panels(records, spec, height=height, transform=flat, independent=apart, between=50)
+    return chart, bins
 
 
 def relative_load(choices: Array, most_bins: int = STEP_BINS) -> Array:
@@ -130,6 +122,4 @@ def _loss_settings(runs: Sequence[Found[Array]]) -> str:
     return f" Router losses: {told}."
 
 
-SPEC = Spec(
-    key="expert-load", title="Load of every expert over training", section="Load", draw=_draw
-)
+SPEC = Spec("expert-load", "Load of every expert over training", "Load", _draw)

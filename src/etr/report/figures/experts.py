@@ -4,11 +4,10 @@ import numpy as np
 
 from etr.report.found import MOST_RUNS, first_of_each, last_diagnostics, too_many
 from etr.report.lines import not_shown
-from etr.report.marks import ROWS, cells, heat, panels, rounded, tip
+from etr.report.marks import COSINES, LOADS, ROWS, heat, panels, rounded, tip
 from etr.report.observations import Array, Diagnostics, LayerDiagnostics
 from etr.report.results import Results, Row
 from etr.report.spec import Missing, Numbers, Plot, Spec
-from etr.report.style import LOAD_MAP
 from etr.report.wording import TIMES, clipped, clipped_inside, fixed
 
 MOST_EXPERTS = 24
@@ -38,34 +37,25 @@ def relative_choice(counts: Array) -> Array:
 def _by_domain(results: Results) -> Plot | Missing:
     found = first_of_each(results, _domains)
     if not found:
-        return Missing(reason="no run counts its domains' choices in its diagnostics")
+        return Missing("no run counts its domains' choices in its diagnostics")
     shown = found[:MOST_RUNS]
     records = [
         {
-            "panel": clipped_inside(run.name, 26)
-            + (f": {fixed(bits, 3)} bits" if bits is not None else ""),
+            "panel": _panel(run.name, run.value[1].mutual_information_bits, 3, " bits"),
             "variant": run.name,
             "row": clipped(domain, 22),
             "value": rounded(line),
         }
         for run in shown
-        for bits in (run.value[1].mutual_information_bits,)
         for domain, line in zip(run.value[0].domains, relative_choice(run.value[2]), strict=True)
     ]
     title = f"choices ({TIMES} even share)"
-    told = tip(
-        ("variant", "variant", None),
-        ("row", "domain", None),
-        ("column", "expert", "d"),
-        ("value", title, ".3~f"),
-    )
-    spec = cells(heat(LOAD_MAP, (0, 0.5, 1, 2, 3), title), "expert", "", told)
-    tallest = max(len(run.value[2]) for run in shown)
+    told = tip(row=("domain", None), column=("expert", "d"), value=(title, ".3~f"))
     return Plot(
         chart=panels(
             records,
-            spec,
-            height=max(160, 16 * tallest),
+            heat(title, LOADS, "expert", "", told),
+            height=max(160, 16 * max(len(run.value[2]) for run in shown)),
             least=300,
             transform=ROWS,
             independent=("x", "y"),
@@ -75,7 +65,7 @@ def _by_domain(results: Results) -> Plot | Missing:
         caption="How often held-out tokens of a domain choose each expert of the last MoE layer,"
         " over an even share; newest diagnostics, first seed. Bits: mutual information of domain"
         " and expert, 0 where experts ignore the domain."
-        f"{too_many(found)}{not_shown(results, [run.name for run in found])}",
+        f"{too_many(found)}{not_shown(results, found)}",
         numbers=Numbers(
             columns=("run", "step", "layer", "domain", "expert", "choices"),
             rows=[
@@ -109,36 +99,23 @@ def off_diagonal_mean(matrix: Array) -> float | None:
 def _by_similarity(results: Results) -> Plot | Missing:
     found = first_of_each(results, _similarity)
     if not found:
-        return Missing(reason="no run has the similarity of its experts in its diagnostics")
+        return Missing("no run has the similarity of its experts in its diagnostics")
     shown = found[:MOST_RUNS]
     records = [
-        {
-            "panel": clipped_inside(run.name, 26)
-            + (f": {fixed(mean, 2)}" if mean is not None else ""),
-            "variant": run.name,
-            "row": expert,
-            "value": rounded(line),
-        }
+        {"panel": panel, "variant": run.name, "row": expert, "value": rounded(line)}
         for run in shown
-        for mean in (off_diagonal_mean(run.value[2]),)
+        for panel in (_panel(run.name, off_diagonal_mean(run.value[2]), 2),)
         for expert, line in enumerate(run.value[2][:MOST_EXPERTS, :MOST_EXPERTS])
     ]
-    told = tip(
-        ("variant", "variant", None),
-        ("row", "expert", "d"),
-        ("column", "other expert", "d"),
-        ("value", "cosine", ".3~f"),
-    )
-    spec = cells(
-        heat(LOAD_MAP, (-1, -0.5, 0, 0.5, 1), "cosine of outputs"), "expert", "expert", told
-    )
+    told = tip(row=("expert", "d"), column=("other expert", "d"), value=("cosine", ".3~f"))
+    spec = heat("cosine of outputs", COSINES, "expert", "expert", told)
     return Plot(
         chart=panels(records, spec, height=180, transform=ROWS, independent=("x", "y"), between=50),
         wide=True,
         caption="Cosine of what every two experts of the last MoE layer give for the same held-out"
         " tokens, mean over tokens; the number is the mean over pairs of different experts. Newest"
         f" diagnostics, first seed.{too_many(found)}"
-        f"{not_shown(results, [run.name for run in found])}",
+        f"{not_shown(results, found)}",
         numbers=Numbers(
             columns=("run", "step", "expert", "other expert", "cosine"),
             rows=[
@@ -151,15 +128,14 @@ def _by_similarity(results: Results) -> Plot | Missing:
     )
 
 
+def _panel(name: str, value: float | None, digits: int, unit: str = "") -> str:
+    """The heading of a panel: whose it is, and the one number of it."""
+    return clipped_inside(name, 26) + ("" if value is None else f": {fixed(value, digits)}{unit}")
+
+
 BY_DOMAIN = Spec(
-    key="expert-by-domain",
-    title="Which domains choose which experts",
-    section="Specialisation",
-    draw=_by_domain,
+    "expert-by-domain", "Which domains choose which experts", "Specialisation", _by_domain
 )
 SIMILARITY = Spec(
-    key="expert-similarity",
-    title="How much experts resemble each other",
-    section="Specialisation",
-    draw=_by_similarity,
+    "expert-similarity", "How much experts resemble each other", "Specialisation", _by_similarity
 )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from etr.report.marks import colors, numeric, panels, rounded, tip
+from etr.report.marks import colors, layer, mark, numeric, panels, rounded, shapes, tip
 from etr.report.results import Results
 from etr.report.spec import Missing, Numbers, Plot, Spec
 from etr.report.summary import VariantSummary, causality_note, summarize
@@ -22,40 +22,29 @@ def _draw(results: Results) -> Plot | Missing:
         if panel[0] in variant.estimates and "val_loss" in variant.estimates
     ]
     if not records:
-        return Missing(
-            reason="no run has a held-out loss together with a step time or a kept share"
-        )
+        return Missing("no run has a held-out loss together with a step time or a kept share")
     titles = dict.fromkeys(record["panel"] for record in records)
-    names = list(dict.fromkeys(record["variant"] for record in records))
+    names = dict.fromkeys(record["variant"] for record in records)
     loss = "held-out loss (nats/token)"
-    look = colors(results, names, shape=True)
+    told = tip(panel=("x", None), x=("x value", ",.4~f"), y=(loss, ".4f"))
     spec = {
         "encoding": {
             "x": numeric("x", None, grid=True, tickCount=4),
             "y": numeric("y", loss),
-            "color": look["color"],
+            **colors(results, names),
         },
         "layer": [
-            {"mark": {"type": "rule"}, "encoding": {"x": {"field": "x0", "type": "quantitative"},
-                                                    "x2": {"field": "x1"}}},
-            {"mark": {"type": "rule"}, "encoding": {"y": {"field": "y0", "type": "quantitative"},
-                                                    "y2": {"field": "y1"}}},
-            {
-                "mark": {"type": "point", "filled": True, "size": 70, "opacity": 1},
-                "encoding": {
-                    "shape": look["shape"],
-                    "tooltip": tip(
-                        ("variant", "variant", None),
-                        ("panel", "x", None),
-                        ("x", "x value", ",.4~f"),
-                        ("y", loss, ".4f"),
-                    )
-                },
-            },
+            layer(mark("rule"), x=numeric("x0", None), x2={"field": "x1"}),
+            layer(mark("rule"), y=numeric("y0", loss), y2={"field": "y1"}),
+            layer(
+                mark("point", filled=True, size=70, opacity=1),
+                **shapes(results, names),
+                tooltip=told,
+            ),
         ],
-    }  # fmt: skip
+    }
     return Plot(
-        chart=panels(records, spec, height=250, least=200, independent=("x",)),
+        chart=panels(records, spec, height=250, least=200, transform=(), independent=("x",)),
         caption="Down and to the left is better: less loss for less time or work. Markers: means"
         " over seeds; lines: ranges. Step time is the median of a run."
         f"{causality_note(results)}",
@@ -91,10 +80,4 @@ def _record(variant: VariantSummary, field: str, title: str, scale: float) -> di
     }
 
 
-SPEC = Spec(
-    key="gains-and-costs",
-    title="What it gains and what it costs",
-    section="Quality",
-    draw=_draw,
-    compares=True,
-)
+SPEC = Spec("gains-and-costs", "What it gains and what it costs", "Quality", _draw, compares=True)

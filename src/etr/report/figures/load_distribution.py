@@ -7,7 +7,7 @@ import numpy as np
 from etr.report.curves import Curve, clean
 from etr.report.found import Found, first_of_each
 from etr.report.lines import not_shown, plot_curve
-from etr.report.marks import colors, numeric, panels, rounded, tip
+from etr.report.marks import colors, layer, mark, nominal, numeric, panels, rounded, tip
 from etr.report.observations import Array
 from etr.report.results import Results, Row
 from etr.report.spec import Chart, Missing, Numbers, Plot, Spec
@@ -33,14 +33,14 @@ def _load(row: Row) -> Array | None:
 def _distribution(results: Results) -> Plot | Missing:
     found = first_of_each(results, _load)
     if not found:
-        return Missing(reason="no run has choices per expert in its metrics")
+        return Missing("no run has choices per expert in its metrics")
     return Plot(
         chart=_chart(results, found),
         caption=f"Choices of each expert of each layer, summed over the last {LAST_STEPS} logged"
         " steps and divided by the mean of its layer. Load: share of experts with at most that"
         " load, and faint the normal distribution of the same spread. Concentration: share of all"
         " choices that the most loaded experts hold; the diagonal is an even load. First seed of"
-        f" each variant.{not_shown(results, [run.name for run in found])}",
+        f" each variant.{not_shown(results, found)}",
         numbers=Numbers(
             columns=("run", "seed", "load over mean", "share of experts with at most that"),
             rows=[
@@ -56,39 +56,23 @@ def _distribution(results: Results) -> Plot | Missing:
 def _chart(results: Results, found: list[Found[Array]]) -> Chart:
     loads = f"load ({TIMES} mean of layer): share of experts up to it"
     shares = "experts, most loaded first: their share of choices"
-    records = []
-    for run in found:
-        for panel, kind, x, y in _curves(run.value):
-            x, y = (_thinned(values) for values in (x, y))
-            records.append(
-                {
-                    "panel": (loads, shares)[panel],
-                    "variant": run.name,
-                    "kind": kind,
-                    "x": rounded(x),
-                    "y": rounded(y),
-                }
-            )
-    names = [run.name for run in found]
-    color = colors(results, names)["color"]
-    told = tip(("variant", "variant", None), ("x", "x", ".3~f"), ("y", "share", ".1%"))
-    plain = {"condition": {"test": "datum.kind == 'own'", "value": 1.8}, "value": 0.9}
-    spec = {
-        "mark": {"type": "line"},
-        "encoding": {
-            "x": numeric("x", None, format=".3~f", tickCount=5),
-            "y": numeric("y", None, format=".0%", scale={"domain": [0, 1.02], "nice": False}),
-            "detail": {"field": "kind", "type": "nominal"},
-            "color": {
-                "condition": {"test": "datum.kind == 'even'", "value": AXIS.css},
-                **color,
-            },
-            "strokeWidth": plain,
-            "tooltip": told,
-        },
-    }
-    flat = [{"flatten": ["x", "y"]}]
-    return panels(records, spec, height=230, least=300, transform=flat, independent=("x",))
+    records = [
+        {"panel": (loads, shares)[panel], "variant": run.name, "kind": kind, "x": x, "y": y}
+        for run in found
+        for panel, kind, *line in _curves(run.value)
+        for x, y in ([rounded(_thinned(values)) for values in line],)
+    ]
+    color = colors(results, [run.name for run in found])["color"]
+    spec = layer(
+        mark("line"),
+        x=numeric("x", None, format=".3~f", tickCount=5),
+        y=numeric("y", None, format=".0%", scale={"domain": [0, 1.02], "nice": False}),
+        detail=nominal("kind"),
+        color={"condition": {"test": "datum.kind == 'even'", "value": AXIS.css}, **color},
+        strokeWidth={"condition": {"test": "datum.kind == 'own'", "value": 1.8}, "value": 0.9},
+        tooltip=tip(x=("x", ".3~f"), y=("share", ".1%")),
+    )
+    return panels(records, spec, height=230, least=300, independent=("x",))
 
 
 def _curves(load: Array) -> list[tuple[int, str, Array, Array]]:
@@ -148,12 +132,5 @@ def _utilisation(results: Results) -> Plot | Missing:
     )
 
 
-DISTRIBUTION = Spec(
-    key="load-distribution",
-    title="Distribution of load over experts",
-    section="Load",
-    draw=_distribution,
-)
-UTILISATION = Spec(
-    key="utilisation", title="Utilisation of experts", section="Load", draw=_utilisation
-)
+DISTRIBUTION = Spec("load-distribution", "Distribution of load over experts", "Load", _distribution)
+UTILISATION = Spec("utilisation", "Utilisation of experts", "Load", _utilisation)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from etr.report.curves import Curve, CurveOf, VariantCurves, evaluation_curve, gather, train_curve
+from etr.report.curves import Curve, CurveOf, evaluation_curve, gather, train_curve
 from etr.report.lines import curve_numbers, line_chart, not_shown, values_domain
 from etr.report.marks import rule
 from etr.report.reading import headline
@@ -22,11 +22,11 @@ _CAPTION = (
 def _by_steps(results: Results) -> Plot | Missing:
     variants = gather(results, train_curve("loss"), evaluation_curve())
     if not variants:
-        return Missing(reason=_NO_LOSS)
+        return Missing(_NO_LOSS)
     domain, cut = values_domain(variants)
     return Plot(
         chart=line_chart(results, variants, {"title": _LABEL}, domain),
-        caption=f"{_CAPTION}{cut}{_absent(results, variants)}{causality_note(results)}",
+        caption=f"{_CAPTION}{cut}{not_shown(results, variants)}{causality_note(results)}",
         numbers=curve_numbers(results, _losses("step")),
         title=headline(summarize(results)),
     )
@@ -37,21 +37,15 @@ def _by_compute(results: Results) -> Plot | Missing:
     pick = train_curve("loss", x="expert_flops")
     variants = gather(results, pick, evaluation_curve("expert_flops"))
     if not variants:
-        return Missing(reason=_NO_LOSS)
+        return Missing(_NO_LOSS)
     least = min(float(variant.line.x[-1]) for variant in variants)
     domain, cut = values_domain(variants)
-    chart = line_chart(
-        results,
-        variants,
-        {"title": _LABEL},
-        domain,
-        x="expert compute so far (FLOP)",
-        more=[rule("x", least)],
-    )
+    x, end = "expert compute so far (FLOP)", {"data": {"values": [{}]}, **rule("x", least)}
+    chart = line_chart(results, variants, {"title": _LABEL}, domain, x=x, more=[end])
     caption = (
         f"{_CAPTION} Compute counts kept tokens, forward and"
         f" backward. Dotted: the end of the thriftiest variant, {short(least)}FLOP; others"
-        f" have not finished their schedule there.{cut}{_absent(results, variants)}"
+        f" have not finished their schedule there.{cut}{not_shown(results, variants)}"
         f"{causality_note(results)}"
     )
     numbers = curve_numbers(results, _losses("expert_flops"), x="expert compute (FLOP)")
@@ -67,21 +61,14 @@ def _perplexity(row: Row) -> Curve | None:
 def _perplexity_by_steps(results: Results) -> Plot | Missing:
     variants = gather(results, _perplexity)
     if not variants:
-        return Missing(reason="no run has a held-out loss in its metrics")
-    every = [curve.y for variant in variants for curve in (variant.line,)]
-    low, high = min(float(y.min()) for y in every), max(float(y.max()) for y in every)
-    chart = line_chart(
-        results,
-        variants,
-        {"title": "held-out perplexity (log scale)", "format": "~s"},
-        (low / 1.05, high * 1.05),
-        smoothed=False,
-        log=True,
-    )
+        return Missing("no run has a held-out loss in its metrics")
+    every = np.concatenate([variant.line.y for variant in variants])
+    domain = float(every.min()) / 1.05, float(every.max()) * 1.05
+    y = {"title": "held-out perplexity (log scale)", "format": "~s"}
     return Plot(
-        chart=chart,
+        chart=line_chart(results, variants, y, domain, smoothed=False, log=True),
         caption="Exponential of the held-out loss per token, experts selected as served; mean over"
-        f" seeds.{_absent(results, variants)}{causality_note(results)}",
+        f" seeds.{not_shown(results, variants)}{causality_note(results)}",
         numbers=curve_numbers(results, {"held-out perplexity": _perplexity}),
     )
 
@@ -93,21 +80,8 @@ def _losses(x: str) -> dict[str, CurveOf]:
     }
 
 
-def _absent(results: Results, variants: list[VariantCurves]) -> str:
-    return not_shown(results, [variant.name for variant in variants])
-
-
-BY_STEPS = Spec(key="loss-by-steps", title="Loss against steps", section="Quality", draw=_by_steps)
+BY_STEPS = Spec("loss-by-steps", "Loss against steps", "Quality", _by_steps)
 BY_COMPUTE = Spec(
-    key="loss-by-compute",
-    title="Loss at equal expert compute",
-    section="Quality",
-    draw=_by_compute,
-    compares=True,
+    "loss-by-compute", "Loss at equal expert compute", "Quality", _by_compute, compares=True
 )
-PERPLEXITY = Spec(
-    key="perplexity",
-    title="Held-out perplexity",
-    section="Quality",
-    draw=_perplexity_by_steps,
-)
+PERPLEXITY = Spec("perplexity", "Held-out perplexity", "Quality", _perplexity_by_steps)

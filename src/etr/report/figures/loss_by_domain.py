@@ -21,7 +21,7 @@ def _draw(results: Results) -> Plot | Missing:
         if (values := _losses(results.of(name), domain))
     }
     if not table:
-        return Missing(reason="no run has a held-out loss by domain")
+        return Missing("no run has a held-out loss by domain")
     dots = [
         (domain, name, float(np.mean(losses)), min(losses), max(losses))
         for (name, domain), losses in table.items()
@@ -46,4 +46,4 @@ def _losses(rows: Sequence[Row], domain: str) -> list[float]:
     return [value for value in found if value is not None]
 
 
-SPEC = Spec(key="loss-by-domain", title="Held-out loss by domain", section="Quality", draw=_draw)
+SPEC = Spec("loss-by-domain", "Held-out loss by domain", "Quality", _draw)

@@ -17,4 +17,4 @@ def _draw(results: Results) -> Plot | Missing:
     )
 
 
-SPEC = Spec(key="memory", title="Peak memory", section="Time and memory", draw=_draw)
+SPEC = Spec("memory", "Peak memory", "Time and memory", _draw)

@@ -5,7 +5,7 @@ from colorsys import hls_to_rgb
 from html import escape
 
 from etr.report.found import Found
-from etr.report.marks import HIDDEN, SHOWN
+from etr.report.marks import HIDDEN, SHOWN, layer, mark, nominal
 from etr.report.results import Results
 from etr.report.routed import Piece, Routed, RoutedText, hue, read_routed
 from etr.report.spec import Chart, Missing, Numbers, Plot, Spec
@@ -20,9 +20,7 @@ MOST_LINES = 4
 def _draw(results: Results) -> Plot | Missing:
     found, problems = _read(results)
     if not found:
-        return Missing(
-            reason=problems[0] if problems else "no run has a trace.parquet of routed tokens"
-        )
+        return Missing(problems[0] if problems else "no run has a trace.parquet of routed tokens")
     without = f" Not shown: {'; '.join(problems)}." if problems else ""
     return Plot(
         chart=_picture(found),
@@ -129,18 +127,12 @@ def _picture(found: Sequence[Found[Routed]]) -> Chart:
     rows = len(found) * (MOST_LINES + 2)
     y = {"field": "row", "type": "quantitative", "axis": None, "scale": {"domain": [rows, 0]}}
     x = {"field": "x", "type": "quantitative", "axis": None, "scale": {"domain": [0, LINE]}}
-    ends = {
-        "x2": {"field": "x1"},
-        "y2": {"field": "row1"},
-        "color": {"field": "color", "type": "nominal", "scale": None},
-    }
+    end = {"field": "x1"}
+    own = {"field": "color", "type": "nominal", "scale": None}
     ink = {"condition": {"test": "datum.kept", "value": INK.light}, "value": SOFT.css}
-    mono = {
-        "type": "text",
-        "align": "left",
-        "baseline": "top",
-        "font": "DejaVu Sans Mono, monospace",
-    }
+    look = {"align": "left", "baseline": "top", "fontSize": 11}
+    mono = mark("text", font="DejaVu Sans Mono, monospace", dy=3, **look)
+    small = mark("text", font=SANS, color=SOFT.css, **look)
     return {
         "data": {"values": letters},
         "params": [HIDDEN],
@@ -152,26 +144,13 @@ def _picture(found: Sequence[Found[Routed]]) -> Chart:
             {"calculate": "datum.row + 0.5", "as": "middle"},
         ],
         "layer": [
-            {"mark": "rect", "encoding": {"x": x, "y": y, **ends}},
-            {
-                "mark": {**mono, "fontSize": 11, "dy": 3},
-                "encoding": {
-                    "x": x,
-                    "y": y,
-                    "text": {"field": "letter", "type": "nominal"},
-                    "color": ink,
-                },
-            },
+            layer(mark("rect"), x=x, y=y, x2=end, y2={"field": "row1"}, color=own),
+            layer(mono, x=x, y=y, text=nominal("letter"), color=ink),
             {
                 "transform": [{"filter": "!datum.kept"}],
-                "mark": {"type": "rule", "color": SOFT.css},
-                "encoding": {"x": x, "x2": ends["x2"], "y": {**y, "field": "middle"}},
+                **layer(mark("rule", color=SOFT.css), x=x, x2=end, y=y | {"field": "middle"}),
             },
-            {
-                "data": {"values": heads},
-                "mark": {**mono, "font": SANS, "fontSize": 11, "color": SOFT.css},
-                "encoding": {"x": x, "y": y, "text": {"field": "name", "type": "nominal"}},
-            },
+            {"data": {"values": heads}, **layer(small, x=x, y=y, text=nominal("name"))},
         ],
     }
 
@@ -190,9 +169,4 @@ def _lines(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, int, int, str]]:
             yield piece, line, column, part
 
 
-SPEC = Spec(
-    key="routed-text",
-    title="Which expert takes which token",
-    section="Text",
-    draw=_draw,
-)
+SPEC = Spec("routed-text", "Which expert takes which token", "Text", _draw)

@@ -6,7 +6,7 @@ from typing import Any
 from etr.report.found import MOST_RUNS, first_of_each, too_many
 from etr.report.histogram import Histogram, mean_histogram
 from etr.report.lines import not_shown
-from etr.report.marks import colors, numeric, only, panels, rounded, tip
+from etr.report.marks import SHARED, colors, layer, mark, numeric, panels, rounded, tip
 from etr.report.observations import Diagnostics
 from etr.report.results import Results, Row
 from etr.report.spec import Chart, Missing, Numbers, Plot, Spec
@@ -23,7 +23,7 @@ def _trained(results: Results) -> Plot | Missing:
         if (histogram := mean_histogram([row.histogram for row in results.of(name)]))
     ]
     if not found:
-        return Missing(reason="no run has a histogram of its router's scores")
+        return Missing("no run has a histogram of its router's scores")
     shown = [
         (f"{clipped_inside(name, 24)}: {histogram.apart} apart", name, histogram)
         for name, histogram in found[:MOST_RUNS]
@@ -34,7 +34,7 @@ def _trained(results: Results) -> Plot | Missing:
         caption="Filled: scores of the experts that held-out tokens chose. Grey line: scores of all"
         " the others. Densities, mean over seeds, with the distance of the two means; scores of"
         " different routers have different units."
-        f"{too_many(found)}{not_shown(results, [name for name, _ in found], 'no scores')}",
+        f"{too_many(found)}{not_shown(results, dict(found), 'no scores')}",
         numbers=Numbers(
             columns=_COLUMNS,
             rows=[line for name, h in found for line in _lines(name, "trained", h)],
@@ -56,7 +56,7 @@ def _last_layer(diagnostics: Diagnostics) -> Histogram | None:
 def _training(results: Results) -> Plot | Missing:
     found = first_of_each(results, _before_and_after)
     if not found:
-        return Missing(reason="no run has affinities in its diagnostics")
+        return Missing("no run has affinities in its diagnostics")
     shown = [
         (f"{clipped_inside(run.name, 20)}, step {step:,}", run.name, histogram)
         for run in found[: MOST_RUNS // 2]
@@ -68,7 +68,7 @@ def _training(results: Results) -> Plot | Missing:
         caption="Scores at the last MoE layer, at the first and the newest diagnostics. Filled: of"
         " each token's own experts, those it chose. Grey line: of all other experts. Densities in"
         f" the router's own unit; first seed of each variant.{too_many(found, MOST_RUNS // 2)}"
-        f"{not_shown(results, [run.name for run in found], 'no affinities')}",
+        f"{not_shown(results, found, 'no affinities')}",
         numbers=Numbers(
             columns=_COLUMNS,
             rows=[
@@ -84,44 +84,27 @@ def _training(results: Results) -> Plot | Missing:
 def _chart(results: Results, shown: Sequence[tuple[str, str, Histogram]]) -> Chart:
     """A panel for each histogram: its heading, its variant, and itself."""
     records: list[dict[str, Any]] = [
-        {
-            "panel": panel,
-            "variant": name,
-            "kind": kind,
-            "x": rounded(histogram.edges),
-            "y": rounded([*density, density[-1]]),
-        }
+        {"panel": panel, "variant": name, "kind": kind, "x": x, "y": rounded([*y, y[-1]])}
         for panel, name, histogram in shown
-        for kind, density in (("own", histogram.own), ("others", histogram.others))
+        for x in (rounded(histogram.edges),)
+        for kind, y in (("own", histogram.own), ("others", histogram.others))
     ]
-    names = list(dict.fromkeys(name for _, name, _ in shown))
+    names = dict.fromkeys(name for _, name, _ in shown)
     steps = {"interpolate": "step-after"}
+    told = tip(kind=("scores of", None), x=("score from", ".3~f"), y=("density", ".3~f"))
     spec = {
         "encoding": {
             "x": numeric("x", "score (the router's unit)", tickCount=4),
             "y": numeric("y", "density (1 / unit)", scale={"zero": True}, tickCount=3),
-            "color": {**colors(results, names)["color"], "legend": None},
-            "tooltip": tip(
-                ("variant", "variant", None),
-                ("kind", "scores of", None),
-                ("x", "score from", ".3~f"),
-                ("y", "density", ".3~f"),
-            ),
+            "color": colors(results, names)["color"] | SHARED,
+            "tooltip": told,
         },
         "layer": [
-            {
-                "transform": only("others"),
-                "mark": {"type": "line", "strokeWidth": 1.1, **steps},
-                "encoding": {"color": {"value": SOFT.css}},
-            },
-            {
-                "transform": only("own"),
-                "mark": {"type": "area", "opacity": 0.3, "line": {"strokeWidth": 1.4}, **steps},
-            },
+            layer(mark("line", strokeWidth=1.1, **steps), "others", color={"value": SOFT.css}),
+            layer(mark("area", opacity=0.3, line={"strokeWidth": 1.4}, **steps), "own"),
         ],
     }
-    flat = [{"flatten": ["x", "y"]}]
-    return panels(records, spec, transform=flat, independent=("x", "y"), between=52)
+    return panels(records, spec, independent=("x", "y"), between=52)
 
 
 def _lines(name: str, when: str, histogram: Histogram) -> list[tuple[object, ...]]:
@@ -135,14 +118,11 @@ def _lines(name: str, when: str, histogram: Histogram) -> list[tuple[object, ...
 
 
 TRAINED = Spec(
-    key="score-histograms",
-    title="Router scores: chosen experts against the others",
-    section="Specialisation",
-    draw=_trained,
+    "score-histograms",
+    "Router scores: chosen experts against the others",
+    "Specialisation",
+    _trained,
 )
 TRAINING = Spec(
-    key="affinity-histograms",
-    title="Affinities before and after training",
-    section="Specialisation",
-    draw=_training,
+    "affinity-histograms", "Affinities before and after training", "Specialisation", _training
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from etr.report.marks import nominal, numeric, panels, rounded
+from etr.report.marks import layer, mark, named, numeric, panels, rounded
 from etr.report.spec import Chart
 from etr.report.style import AXIS, SERIES
 from etr.theory.geometric import CHOICES, Choice, geometric_success
@@ -23,10 +23,7 @@ def draw_success(num_tokens: int, num_experts: int, signal: float, noisy: bool) 
     """Success by capacity factor."""
     factor = np.geomspace(0.05, 8, 200)
     c = capacity_of(factor, num_tokens, num_experts)
-    lines = [
-        (choice, factor, geometric_success(choice, c, num_tokens, num_experts, signal, noisy))
-        for choice in CHOICES
-    ]
+    lines = _rates(c, num_tokens, num_experts, signal, noisy, factor)
     scale = {"type": "log", "domain": [0.05, 8], "nice": False}
     x = numeric("x", "capacity factor", scale=scale, values=list(TICKS), format="~g")
     return _lines(lines, x, numeric("y", "success rate", scale=_RATE))
@@ -47,29 +44,20 @@ def draw_crossover(num_tokens: int, num_experts: int, factor: float) -> Chart:
     """Success by signal at one capacity factor, for a fixed and for a noisy score."""
     c = int(capacity_of(factor, num_tokens, num_experts))
     signal = np.linspace(0, 5, 201)
-    records = [
-        {**record, "panel": f"{'noisy' if noisy else 'fixed'} score, factor {factor:g}"}
-        for noisy in (False, True)
-        for record in _records(
-            [
-                (
-                    choice,
-                    signal,
-                    geometric_success(choice, c, num_tokens, num_experts, signal, noisy),
-                )
-                for choice in CHOICES
-            ]
-        )
-    ]
-    spec = {
-        "mark": {"type": "line"},
-        "encoding": {
-            "x": numeric("x", "signal"),
-            "y": numeric("y", "success rate", scale=_RATE),
-            "color": _color(),
-        },
-    }
-    return panels(records, spec, height=250, transform=[{"flatten": ["x", "y"]}])
+    records = []
+    for noisy in (False, True):
+        panel = f"{'noisy' if noisy else 'fixed'} score, factor {factor:g}"
+        records += [
+            {**record, "panel": panel}
+            for record in _records(_rates(c, num_tokens, num_experts, signal, noisy, signal))
+        ]
+    spec = layer(
+        mark("line"),
+        x=numeric("x", "signal"),
+        y=numeric("y", "success rate", scale=_RATE),
+        color=_color(),
+    )
+    return panels(records, spec, height=250)
 
 
 def draw_check(rows: Sequence[CheckRow]) -> Chart:
@@ -78,34 +66,30 @@ def draw_check(rows: Sequence[CheckRow]) -> Chart:
         {"choice": NAMES[choice], "x": exact, "y": sampled, "low": low, "high": high}
         for _, _, choice, exact, sampled, low, high in rows
     ]
-    diagonal = [{"x": 0, "y": 0}, {"x": 1, "y": 1}]
-    x = numeric("x", "exact success rate")
-    title = "sampled, with interval"
+    diagonal = {"values": [{"x": 0, "y": 0}, {"x": 1, "y": 1}]}
+    title, color = "sampled, with interval", _color()
+    x, y = numeric("x", "exact success rate"), numeric("y", title)
+    line = mark("line", color=AXIS.css, strokeWidth=1)
+    dot = mark("point", filled=True, size=40, opacity=1)
     return {
+        "data": {"values": records},
         "height": 280,
         "layer": [
-            {
-                "data": {"values": diagonal},
-                "mark": {"type": "line", "color": AXIS.css, "strokeWidth": 1},
-                "encoding": {"x": x, "y": numeric("y", title)},
-            },
-            {
-                "data": {"values": records},
-                "mark": {"type": "rule"},
-                "encoding": {
-                    "x": x,
-                    "y": numeric("low", title),
-                    "y2": {"field": "high"},
-                    "color": _color(),
-                },
-            },
-            {
-                "data": {"values": records},
-                "mark": {"type": "point", "filled": True, "size": 40, "opacity": 1},
-                "encoding": {"x": x, "y": numeric("y", title), "color": _color()},
-            },
+            {"data": diagonal, **layer(line, x=x, y=y)},
+            layer(mark("rule"), x=x, y=numeric("low", title), y2={"field": "high"}, color=color),
+            layer(dot, x=x, y=y, color=color),
         ],
     }
+
+
+def _rates(
+    c: Any, num_tokens: int, num_experts: int, signal: Any, noisy: bool, x: Any
+) -> list[Line]:
+    """A line of success for each choice, along `x`."""
+    return [
+        (choice, x, geometric_success(choice, c, num_tokens, num_experts, signal, noisy))
+        for choice in CHOICES
+    ]
 
 
 def _lines(lines: Sequence[Line], x: Any, y: Any) -> Chart:
@@ -113,8 +97,7 @@ def _lines(lines: Sequence[Line], x: Any, y: Any) -> Chart:
         "data": {"values": _records(lines)},
         "transform": [{"flatten": ["x", "y"]}],
         "height": 250,
-        "mark": {"type": "line"},
-        "encoding": {"x": x, "y": y, "color": _color()},
+        **layer(mark("line"), x=x, y=y, color=_color()),
     }
 
 
@@ -126,6 +109,5 @@ def _records(lines: Sequence[Line]) -> list[dict[str, Any]]:
 
 
 def _color() -> dict[str, Any]:
-    tints = [SERIES[1 + place].css for place in range(len(CHOICES))]
-    scale = {"domain": list(NAMES.values()), "range": tints}
-    return {**nominal("choice"), "scale": scale, "legend": {"title": None}}
+    tints = (tint.css for tint in SERIES[1:])
+    return named("choice", dict(zip(NAMES.values(), tints, strict=False)))

@@ -54,7 +54,7 @@ def _parts(spans: Mapping[str, float]) -> list[float]:
 def _step_time_split(results: Results) -> Plot | Missing:
     found = every_run(results, _spans)
     if not found:
-        return Missing(reason=_NO_PROFILE)
+        return Missing(_NO_PROFILE)
     shown = found[:MOST_BARS]
     bars = [(run.name, run.row.name, _parts(run.value)) for run in shown]
     return Plot(
@@ -99,7 +99,7 @@ def _operators(row: Row) -> dict[str, tuple[float, int]] | None:
 def _operator_time(results: Results) -> Plot | Missing:
     found = first_of_each(results, _operators)
     if not found:
-        return Missing(reason="no run has operator times in its metrics")
+        return Missing("no run has operator times in its metrics")
     totals: dict[str, float] = {}
     for run in found:
         for name, (seconds, _) in run.value.items():
@@ -119,7 +119,7 @@ def _operator_time(results: Results) -> Plot | Missing:
         caption=f"The {counted(len(longest), 'operator')} that take longest in any run, without"
         " what they call: mean over the profiled passes of each variant's first seed."
         f" Longest: {slowest}, {significant(1e3 * totals[slowest])} ms."
-        f"{not_shown(results, [run.name for run in found])}",
+        f"{not_shown(results, found)}",
         numbers=Numbers(
             columns=("run", "seed", "operator", "time per pass (s)", "calls per pass"),
             rows=[
@@ -131,15 +131,8 @@ def _operator_time(results: Results) -> Plot | Missing:
     )
 
 
-STEP_TIME = Spec(
-    key="step-time", title="Step time over training", section="Time and memory", draw=_step_time
-)
+STEP_TIME = Spec("step-time", "Step time over training", "Time and memory", _step_time)
 SPLIT = Spec(
-    key="step-time-split",
-    title="Computation, communication, idle time",
-    section="Time and memory",
-    draw=_step_time_split,
+    "step-time-split", "Computation, communication, idle time", "Time and memory", _step_time_split
 )
-OPERATORS = Spec(
-    key="operator-time", title="Time by operator", section="Time and memory", draw=_operator_time
-)
+OPERATORS = Spec("operator-time", "Time by operator", "Time and memory", _operator_time)

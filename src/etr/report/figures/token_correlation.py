@@ -4,15 +4,14 @@ import numpy as np
 
 from etr.report.found import first_of_each, too_many
 from etr.report.lines import not_shown
-from etr.report.marks import ROWS, cells, heat, panels, rounded, tip
+from etr.report.marks import COSINES, ROWS, heat, panels, rounded, tip
 from etr.report.observations import Array, Diagnostics
 from etr.report.results import Results, Row
 from etr.report.spec import Missing, Numbers, Plot, Spec
-from etr.report.style import LOAD_MAP
 from etr.report.wording import clipped_inside
 
 MOST_RUNS = 4
-MOST_TOKENS = 20
+MOST_TOKENS = 16
 """Cells along a side: more tokens are averaged, for the page to stay small."""
 
 
@@ -25,7 +24,7 @@ def _before_and_after(row: Row) -> list[Diagnostics] | None:
 def _draw(results: Results) -> Plot | Missing:
     found = first_of_each(results, _before_and_after)
     if not found:
-        return Missing(reason="no run has correlations of tokens in its diagnostics")
+        return Missing("no run has correlations of tokens in its diagnostics")
     records = [
         {
             "panel": f"{clipped_inside(run.name, 22)}, step {d.step:,}",
@@ -38,21 +37,20 @@ def _draw(results: Results) -> Plot | Missing:
         if d.token_correlation is not None
         for token, line in enumerate(averaged(d.token_correlation, MOST_TOKENS))
     ]
-    told = tip(("variant", "variant", None), ("value", "correlation", ".3~f"))
-    color = heat(LOAD_MAP, (-1, -0.5, 0, 0.5, 1), "correlation of features")
-    spec = cells(color, "token, by expert", "token, by expert", told, labels=False)
-    spec["encoding"]["y"]["axis"]["labels"] = False
+    told = tip(value=("correlation", ".3~f"))
+    side, labels = "token, by expert", {"labels": False}
+    spec = heat("correlation of features", COSINES, side, side, told, labels)
     return Plot(
         chart=panels(records, spec, height=200, least=200, transform=ROWS),
         wide=True,
         caption="Correlation of every two tokens over their features at the last MoE layer's input,"
         " tokens ordered by the expert they chose, at the first and the newest diagnostics. Blocks"
         " along the diagonal are tokens of one expert that resemble each other. First seed of each"
-        f" variant.{too_many(found, MOST_RUNS)}{not_shown(results, [run.name for run in found])}",
+        f" variant.{too_many(found, MOST_RUNS)}{not_shown(results, found)}",
         numbers=Numbers(
             columns=("run", "step", "token", "expert", "other token", "correlation"),
             rows=[
-                (run.name, d.step, a, _expert(d, a), b, float(value))
+                (run.name, d.step, a, _expert(d, a), b, round(float(value), 3))
                 for run in found
                 for d in run.value
                 if d.token_correlation is not None
@@ -81,8 +79,5 @@ def _expert(diagnostics: Diagnostics, token: int) -> int | None:
 
 
 SPEC = Spec(
-    key="token-correlation",
-    title="Correlation of tokens before and after training",
-    section="Specialisation",
-    draw=_draw,
+    "token-correlation", "Correlation of tokens before and after training", "Specialisation", _draw
 )

@@ -28,7 +28,7 @@ def _bytes(row: Row) -> tuple[float, ...] | None:
 def _draw(results: Results) -> Plot | Missing:
     found = every_run(results, _bytes)
     if not found:
-        return Missing(reason="no run counts the bytes it sends; only runs over several ranks do")
+        return Missing("no run counts the bytes it sends; only runs over several ranks do")
     shown = found[:MOST_RUNS]
     bars = [(run.name, run.row.name, [sent / 2**20 for sent in run.value]) for run in shown]
     ways = {name: tint for _, name, tint in _WAYS}
@@ -43,9 +43,4 @@ def _draw(results: Results) -> Plot | Missing:
     )
 
 
-SPEC = Spec(
-    key="traffic",
-    title="Bytes within and between nodes",
-    section="Time and memory",
-    draw=_draw,
-)
+SPEC = Spec("traffic", "Bytes within and between nodes", "Time and memory", _draw)

@@ -4,6 +4,24 @@
   "use strict";
   const hidden = new Set(), views = new Map();
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
+  const plots = all(".plot");
+  let charts = {};
+
+  async function unpacked(text) {
+    const bytes = Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
+    const plain = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    return new Response(plain).text();
+  }
+
+  // The specifications, and the script that shows them: the page's policy knows it by its hash.
+  async function start() {
+    const held = JSON.parse(await unpacked(document.getElementById("charts").textContent));
+    const script = document.createElement("script");
+    script.textContent = held.runtime;
+    document.head.append(script);
+    charts = held.charts;
+    plots.forEach(plot => seen.observe(plot));
+  }
 
   // Also in etr.report.chart.sized: what fills the room that there is.
   function sized(spec, width) {
@@ -29,12 +47,12 @@
     const width = plot.clientWidth;
     if (!width || plot.dataset.width === String(width)) return;
     plot.dataset.width = width;
-    const box = document.createElement("div"), from = document.getElementById(plot.dataset.spec);
-    let spec = sized(JSON.parse(from.textContent), width);
+    const box = document.createElement("div"), key = plot.closest("figure").id;
+    let spec = sized(structuredClone(charts[key]), width);
     if (matchMedia("(pointer: coarse)").matches) spec = withoutZoom(spec);
     spec.config.font = getComputedStyle(document.body).fontFamily;
     box.setAttribute("role", "img");
-    box.setAttribute("aria-labelledby", plot.closest("figure").id + "-title");
+    box.setAttribute("aria-labelledby", key + "-title");
     const {view} = await vegaEmbed(box, spec, {
       actions: false, renderer: "svg", ast: true, defaultStyle: false, logLevel: 1,
       tooltip: {disableDefaultStyle: true},
@@ -45,11 +63,9 @@
     plot.replaceChildren(box);
   }
 
-  const plots = all(".plot[data-spec]");
   const seen = new IntersectionObserver(entries => {
     for (const {isIntersecting, target} of entries) if (isIntersecting) show(target);
   }, {rootMargin: "700px"});
-  plots.forEach(plot => seen.observe(plot));
   let waiting;
   addEventListener("resize", () => {
     clearTimeout(waiting);
@@ -124,20 +140,20 @@
 
   // The links hold compressed tables; where a script runs they give plain ones.
   async function download(link) {
-    const bytes = Uint8Array.from(atob(link.href.split(",")[1]), letter => letter.charCodeAt(0));
-    const plain = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-    const anchor = document.createElement("a");
-    anchor.href = URL.createObjectURL(new Blob([await new Response(plain).blob()], {type: "text/csv"}));
+    const anchor = document.createElement("a"), text = await unpacked(link.href.split(",")[1]);
+    anchor.href = URL.createObjectURL(new Blob([text], {type: "text/csv"}));
     anchor.download = link.download.replace(/\.gz$/, "");
     anchor.click();
     URL.revokeObjectURL(anchor.href);
   }
-  if ("DecompressionStream" in window)
+  let ready;
+  if ("DecompressionStream" in window) {
     for (const link of all("a.numbers")) link.addEventListener("click", event => {
       event.preventDefault();
       download(link);
     });
-
+    ready = start();
+  }
   document.documentElement.classList.add("scripted");
-  window.etrReport = {showAll: () => Promise.all(plots.map(show)), hide, views};
+  window.etrReport = {showAll: async () => { await ready; await Promise.all(plots.map(show)); }, hide};
 })();
