@@ -88,12 +88,11 @@ results: $(VENV)/.train  ## regenerate the pages of the demo (two seeds of the f
 	cp runs/results-quick/results.json docs/results/demo-quick.json
 	$(BIN)/python tools/readme.py
 
-gallery: $(VENV)/.train  ## the pictures of docs/gallery.md, from the whole demo
+gallery: $(VENV)/.train  ## the pictures of docs/gallery.md, from the whole demo; screens need Chromium
 	$(BIN)/etr demo --full --out runs/gallery
 	for name in baseline locmoe etr_paper etr; do \
 	    $(BIN)/etr trace runs/gallery/$$name-seed0 --max-tokens 4096 || exit 1; done
-	$(BIN)/etr report runs/gallery --figures
-	cp runs/gallery/figures/*.svg docs/images/gallery/
+	$(BIN)/python tools/pictures.py runs/gallery
 
 clean:
 	rm -rf $(VENV) .venv-* build runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -43,6 +43,8 @@ def make_results(
         "command": "etr compare --recipe demo --seeds 0 1 2 --output runs/demo",
         "config": {"model": {"hidden_size": 128, "layers": layers}, "train": {"steps": steps}},
         "environment": {
+            "etr": "0.1.0, commit 0123456789ab",
+            "corpus": "89abcdef01234567",
             "python": "3.11.9",
             "torch": "2.13.0",
             "threads": 2,

@@ -138,6 +138,7 @@ def test_page_reads_from_table_to_command(report: Path) -> None:
             "Undecided Within noise",
             "Time and memory Step time over training",
             "How to reproduce Copy etr compare --recipe demo",
+            "etr 0.1.0, commit 0123456789ab corpus 89abcdef01234567 python 3.11.9",
             "torch 2.13.0",
             "Full configuration",
         )

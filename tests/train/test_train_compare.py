@@ -6,13 +6,16 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
 import etr
+from etr.data import open_data
 from etr.report import load_results, write_report
 from etr.train import CompareConfig, compare, parse_variant
+from etr.train.compare import environment
 from etr.train.metrics import read_metrics
 from etr.train.model import build_model
 
@@ -37,6 +40,19 @@ REQUIRED = {
 }
 
 
+def test_results_name_the_commit_of_a_checkout_alone(tmp_path, monkeypatch):
+    package = tmp_path / "src" / "etr"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(etr, "__file__", str(package / "__init__.py"))
+    assert environment()["etr"] == etr.__version__
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    assert environment()["etr"] == etr.__version__  # it has no commit yet
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "-m", "a"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+    assert environment()["etr"] == f"{etr.__version__}, commit {head.stdout[:12]}"
+
+
 @pytest.fixture
 def config(make_config, tmp_path) -> CompareConfig:
     return CompareConfig(
@@ -53,6 +69,11 @@ def test_rows_are_complete_and_reported(config, tmp_path):
     assert results is not None
     stored = json.loads((Path(config.run.out) / "results.json").read_text())
     assert stored["rows"] == results["rows"]
+    assert stored["command"] == "etr compare ..."
+    assert stored["environment"] == results["environment"]
+    corpus = open_data(config.run.data).dataset.corpus_fingerprint
+    assert results["environment"]["corpus"] == corpus[:16] != ""
+    assert results["environment"]["etr"].startswith(etr.__version__)
     assert [(r["name"], r["seed"]) for r in results["rows"]] == [
         ("baseline", 0),
         ("baseline", 1),

@@ -50,7 +50,7 @@ def _draw(results: Results) -> Plot | Missing:
         numbers=Numbers(
             columns=("run", "step", "token", "expert", "other token", "correlation"),
             rows=[
-                (run.name, d.step, a, _expert(d, a), b, round(float(value), 3))
+                (run.name, d.step, a, _expert(d, a), b, round(float(value), 3) + 0.0)
                 for run in found
                 for d in run.value
                 if d.token_correlation is not None
