@@ -12,7 +12,7 @@ PYTEST  = $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadsco
 # Tests start many processes, which then need not compile every module anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-fast test-newest test-lowest test-pythons test-peers criteria check lock bench gallery \
+.PHONY: demo test test-fast test-newest test-lowest test-pythons test-peers criteria check lock bench docs gallery \
         study study-smoke results clean
 
 $(BIN)/python:
@@ -62,7 +62,7 @@ build/lowest.txt: pyproject.toml tools/versions.py
 lock: | $(BIN)/python  ## renew constraints.txt: the newest allowed versions of all extras
 	mkdir -p build
 	DS_BUILD_OPS=0 $(PIP) install --quiet --dry-run --ignore-installed --report build/lock.json \
-	    '.[all,dev,bench,megatron]'
+	    '.[all,dev,docs,bench,megatron]'
 	$(BIN)/python tools/versions.py lock build/lock.json > build/constraints.txt
 	mv build/constraints.txt constraints.txt
 
@@ -87,6 +87,10 @@ results: $(VENV)/.train  ## regenerate the pages of the demo (two seeds of the f
 	$(BIN)/etr demo --out runs/results-quick --markdown docs/results/demo-quick.md
 	cp runs/results-quick/results.json docs/results/demo-quick.json
 	$(BIN)/python tools/readme.py
+
+docs: $(VENV)/.train  ## the documentation as a site, with an API page and search: build/site
+	$(INSTALL) --no-build-isolation --editable '.[docs]'
+	$(BIN)/python tools/site.py
 
 gallery: $(VENV)/.train  ## the pictures of docs/gallery.md, from the whole demo; screens need Chromium
 	$(BIN)/etr demo --full --out runs/gallery
