@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,14 @@ from etr.report.chart import save_svg
 from etr.report.marks import layer, mark, named, nominal, numeric, panels
 from etr.report.spec import Chart
 from etr.report.statistics import mean, t_interval
-from etr.report.style import SERIES, SOFT
+from etr.report.style import SERIES, SOFT, looks
 from etr.study.collection import Collection
 from etr.study.summary import StudyRow
 
 SHAPES = {"steps": "circle", "expert_flops": "square", "seconds": "triangle-up"}
 NAMES = {"steps": "equal steps", "expert_flops": "equal expert FLOPs", "seconds": "equal time"}
 FRAMES = ("linear", "fixed", "learned", "orthonormal")
+FACTORS = (1.1, 0.6, 0.4, 0.2)
 LOSS = "held-out loss, nats per byte"
 
 
@@ -45,22 +45,24 @@ def _spread(row: StudyRow) -> tuple[float, float]:
 
 def _capacity(study: Collection, reference: str) -> Chart | None:
     records = []
-    for router in FRAMES:
-        for factor in (1.1, 0.6, 0.4, 0.2):
+    for place, router in enumerate(FRAMES):
+        for factor in FACTORS:
             row = study.row("text-x", f"{router}-{factor}")
             if row is not None:
                 value, width = _spread(row)
                 places = {"y": value, "low": value - width, "high": value + width}
-                records.append({"router": router, "x": factor, **places})
+                # Side by side, for intervals not to cover each other.
+                records.append({"router": router, "x": factor + 0.012 * (place - 1.5), **places})
     if not records:
         return None
     tints = dict(zip(FRAMES, (tint.css for tint in SERIES), strict=False))
     dot = {"filled": True, "size": 40}
+    axis = {"values": FACTORS, "format": ".1f", "scale": {"domain": (0.12, 1.18)}}
     return {
         "data": {"values": records},
         "height": 280,
         "encoding": {
-            "x": numeric("x", "capacity factor (ranked by score, equal steps)"),
+            "x": numeric("x", "capacity factor (ranked by score, equal steps)", **axis),
             "color": named("router", tints, columns=4),
         },
         "layer": [
@@ -82,9 +84,12 @@ def _front(study: Collection, reference: str) -> Chart | None:
             if task != "text-x" or loss is None or flops > 2:
                 continue
             ours = row.name.startswith("etr") and row.name != "etr_paper"
-            color = SERIES[2 if ours else 0].css
+            color = SERIES[1 if ours else 0].css
             point = {"x": flops, "y": loss, "name": row.name, "match": NAMES[match]}
             records.append({**point, "color": color})
+    records.sort(key=lambda record: -record["y"])
+    for record, place in zip(records, _apart(records), strict=True):
+        record["label"] = place
     return {
         "data": {"values": records},
         "height": 420,
@@ -99,11 +104,25 @@ def _front(study: Collection, reference: str) -> Chart | None:
                 color={"field": "color", "type": "nominal", "scale": None},
             ),
             layer(
-                mark("text", align="left", dx=5, dy=-4, fontSize=8, color=SOFT.css),
+                mark("text", align="left", baseline="middle", dx=6, fontSize=8, color=SOFT.css),
+                y=numeric("label", LOSS),
                 text=nominal("name"),
             ),
         ],
     }
+
+
+def _apart(records: Sequence[dict[str, Any]]) -> list[float]:
+    """Heights of names beside points, of which the highest comes first: none over another."""
+    wide, high = (max(r[k] for r in records) - min(r[k] for r in records) for k in ("x", "y"))
+    letter, line = 5 * wide / 400, 8 * high / 400  # sizes of the text in the axes' units
+    found: list[tuple[float, float, float]] = []
+    for record in records:
+        left, right, y = record["x"], record["x"] + letter * len(record["name"]), record["y"]
+        while any(a < right and left < b and abs(y - at) < line for a, b, at in found):
+            y -= line / 10
+        found.append((left, right, y))
+    return [y for _, _, y in found]
 
 
 def _time(study: Collection, reference: str) -> Chart | None:
@@ -126,26 +145,24 @@ def _time(study: Collection, reference: str) -> Chart | None:
                 # The start, far above all that is compared, is left out.
                 top = mean(list(base.losses().values())) + 0.4
                 points = [pair for pair in zip(x, y, strict=True) if pair[1] <= top]
-                line = {"panel": task, "name": f"{row.name} ({NAMES[match]})"}
-                records += [
-                    {**line, "match": NAMES[match], "x": at, "y": loss} for at, loss in points
-                ]
+                line = {"panel": task, "variant": row.name, "match": NAMES[match]}
+                records += [{**line, "x": at, "y": loss} for at, loss in points]
     return _panels(records, reference) if records else None
 
 
 def _panels(records: Sequence[dict[str, Any]], reference: str) -> Chart:
     """A panel for each task."""
-    names = dict.fromkeys(record["name"] for record in records)
-    tints = dict(zip(names, cycle(tint.css for tint in SERIES), strict=False))
+    found = looks(record["variant"] for record in records)
+    tints = {name: look.tint.css for name, look in found.items()}
     spec = layer(
         mark("line", point={"filled": True, "size": 36}),
         x=numeric("x", f"time over that of {reference}"),
         y=numeric("y", LOSS),
+        detail=nominal("match"),
         shape=_shape(),
-        color=named("name", tints, columns=2),
+        color=named("variant", tints, columns=4),
     )
-    given = [{"variant": "", **record} for record in records]
-    return panels(given, spec, height=300, transform=(), independent=("y",))
+    return panels(records, spec, height=300, transform=(), independent=("y",))
 
 
 def _shape() -> dict[str, Any]:
