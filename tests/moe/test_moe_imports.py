@@ -51,7 +51,7 @@ def loaded(since=frozenset()):
     return {name for name in sys.modules if name not in since}
 
 import etr
-heavy = ("torch", "numpy", "scipy", "transformers", "pydantic", "tyro", "matplotlib", "pyarrow")
+heavy = ("torch", "numpy", "scipy", "transformers", "pydantic", "tyro", "vl_convert", "pyarrow")
 assert not loaded() & {*heavy, "etr.moe", "etr.methods"}, loaded()
 assert "MoE" in dir(etr) and "methods" in dir(etr) and not hasattr(etr, "no_such_name")
 

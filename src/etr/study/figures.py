@@ -76,7 +76,7 @@ def _front(study: Collection, reference: str) -> Chart | None:
     base = study.row("text-x", reference)
     if base is None:
         return None
-    records = []
+    records: list[dict[str, Any]] = []
     for task, match, rows in study.blocks.values():
         for row in rows:
             flops = row.average("expert_flops") / base.average("expert_flops")
