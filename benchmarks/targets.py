@@ -38,8 +38,6 @@ REASONS: dict[str, str] = {
     "both; the linear product catches up from 64 experts downwards",
     "linear over GrAP scores, 64 experts or more, float32, forward+backward": "reading the tokens "
     "bounds both at width 1024",
-    "saved bytes, etr dropless over transformers grouped_mm": "of 256 tokens top-1 in bfloat16 the "
-    "router's float32 values are a larger share",
     **{
         f"{ours} over transformers' block, {tokens}": "what is not a product of matrices is the "
         "layer's bookkeeping, some 30 operations where transformers' block runs 22"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from etr.moe.affinity import (
     cosine_affinity,
     grap_affinity,
     learned_block_affinity,
+    product,
 )
 from etr.moe.polar import (
     condition_number,
@@ -205,6 +208,52 @@ def test_both_polar_factors_agree(num_experts: int, hidden_size: int, start: str
         grads.append(torch.autograd.grad((factor * toward).sum(), weight)[0])
     torch.testing.assert_close(*values, atol=1e-9, rtol=0)
     torch.testing.assert_close(*grads, atol=1e-8, rtol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("score", [product, partial(cosine_affinity, unit=True)], ids=["x", "cos"])
+def test_tokens_in_half_precision_score_as_their_float32_copies(
+    score: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    """Values and gradients bit for bit; second, forward and batched derivatives closely."""
+    data, upstream, found = (torch.randn(5, 12) * 3).to(dtype), torch.randn(5, 4), []
+    data[2] = 0
+    for copied in (True, False):
+        x, weight = data.clone().requires_grad_(), torch.arange(48.0).view(4, 12).requires_grad_()
+        y = score(x.float() if copied else x, weight)
+        first = torch.autograd.grad(y, (x, weight), upstream, create_graph=True)
+        again = torch.autograd.grad(first[1].square().sum(), x)[0]
+        found.append((y, *first, again))
+    *plain, second = zip(*found, strict=True)
+    for want, got in plain:
+        assert want.dtype == got.dtype
+        assert torch.equal(want, got)
+    # Sums of numbers of 8 or 11 bits; that of the zero token overflows.
+    wanted, got = (value[[0, 1, 3, 4]].float() for value in second)
+    assert float((got - wanted).norm()) < 0.01 * float(wanted.norm())
+    fixed, ways = weight.detach(), (torch.randn_like(data), torch.randn_like(weight))
+    want = torch.func.jvp(lambda x, w: score(x.float(), w), (data, fixed), ways)
+    torch.testing.assert_close(torch.func.jvp(score, (data, fixed), ways), want)
+    each = torch.func.vmap(score, in_dims=(0, None))(data[:, None], fixed)[:, 0]
+    torch.testing.assert_close(each, score(data, fixed))
+
+
+@pytest.mark.parametrize("router", ["etr", "token_choice"])
+def test_no_float32_copy_of_tokens_is_kept(router: str) -> None:
+    """What the experts keep serves the router's backward pass too."""
+    layer = MoE(MoEConfig(hidden_size=16, intermediate_size=5, num_experts=4, router=router))
+    layer.bfloat16()
+    kept: list[tuple[torch.dtype, int]] = []
+
+    def pack(value: Tensor) -> Tensor:
+        kept.append((value.dtype, value.numel()))
+        return value
+
+    x = torch.randn(37, 16).bfloat16().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        layer(x)
+    assert (torch.bfloat16, x.numel()) in kept
+    assert (torch.float32, x.numel()) not in kept
 
 
 def test_blocks_that_do_not_divide_are_refused() -> None:

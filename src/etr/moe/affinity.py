@@ -29,9 +29,14 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device_type=device, enabled=False) if on else nullcontext()
 
 
+def arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """The router's arithmetic for tokens of a dtype: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def router_dtype(x: Tensor) -> Tensor:
-    """Convert to the router's arithmetic: float64 stays, everything else becomes float32."""
-    return x if x.dtype == torch.float64 else x.float()
+    """Convert to the router's arithmetic."""
+    return x.to(arithmetic(x.dtype))
 
 
 def grap_affinity(x: Tensor, num_experts: int) -> Tensor:
@@ -86,13 +91,18 @@ def cosine_affinity(x: Tensor, directions: Tensor, *, unit: bool = False) -> Ten
     """Cosine of each token and each row of `directions`.
 
     Args:
-        x: tokens, float [T, H].
-        directions: float [E, H].
+        x: tokens, float [T, H] of any precision.
+        directions: [E, H], float32 (float64 for float64 tokens).
         unit: the rows already have norm 1.
     Returns:
         [T, E] in [-1, 1] up to rounding.
     """
-    products = x @ directions.T / token_norm(x)
+    if x.dtype == directions.dtype or torch.compiler.is_compiling():
+        products, norms = product(x, directions), token_norm(x.to(directions.dtype))
+    else:
+        products, norms = _OfHalf.apply(x, directions, True)
+        norms = norms.clamp_min(NORM_FLOOR)
+    products = products / norms
     if unit:
         return products
     return products / directions.norm(dim=-1).clamp_min(NORM_FLOOR)
@@ -116,3 +126,68 @@ def block_width(hidden_size: int, num_experts: int) -> int:
 def token_norm(x: Tensor) -> Tensor:
     """Euclidean norm of each token, at least `NORM_FLOOR`, [T, 1]."""
     return x.norm(dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x W^T`` in the router's arithmetic.
+
+    Args:
+        x: tokens, float [T, H] of any precision.
+        weight: [E, H], float32 (float64 for float64 tokens).
+    Returns:
+        [T, E].
+    """
+    if x.dtype == weight.dtype or torch.compiler.is_compiling():
+        return x.to(weight.dtype) @ weight.T
+    found: Tensor = _OfHalf.apply(x, weight, False)[0]
+    return found
+
+
+class _OfHalf(torch.autograd.Function):
+    """Products and norms of tokens in half precision, the norms if asked for.
+
+    The backward pass keeps the tokens as they are, as that of the experts does, and no float32
+    copy. Compilers see to that themselves.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, norms: bool) -> tuple[Tensor, Tensor]:
+        copy = x.to(weight.dtype)
+        return copy @ weight.T, copy.norm(dim=-1, keepdim=True) if norms else weight.new_zeros(1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, ctx.norms = inputs
+        ctx.save_for_backward(x, weight, output[1])
+        ctx.save_for_forward(x, weight, output[1])
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: Tensor, grad_norm: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, norm = ctx.saved_tensors
+        of_x, of_weight, _ = ctx.needs_input_grad
+        copy, grad_x = x.to(weight.dtype), None
+        if of_x:
+            grad_x = grad @ weight
+            if ctx.norms:
+                grad_x = grad_x + grad_norm * (copy / norm).masked_fill(norm == 0, 0.0)
+            grad_x = grad_x.to(x.dtype)
+        return grad_x, grad.mT @ copy if of_weight else None, None
+
+    @staticmethod
+    def jvp(
+        ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, _: None
+    ) -> tuple[Tensor, Tensor]:
+        x, weight, norm = ctx.saved_tensors
+        copy = x.to(weight.dtype)
+        moves = torch.zeros_like(copy) if x_t is None else x_t.to(weight.dtype)
+        found = moves @ weight.T
+        if weight_t is not None:
+            found = found + copy @ weight_t.T
+        if not ctx.norms:
+            return found, torch.zeros_like(norm)
+        along = (copy * moves).sum(-1, keepdim=True) / norm
+        return found, along.masked_fill(norm == 0, 0.0)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from etr.moe.affinity import (
+    arithmetic,
     block_directions,
     block_width,
     cosine_affinity,
@@ -158,8 +159,7 @@ class _EtrRouter(Router):
             return grap_affinity(x, self.num_experts)
         if self.config.frame == "learned":
             return learned_block_affinity(x, self.weight, self.num_experts)
-        x = router_dtype(x)
-        return cosine_affinity(x, self.directions(x.dtype), unit=True)
+        return cosine_affinity(x, self.directions(arithmetic(x.dtype)), unit=True)
 
     def directions(self, dtype: torch.dtype) -> Tensor:
         """Directions [E, H]; orthonormal ones are kept while the weight stays the same.

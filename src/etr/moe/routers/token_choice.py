@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from etr.moe.affinity import arithmetic, product
 from etr.moe.context import RouterInput
 from etr.moe.learner import Learner, Step
 from etr.moe.routers.base import Router, RouterConfig, RouterTraits, one_best
@@ -142,6 +143,7 @@ class LinearRouter(Router):
     """Scores ``x W^T`` through a softmax or sigmoid; choosers are ranked by the gate."""
 
     config: TokenChoice
+    takes_any_dtype = True
 
     def __init__(self, config: TokenChoice, hidden_size: int, num_experts: int, top_k: int) -> None:
         super().__init__(config, hidden_size, num_experts, top_k)
@@ -159,9 +161,9 @@ class LinearRouter(Router):
             nn.init.zeros_(self.bias)
 
     def scores(self, x: Tensor, inputs: RouterInput) -> Scores:
-        logits = x @ self.weight.to(x.dtype).T
+        logits = product(x, self.weight.to(arithmetic(x.dtype)))
         if self.bias is not None:
-            logits = logits + self.bias.to(x.dtype)
+            logits = logits + self.bias.to(logits.dtype)
         return self.of_logits(logits)
 
     def of_logits(self, logits: Tensor) -> Scores:
