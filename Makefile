@@ -12,8 +12,8 @@ PYTEST  = $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadsco
 # Tests start many processes, which then need not compile every module anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-fast test-newest test-lowest test-pythons test-peers criteria check lock bench docs gallery \
-        study study-smoke results clean
+.PHONY: demo test test-fast test-newest test-lowest test-pythons test-peers criteria check lock bench speed docs \
+        gallery study study-smoke results clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -74,6 +74,11 @@ check: $(VENV)/.all  ## formatting, lint, types, import contracts
 
 bench: $(VENV)/.train  ## speed of the layer against its floors, as ratios of one run
 	$(BIN)/python -m benchmarks
+
+speed: $(VENV)/.train  ## regenerate the page of speed and README's sentence; wants a quiet machine
+	$(BIN)/python -m benchmarks --markdown docs/results/speed.md
+	cp runs/bench/speed.json docs/results/speed.json
+	$(BIN)/python tools/readme.py
 
 study: $(VENV)/.train  ## the quality study: docs/results/quality.md (hours; resumes)
 	$(BIN)/etr study --out docs/results --weights runs/study/weights

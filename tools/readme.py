@@ -1,4 +1,4 @@
-"""What README shows: the picture of the routing, light and dark, and the demo's table.
+"""What README shows: the routing as a picture, light and dark, the demo's table, and the speed.
 
 python tools/readme.py
 """
@@ -6,7 +6,11 @@ python tools/readme.py
 from __future__ import annotations
 
 import io
+import json
 import math
+import sys
+import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "README.md"
 RESULTS = ROOT / "docs/results/demo-quick.json"
 PICTURES = ROOT / "docs/images"
+SPEED = ROOT / "docs/results/speed.json"
 BEGIN, END = "<!-- demo: made by tools/readme.py -->", "<!-- end of demo -->"
+SPEED_BEGIN, SPEED_END = "<!-- speed: made by tools/readme.py -->", "<!-- end of speed -->"
 WIDTH = 80
 """Columns of the terminal that the table is made for."""
 
@@ -165,17 +171,70 @@ def demo_table() -> str:
     return f"```text\n{lines}\n```"
 
 
+def speed_sentence() -> str:
+    """What the stored page of speed says of the layer beside transformers' block, in a sentence."""
+    sys.path.append(str(ROOT))  # run as a script, this file sees its own folder alone
+    from benchmarks.measures import few, generate
+    from benchmarks.results import CaseResult
+    from benchmarks.targets import of_layer, over, saved
+
+    found = json.loads(SPEED.read_text(encoding="utf-8"))
+    results = [CaseResult.from_dict(values) for values in found["cases"]]
+
+    def span(readings: Iterable[object]) -> str:
+        values = sorted(reading.value.median for reading in readings)  # type: ignore[attr-defined]
+        return f"{values[0]:.2f} to {values[-1]:.2f}" if values else "(not measured)"
+
+    step = span(of_layer(few.HF, lambda result: True, ours_over_other=True)(results))
+    whole = {
+        label: span(
+            over(
+                "generate",
+                generate.SAME,
+                generate.HF,
+                "forward",
+                lambda result, label=label: result.sizes["label"] == label,  # type: ignore[misc]
+            )(results)
+        )
+        for label in ("prefill", "decode")
+    }
+    parts = [
+        f"a training step of the layer takes {step} of its time and saves "
+        f"{span(saved(few.HF)(results))} of its bytes",
+        f"a whole model's prefill takes {whole['prefill']} and its decoding {whole['decode']} of "
+        "the time of transformers' own",
+    ]
+    if any(result.group == "few" for result in results):
+        one = [result for result in results if result.sizes["num_tokens"] == 1]
+        alone, drops = (
+            span(over("few", ours, few.HF, "forward")(one)) for ours in (few.SAME, few.DROPS)
+        )
+        parts.insert(1, f"one token takes {alone}, or {drops} where thresholds drop")
+    where = found["environment"]
+    return (
+        f"On {where['threads']} threads of a CPU, beside the grouped_mm block of transformers, "
+        f"{'; '.join(parts)}. [speed.md](docs/results/speed.md) has every case, and where it loses."
+    )
+
+
 def renewed(text: str) -> str:
-    """README with the table of today's results.
+    """README with the table and the sentence of today's results.
 
     Raises:
-        ValueError: it has no place for the table.
+        ValueError: it has no place for them.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"README.md has no {BEGIN} ... {END}")
-    return f"{before}{begin}\n{demo_table()}\n{end}{after}"
+    text = _between(text, BEGIN, END, demo_table())
+    return _between(
+        text, SPEED_BEGIN, SPEED_END, textwrap.fill(speed_sentence(), 100, break_on_hyphens=False)
+    )
+
+
+def _between(text: str, begin: str, end: str, new: str) -> str:
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"README.md has no {begin} ... {end}")
+    return f"{before}{begin}\n{new}\n{end}{after}"
 
 
 if __name__ == "__main__":

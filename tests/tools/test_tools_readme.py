@@ -34,6 +34,16 @@ def test_the_pasted_table_is_that_of_the_stored_demo(readme: ModuleType) -> None
     assert "variant" in text.partition(readme.BEGIN)[2].partition(readme.END)[0]
 
 
+def test_the_sentence_on_speed_quotes_the_page(readme: ModuleType) -> None:
+    text, page = (
+        p.read_text(encoding="utf-8") for p in (readme.PAGE, readme.SPEED.parent / "speed.md")
+    )
+    said = text.partition(readme.SPEED_BEGIN)[2].partition(readme.SPEED_END)[0]
+    (row,) = (line for line in page.splitlines() if line.startswith("| saved bytes, etr dropless"))
+    worst, best = (row.split(" | ")[place].strip("x ") for place in (2, 4))
+    assert f"saves {best} to {worst} of" in " ".join(said.split())
+
+
 def test_the_stored_demo_is_the_recipe() -> None:
     from etr.files import read_json
     from etr.recipes import quick_demo
