@@ -1,4 +1,4 @@
-"""docs/guides/{finetune,upcycle,serving,mixtral}.md: their blocks and commands run as shown."""
+"""docs/guides/{finetune,upcycle,shrink,serving,mixtral}.md: blocks and commands run as shown."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from etr.hf import EtrConfig, EtrForCausalLM, load_pretrained
 from etr.moe import moe_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
-GUIDES = ("finetune", "upcycle", "serving", "mixtral", "place-experts", "offload")
+GUIDES = ("finetune", "upcycle", "shrink", "serving", "mixtral", "place-experts", "offload")
 PAGES = [ROOT / "docs/guides" / f"{name}.md" for name in GUIDES]
 PYTHON = [(page, block) for page in PAGES for block in blocks(page, "python")]
 COMMANDS = [
@@ -36,6 +36,7 @@ SMALL = {  # added to the commands, so that they take little time and read a tex
     "finetune": f"{TEXT} --calibration-batches 2 --eval-tokens-per-domain 64",
     "export": f"{TEXT} --num-batches 2",
     "trace": f"{SIZES} --max-tokens 320",
+    "transform": "--sequence-length 32 --batch-size 4 --num-batches 2 --cache-dir cache",
     "evaluate": "--sequence-length 32 --batch-size 4 --cache-dir cache",
 }
 

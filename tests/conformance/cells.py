@@ -11,6 +11,7 @@ import functools
 import types
 import typing
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -245,7 +246,7 @@ def train_steps(layer: MoE, num_steps: int = 3, num_tokens: int = 256) -> None:
     from etr.moe import Collector, after_step
 
     layer.train()
-    dtype = next(layer.experts.parameters()).dtype
+    dtype = next(chain(layer.experts.parameters(), layer.parameters())).dtype
     for _ in range(num_steps):
         with Collector(layer) as collector:
             layer(tokens(num_tokens, dtype), context(num_tokens, collector=collector))

@@ -27,6 +27,7 @@ TEXTS = [
     "widths:widths=2x48+0+16",
     "merged:of=0+1+0+1",
     "compressed:main=1",
+    "nested:group=16,use=2",
     "low_rank:ranks=0+2x4+48",
     "packed:bits=2+4+8+9x16",
 ]

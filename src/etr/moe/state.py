@@ -154,7 +154,10 @@ def keep_state(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
 
     A hook for `register_load_state_dict_pre_hook`. Adapters' weights come that way.
     """
-    if any(key.startswith(prefix) and key.endswith(("down_proj", ".codes")) for key in state_dict):
+    if any(
+        key.startswith(prefix) and key.endswith(("down_proj", ".codes", ".down_base"))
+        for key in state_dict
+    ):
         return
     for path, child in module.named_modules(prefix=prefix.removesuffix(".")):
         if isinstance(child, GlobalState):

@@ -6,6 +6,7 @@ from etr.moe.experts.bank import Bank, BankConfig, ExpertSizes
 from etr.moe.experts.compressed import Compressed
 from etr.moe.experts.low_rank import LowRank
 from etr.moe.experts.merged import Merged
+from etr.moe.experts.nested import Nested
 from etr.moe.experts.nulls import Nulls
 from etr.moe.experts.packed import Packed
 from etr.moe.experts.shared import SharedGate, run_shared
@@ -17,7 +18,7 @@ from etr.moe.table import Table
 
 BANKS: Table[BankConfig] = Table(
     "experts",
-    (Uniform, Nulls, Widths, Shared, Merged, LowRank, Packed, Compressed),
+    (Uniform, Nulls, Widths, Shared, Merged, LowRank, Packed, Compressed, Nested),
     wrapped="wrapped",
 )
 """Banks by name. Their texts may name one to wrap, as in ``shared:nulls``."""
