@@ -58,8 +58,6 @@ class Skipped:
     """As in `Drawing`."""
     title: str
     """What would have been shown."""
-    section: Section
-    """As in `Drawing`."""
     reason: str
     """What is missing."""
 

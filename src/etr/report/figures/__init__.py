@@ -74,7 +74,7 @@ def draw(spec: Spec, results: Results) -> Drawing | Skipped:
     alone = spec.compares and len(results.names) == 1
     found = Missing("one run alone has nothing to compare") if alone else spec.draw(results)
     if isinstance(found, Missing):
-        return Skipped(key=spec.key, title=spec.title, section=spec.section, reason=found.reason)
+        return Skipped(key=spec.key, title=spec.title, reason=found.reason)
     own = {"key": spec.key, "section": spec.section, "title": found.title or spec.title}
     return Drawing(**(vars(found) | own))
 

@@ -44,7 +44,7 @@ def draw_expert_load(results: Results, layers: Sequence[int] | None = None) -> P
         numbers=Numbers(
             columns=("run", "seed", "layer", "expert", "bin of steps", "load over mean"),
             rows=[
-                (run.row.name, run.row.seed, layer, expert, place, float(load))
+                (run.row.name, run.row.seed, layer, expert, place, round(float(load), 3))
                 for run in every[:MOST_RUNS]
                 for layer in range(run.value.shape[1])
                 for expert, line in enumerate(relative_load(run.value[:, layer]))

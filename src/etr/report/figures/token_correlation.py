@@ -55,7 +55,7 @@ def _draw(results: Results) -> Plot | Missing:
                 for d in run.value
                 if d.token_correlation is not None
                 for a, line in enumerate(d.token_correlation)
-                for b, value in enumerate(line)
+                for b, value in enumerate(line[a:], a)  # the other half is the same
             ],
         ),
     )
