@@ -214,9 +214,9 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def undisturbed(folder: Path) -> Outcome:
+def undisturbed(folder: Path, start_agent: StartAgent = start_torchrun) -> Outcome:
     """The run that others are compared with."""
-    job = Job(folder)
+    job = Job(folder, start_agent=start_agent)
     job.start()
     began = time.monotonic()
     job.wait_for(lambda: False)

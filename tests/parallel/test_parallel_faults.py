@@ -42,7 +42,7 @@ def short() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    outcome = undisturbed(tmp_path_factory.mktemp("faults") / "whole")
+    outcome = undisturbed(tmp_path_factory.mktemp("faults") / "whole", ForkedAgent)
     assert outcome.exit_code == 0, outcome.output
     assert len(outcome.losses) == STEPS
     return outcome
