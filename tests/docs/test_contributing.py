@@ -21,6 +21,7 @@ from etr.methods.own import MODULES
 PAGE = ROOT / "CONTRIBUTING.md"
 SHELF = "src/etr/methods/__init__.py"
 METHOD, OWN, TEST = "src/etr/methods/cosine.py", "my_method.py", "tests/methods/test_cosine.py"
+CARDS = "tests/methods/test_cards.py"
 CONFORMANCE = ("tests/conformance/test_conformance_reference.py",)
 """What is run for the copy: values and gradients against plain loops, in every cell. Other files
 read the same cells, and would take minutes."""
@@ -57,10 +58,10 @@ def copy(files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Pat
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for folder in ("src", "tests/conformance", "tests/methods"):
         shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
-    for name in ("pyproject.toml", "tests/conftest.py"):
-        shutil.copy(ROOT / name, root / name)
-    for path in (METHOD, TEST):
-        (root / path).write_text(files[path], encoding="utf-8")
+    for path in (ROOT / "pyproject.toml", *(ROOT / "tests").glob("*.py")):
+        shutil.copy(path, root / path.relative_to(ROOT))
+    for name in (METHOD, TEST):
+        (root / name).write_text(files[name], encoding="utf-8")
     (shelf,) = blocks(PAGE, "diff")
     assert f"+++ b/{SHELF}\n" in shelf.text
     changed = apply_diff((root / SHELF).read_text(encoding="utf-8"), shelf.text)
@@ -105,7 +106,7 @@ def test_a_file_of_ones_own_adds_the_method(own: Path) -> None:
 def test_the_method_is_tested_on_the_shelf(copy: Path) -> None:
     """Its own test, the tests of its card, and conformance, which reads the tables."""
     which = "cosine and not score or every_file_is_a_method"  # not etr's option score=cosine
-    result = run(copy, "-m", "pytest", "tests/methods", *CONFORMANCE, "-k", which)
+    result = run(copy, "-m", "pytest", TEST, CARDS, *CONFORMANCE, "-k", which)
     tail = result.stdout[-4000:] + result.stderr[-2000:]
     assert result.returncode == 0, tail
     passed = re.search(r"(\d+) passed", result.stdout)
