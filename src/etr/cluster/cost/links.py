@@ -81,7 +81,7 @@ class Links:
             groups_per_node: such exchanges that share a node's links at the same time.
         """
         node = np.asarray(node_of_rank)
-        moved = np.array(traffic, dtype=np.float64)
+        moved = np.asarray(traffic, dtype=np.float64).copy()
         np.fill_diagonal(moved, 0)  # what stays on its rank travels nowhere
         member = (node[:, None] == np.unique(node)).astype(np.float64)
         to_node, from_node = moved @ member, member.T @ moved
