@@ -22,7 +22,7 @@ from etr.report.labels import LINE, NAME, label_places
 from etr.report.lines import log_ticks, values_domain
 from etr.report.results import Results
 from etr.report.spec import SECTIONS, Missing, Plot
-from etr.report.style import CARD, INK, SERIES, SOFT, in_light, looks
+from etr.report.style import CARD, INK, SERIES, SOFT, looks
 from etr.report.wording import clipped_inside
 
 KEYS = [spec.key for spec in FIGURES]
@@ -58,27 +58,6 @@ def test_every_figure_is_drawn_with_title_units_and_caption(
         assert figure.html or _titles(figure.chart)
         lines = list(csv.reader(io.StringIO(figure.numbers.csv())))
         assert len(lines) == len(figure.numbers.rows) + 1 > 1
-
-
-def test_pictures_of_the_page_are_valid_themed_and_alone(
-    figures: dict[str, Drawing | Skipped],
-) -> None:
-    for figure in figures.values():
-        assert isinstance(figure, Drawing)
-        svg = page_svg(figure, figure.wide)
-        root = ET.fromstring(svg)
-        assert root.tag == "svg"
-        assert root.get("aria-labelledby") == f"{figure.key}-title"
-        assert "http" not in svg
-        ids = re.findall(r' id="([^"]*)"', svg)
-        assert all(name.startswith(f"{figure.key}-") for name in ids)
-        assert set(re.findall(r"url\(#([^)]*)\)", svg)) <= set(ids)
-        # Texts follow the page's theme.
-        colours = {element.get("fill") for element in root.iter("text")}
-        assert colours
-        if figure.html is None:
-            assert all(str(colour).startswith("var(--") for colour in colours), figure.key
-        assert in_light(svg).count("var(--") == 0
 
 
 def test_a_slim_picture_is_the_same_picture() -> None:

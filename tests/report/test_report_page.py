@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import re
+import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any
 import pytest
 from invented_results import make_results, write_results
 
-from etr.report import FIGURES, load_results, write_report
+from etr.report import FIGURES, draw_figures, load_results, write_report
+from etr.report.chart import Drawing, page_svg
+from etr.report.style import in_light
 from etr.report.wording import TIMES
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -194,11 +197,34 @@ def test_rows_of_figures_are_full(report: Path) -> None:
         assert all(len(run) % 2 == 0 for run in runs), kinds
 
 
-def test_the_same_results_give_the_same_page(
-    report: Path, comparison: Path, tmp_path: Path
+def test_pictures_are_valid_themed_alone_and_the_same_when_drawn_again(
+    report: Path, comparison: Path
 ) -> None:
-    again = write_report(comparison / "results.json", tmp_path / "r.html")
-    assert again.read_bytes() == report.read_bytes()
+    source = report.read_text()
+    for figure in draw_figures(comparison):
+        assert isinstance(figure, Drawing)
+        svg = page_svg(figure, figure.wide)
+        root = ET.fromstring(svg)
+        assert root.tag == "svg"
+        assert root.get("aria-labelledby") == f"{figure.key}-title"
+        assert "http" not in svg
+        ids = re.findall(r' id="([^"]*)"', svg)
+        assert all(name.startswith(f"{figure.key}-") for name in ids)
+        assert set(re.findall(r"url\(#([^)]*)\)", svg)) <= set(ids)
+        # Texts follow the page's theme.
+        colours = {element.get("fill") for element in root.iter("text")}
+        assert colours
+        assert in_light(svg).count("var(--") == 0
+        if figure.html is None:
+            assert all(str(colour).startswith("var(--") for colour in colours), figure.key
+            # A half that stands alone is drawn whole in the page.
+            assert svg in source or page_svg(figure, True) in source, figure.key
+
+
+def test_the_same_results_give_the_same_page(tmp_path: Path, few: int) -> None:
+    make_results(tmp_path, seeds=2, steps=5, variants=2, layers=1)
+    first = write_report(tmp_path, tmp_path / "a" / "r.html").read_bytes()
+    assert write_report(tmp_path, tmp_path / "b" / "r.html").read_bytes() == first
 
 
 def test_a_mapping_finds_its_metrics_beside_the_page(tmp_path: Path, few: int) -> None:
