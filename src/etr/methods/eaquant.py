@@ -121,7 +121,7 @@ class EaQuant(OfExperts):
         if self.router_bits < WHOLE:
             top_k, bits = layer.config.top_k, self.router_bits
             losses = [divergence(x, router * scale, bits, share, top_k) for share in CLIPS]
-            clip = CLIPS[min(range(len(CLIPS)), key=losses.__getitem__)]
+            clip = CLIPS[min(reversed(range(len(CLIPS))), key=losses.__getitem__)]  # wide if level
         return {"scale": scale, "scale_inside": inside, "clip": torch.tensor(clip).double()}
 
     def plan(self, stats: Sequence[Stats], layers: Sequence[MoEConfig]) -> Any:
