@@ -17,8 +17,10 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile"
 )
 
-SHARED_BYTES = 227 * 1024
-"""Shared memory that a block of threads may use on a Hopper GPU."""
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Shared memory that a block of threads may use on Ampere, Hopper and Blackwell, in bytes."""
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
+"""What a product on the tensor cores reads like."""
 
 EXPERT_OPTIONS = {
     "BLOCK_E": 128,
@@ -29,7 +31,7 @@ EXPERT_OPTIONS = {
 }
 SHAPE = {"GATED": True, "ACTIVATION": "swiglu", "BLOCK_M": 128, **EXPERT_OPTIONS}
 KERNELS: dict[str, dict[str, Any]] = {
-    "up_kernel": {**SHAPE, "KEEP": True},
+    "up_kernel": {**SHAPE, "KEEP": True, "BIAS": True},
     "rows_kernel": {**EXPERT_OPTIONS, "BLOCK_M": 128, "SCALED": True},
     "hidden_grad_kernel": {**SHAPE, "SCALED": True},
     "outer_kernel": {**EXPERT_OPTIONS, "BLOCK_M": 64},
@@ -39,7 +41,7 @@ INDICES = {"source", "left_source", "right_source", "counts", "rows_by_token", "
 FLOATS = {"grad_scale", "unit", "affinity", "norm"}
 POINTERS = {
     *("x", "up", "down", "hidden", "active", "left", "right", "weight", "scale", "out", "grad"),
-    *("grad_hidden", "rows"),
+    *("grad_hidden", "rows", "bias"),
 }
 
 
@@ -60,41 +62,45 @@ def signature(kernel: Any, constants: dict[str, Any], element: str) -> dict[str,
     return kinds
 
 
-def compiled(kernel: Any, constants: dict[str, Any], element: str, **options: Any) -> Any:
+def compiled(
+    kernel: Any, constants: dict[str, Any], element: str, capability: int, **options: Any
+) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     source = ASTSource(
         fn=kernel, signature=signature(kernel, constants, element), constexprs=constants
     )
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
+@pytest.mark.parametrize("capability", SHARED_BYTES)
 @pytest.mark.parametrize("element", ["bf16", "fp32"])
 @pytest.mark.parametrize("name", KERNELS)
-def test_expert_kernels_compile_for_hopper(name: str, element: str) -> None:
+def test_expert_kernels_compile(name: str, element: str, capability: int) -> None:
     from etr.moe.kernels import triton_experts
 
     constants = dict(KERNELS[name])
     if element == "fp32" and "BLOCK_K" in constants:
         constants["BLOCK_K"] = 32
     options = {"num_warps": 8 if constants.get("BLOCK_M") == 128 else 4, "num_stages": 3}
-    found = compiled(getattr(triton_experts, name), constants, element, **options)
+    found = compiled(getattr(triton_experts, name), constants, element, capability, **options)
     assert found.asm["cubin"]
-    assert found.metadata.shared <= SHARED_BYTES
+    assert found.metadata.shared <= SHARED_BYTES[capability]
     if element == "bf16" and "PRECISION" in constants:
-        assert "wgmma" in found.asm["ptx"]  # on the tensor cores
+        assert TENSOR_CORES[capability] in found.asm["ptx"]
 
 
+@pytest.mark.parametrize("capability", SHARED_BYTES)
 @pytest.mark.parametrize("element", ["bf16", "fp32"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_the_affinity_kernel_compiles_for_hopper(weighted: bool, element: str) -> None:
+def test_the_affinity_kernel_compiles(weighted: bool, element: str, capability: int) -> None:
     from etr.moe.kernels.triton_affinity import affinity_kernel
 
     constants = {"TOP_K": 8, "WEIGHTED": weighted, "BLOCK_T": 16, "BLOCK_E": 64, "BLOCK_D": 64}
-    found = compiled(affinity_kernel, constants, element, num_warps=4)
+    found = compiled(affinity_kernel, constants, element, capability, num_warps=4)
     assert found.asm["cubin"]
-    assert found.metadata.shared <= SHARED_BYTES
+    assert found.metadata.shared <= SHARED_BYTES[capability]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says nothing where there is a device")
