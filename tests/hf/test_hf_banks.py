@@ -152,3 +152,30 @@ def test_what_earlier_versions_saved_has_the_uniform_bank(tmp_path: Path) -> Non
     again = EtrConfig(base_config=config.base_config, moe=config.moe)
     assert again.moe["experts"] == {"name": "uniform"}
     assert isinstance(moe_layers(EtrForCausalLM(again))[0].experts, etr.moe.experts.ExpertWeights)
+
+
+@pytest.mark.parametrize("experts", ["uniform", "shared"])
+def test_inner_steps_hold_the_same_experts_which_are_saved_once(
+    experts: str, tmp_path: Path
+) -> None:
+    """Two decoder layers of two inner steps; shared experts and their gate are the same too."""
+    model = make_model("token_choice", "qwen2_moe", experts=experts, inner_steps=2)
+    layers = moe_layers(model)
+    assert [layer.layer_index for layer in layers] == [0, 1, 2, 3]
+    for name in ("experts", "shared_experts", "shared_gate"):
+        first, second, third, fourth = (getattr(layer, name) for layer in layers)
+        assert first is second is not None
+        assert third is fourth
+        assert (first is third) == (name == "experts" and experts == "shared")
+    train_steps(model, torch.optim.SGD(model.parameters(), lr=0.1), 0, 2)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+    assert not any(".later.0." in name and "experts" in name for name in names)
+    assert sum(".later.0.router." in name for name in names) == 2
+    loaded = EtrForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert moe_layers(loaded)[1].experts is moe_layers(loaded)[0].experts
+    x = tokens()
+    assert torch.equal(loaded.eval()(x).logits, model.eval()(x).logits)
+    with pytest.raises(ValueError, match=r"cannot hold this model: .*inner_steps"):
+        convert(tmp_path, tmp_path / "b")

@@ -34,7 +34,7 @@ class DenseRouter(nn.Module):
         config: as for `MoE`; its intermediate_size does not matter.
         layer_index: number of this MoE layer in its model.
     Raises:
-        ValueError: a loss needs the weights of the experts.
+        ValueError: a loss needs the weights of the experts, or these run in several steps.
     """
 
     def __init__(self, config: MoEConfig, layer_index: int = 0) -> None:
@@ -45,6 +45,11 @@ class DenseRouter(nn.Module):
                     f"loss {row.name!r} needs the weights of the experts, which are another "
                     "engine's here; leave it out"
                 )
+        if config.inner_steps > 1:
+            raise ValueError(
+                f"inner_steps={config.inner_steps} runs the experts again, which are another "
+                "engine's here; leave it out"
+            )
         # One unit wide and removed at once: the engine has the experts.
         self.moe = MoE(dataclasses.replace(config, intermediate_size=1), layer_index)
         del self.moe.experts
@@ -71,7 +76,9 @@ class DenseRouter(nn.Module):
         return DenseRouting(
             probs=probs[:, : routing.num_experts],
             routing_map=kept.selection.selection_map(routing),
-            losses=moe.losses(x, routing, kept, context, collector) if self.training else {},
+            losses=moe.losses(x, routing, kept, context, collector, moe.loss_rows())
+            if self.training
+            else {},
         )
 
 

@@ -101,7 +101,8 @@ class _BaseModel:
         first: dict[Tensor, str] = {}
         named = self.named_parameters(remove_duplicate=False)  # type: ignore[attr-defined]
         both = [(name, first.setdefault(value, name)) for name, value in named]
-        return {name: source for name, source in both if name != source and ".experts." in name}
+        of_experts = re.compile(r"\.(experts|shared_experts|shared_gate)\.")
+        return {own: other for own, other in both if own != other and of_experts.search(own)}
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """Also the experts that layers share, whatever the embeddings do."""

@@ -37,6 +37,7 @@ ROUTING = (
     "shared_intermediate_size",
     "shared_gate",
     "experts",
+    "inner_steps",
 )
 """Options of the layer that a family's own block must share to hold the same function."""
 

@@ -25,6 +25,7 @@ M = TypeVar("M", bound=nn.Module)
 BUILT_IN = (
     *("activation", "swiglu_limit", "swiglu_alpha", "expert_bias"),
     *("experts", "num_shared_experts", "shared_intermediate_size", "shared_gate"),
+    "inner_steps",
 )
 """Options of which the experts are made, which cannot be changed any more."""
 PARTS = (

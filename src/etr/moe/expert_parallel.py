@@ -23,6 +23,11 @@ def dispatcher_across(config: MoEConfig, parallel: ExpertParallel) -> Dispatcher
             f"experts={bank.name!r} cannot be divided among ranks: {bank.undivided}; use 'uniform' "
             "or 'nulls', or train on one process"
         )
+    if config.inner_steps > 1:
+        raise ValueError(
+            f"inner_steps={config.inner_steps}: experts that a layer runs again cannot be divided "
+            "among ranks; train on one process"
+        )
     if parallel.expert_peers.size > 1:
         _check_losses(config)
     name = config.dispatch

@@ -11,8 +11,11 @@ beside it: losses and statistics, pure functions of Routing and Selection
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from etr.moe.affinity import without_autocast
 from etr.moe.arranged import ArrangedParts
@@ -27,10 +30,11 @@ from etr.moe.experts import (
     auto_backend,
     run_shared,
 )
+from etr.moe.inner_steps import in_steps
 from etr.moe.inputs import check_finite, check_input, local_bonus, router_input
 from etr.moe.keep import Order, keep
 from etr.moe.learner import Seen
-from etr.moe.losses import LossInput, scaled_losses
+from etr.moe.losses import Loss, LossInput, scaled_losses
 from etr.moe.routing import Kept, Limit, MoEOutput, Routing, Selection
 from etr.moe.select import run_ranks
 from etr.moe.stats import Counters, routing_stats
@@ -40,7 +44,8 @@ from etr.moe.view import Watcher, show
 class MoE(ArrangedParts):
     """Mixture-of-Experts feed-forward layer.
 
-    A forward changes no state: counters wait in `pending` until `after_step`.
+    A forward changes no state: counters wait in `pending` until `after_step`. Further inner steps
+    are layers themselves, in `later`, which hold the same experts.
 
     Args:
         config: every choice about the layer.
@@ -52,6 +57,14 @@ class MoE(ArrangedParts):
         super().__init__(config, layer_index)
         self.watchers: list[Watcher] = []
         self.output_watchers: list[Watcher] = []
+        self.later: nn.ModuleList | tuple[()] = ()
+        if config.inner_steps > 1:
+            one = replace(config, inner_steps=1)
+            numbers = range(self.layer_index + 1, self.layer_index + config.inner_steps)
+            self.later = nn.ModuleList(MoE(one, number) for number in numbers)
+        for step in self.later:
+            step.experts, step.shared_experts = self.experts, self.shared_experts
+            step.shared_gate = self.shared_gate
 
     def forward(self, hidden_states: Tensor, context: RoutingContext | None = None) -> MoEOutput:
         """Route, run the experts, combine.
@@ -66,7 +79,18 @@ class MoE(ArrangedParts):
             ValueError: wrong dtype, width or mask shape; with `debug`, NaN or infinite values, on
                 every rank if they are on any.
         """
-        context, traffic = RoutingContext.of(context), None
+        context = RoutingContext.of(context)
+        if not self.later:
+            return self.walk(hidden_states, context)
+        rows = self.loss_rows()
+        steps = [partial(step.walk, context=context, rows=rows) for step in (self, *self.later)]
+        return in_steps(steps, hidden_states)
+
+    def walk(
+        self, hidden_states: Tensor, context: RoutingContext, rows: tuple[Loss, ...] | None = None
+    ) -> MoEOutput:
+        """One inner step of `forward`; its losses are `rows`, or the layer's own."""
+        traffic = None
         if self.parallel is not None:
             checked = f"MoE layer {self.layer_index}" if self.config.debug else None
             context, traffic = self.parallel.fill(context), Traffic(self.parallel, checked)
@@ -86,7 +110,8 @@ class MoE(ArrangedParts):
         show(self.watchers, self, x, routing, kept.selection)
         y = self.run_experts(x, routing, kept.selection, traffic)
         show(self.output_watchers, self, x, routing, kept.selection, y)
-        losses = self.losses(x, routing, kept, context, collector) if learns else {}
+        rows = self.loss_rows() if rows is None else rows
+        losses = self.losses(x, routing, kept, context, collector, rows) if learns else {}
 
         def count() -> dict[str, Tensor]:
             stats = self.stats(routing, kept, learns=learns)
@@ -191,6 +216,7 @@ class MoE(ArrangedParts):
         kept: Kept,
         context: RoutingContext,
         collector: Collector | None,
+        rows: tuple[Loss, ...],
     ) -> dict[str, Tensor]:
         """Scaled losses of one forward; those with weight 0 are left out."""
         given = LossInput(
@@ -208,7 +234,7 @@ class MoE(ArrangedParts):
             expert_group=None if self.parallel is None else self.parallel.expert_peers.group,
         )
         experts = self._modules.get("experts")  # those of another engine are not here
-        return scaled_losses(self.loss_rows(), given, self.traits, experts)
+        return scaled_losses(rows, given, self.traits, experts)
 
     @torch.no_grad()
     def stats(

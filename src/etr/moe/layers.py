@@ -14,7 +14,10 @@ from etr.moe.serving.dropless import Dropless
 
 
 def moe_layers(model: nn.Module) -> list[MoE]:
-    """MoE layers inside `model`, itself included, in order of registration."""
+    """MoE layers inside `model`, itself included, in order of registration.
+
+    A further inner step of a layer is one too, after the layer.
+    """
     return [module for module in model.modules() if isinstance(module, MoE)]
 
 
@@ -37,7 +40,8 @@ def tie_experts(layers: Sequence[MoE]) -> None:
             raise ValueError(
                 f"MoE layers {place} and {number} share a bank and differ in {'; '.join(wrong)}"
             )
-        layer.experts = layers[number].experts
+        for step in (layer, *layer.later):
+            step.experts = layers[number].experts
 
 
 _OF_EXPERTS = (

@@ -56,6 +56,9 @@ class LayerOptions:
     """Width of each shared expert. None: that of the routed ones."""
     shared_gate: bool = False
     """Weigh the shared experts by a learned sigmoid of the token."""
+    inner_steps: int = 1
+    """Times that a token passes the experts, each time by a router of its own; a further step also
+    sees what those before it added."""
     backend: str = "auto"
     """Name in EXPERT_BACKENDS, or auto: grouped_mm on a CPU, elsewhere bmm for padded presets and
     grouped_mm for others."""
@@ -81,6 +84,8 @@ class LayerOptions:
         check_types(self)
         if self.num_shared_experts < 0:
             raise ValueError(f"num_shared_experts={self.num_shared_experts} must be >= 0")
+        if self.inner_steps < 1:
+            raise ValueError(f"inner_steps={self.inner_steps} must be at least 1")
         if self.shared_gate and not self.num_shared_experts:
             raise ValueError("shared_gate=True needs num_shared_experts >= 1, an expert to weigh")
         if self.shared_intermediate_size is not None and self.shared_intermediate_size < 1:

@@ -27,13 +27,14 @@ class LayerParts(Collected):
 
     Args:
         config: every choice about the layer.
-        layer_index: as in `Collected`.
+        layer_index: number of this layer in its model, inner steps not counted; the layer's own
+            `layer_index` counts them.
     """
 
     def __init__(self, config: MoEConfig, layer_index: int) -> None:
-        super().__init__(layer_index)
         if not isinstance(config, MoEConfig):
             raise TypeError(f"config is {type(config).__name__}; it must be a MoEConfig")
+        super().__init__(layer_index * config.inner_steps)
         self.take_choices(config)
         size = (config.hidden_size, config.num_choices, config.top_k)
         self.router = config.router_config.build(*size)

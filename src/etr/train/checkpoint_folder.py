@@ -183,7 +183,7 @@ def read_state(checkpoint: Path) -> TrainState:
     return state
 
 
-BEFORE_OPTIONS = {"objective": "causal"}
+BEFORE_OPTIONS = {"objective": "causal", "model.routing.inner_steps": 1}
 """What runs did that were begun before there was an option for it."""
 
 
