@@ -46,6 +46,7 @@ SHELF = (
     "router_coupling",
     "deepseek_moe",
     "union_of_experts",
+    "chain_of_experts",
     "routing_consistency",
     "exflow",
     "moetuner",
