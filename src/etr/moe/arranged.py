@@ -12,11 +12,13 @@ from etr.moe.calibration import Calibration
 from etr.moe.config import MoEConfig
 from etr.moe.dispatch import DISPATCHERS, Dispatcher, Permute
 from etr.moe.expert_parallel import dispatcher_across, shard_experts
+from etr.moe.experts import EXPERT_BACKENDS, ExpertBackend, auto_backend
 from etr.moe.learner import LayerState
 from etr.moe.options import OPTIONS
 from etr.moe.parts import LayerParts
 from etr.moe.ranks import ExpertParallel
 from etr.moe.routers import Router
+from etr.moe.routing import Routing, Selection
 from etr.moe.serving import serving_of
 from etr.moe.state import GlobalState
 
@@ -116,6 +118,16 @@ class ArrangedParts(LayerParts):
             setattr(self, name, snapshot[name])
         for learner, state in zip(self.learners(), snapshot["learned"], strict=True):
             learner.load_state_dict(state)
+
+    def backend_for(self, routing: Routing, selection: Selection) -> ExpertBackend:
+        """What runs the experts of these pairs."""
+        name = self.config.backend
+        if name == "auto":
+            padded = self.dispatcher.padded
+            if not self.dispatcher.needs_ranks:
+                padded = self.traits.padded and selection.buffer_size < routing.num_tokens
+            name = auto_backend(routing.expert.device.type, padded)
+        return EXPERT_BACKENDS[name]
 
     def _take_router(self, router: Router, config: MoEConfig) -> None:
         old, like = self.router, self._like()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from etr.moe.routing import MoEOutput
 from etr.moe.stats import add_stats
 from etr.moe.unlearned import Unlearned
 
+T = TypeVar("T")
 __getattr__ = moved(__name__, {"moe_layers": "etr.moe.layers"})
 
 
@@ -38,6 +41,30 @@ class Collected(nn.Module):
         return None if self.attachment is None else self.attachment.loss_scale
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Layers of a model that hold the same experts, as one of them sees it during a forward.
+
+    Args:
+        count: how many layers there are.
+        place: number of this one among them.
+        notes: what losses noted, by their name and the place of the layer.
+    """
+
+    count: int = 1
+    place: int = 0
+    notes: dict[str, dict[int, Any]] = field(default_factory=dict)
+
+    def before(self, name: str, value: T) -> list[T]:
+        """What loss `name` noted of the layers before this one; `value` is for those after it.
+
+        The same in the forward and where activations are computed again in the backward pass.
+        """
+        known = self.notes.setdefault(name, {})
+        known.setdefault(self.place, value)
+        return [known[place] for place in range(self.place) if place in known]
+
+
 class Collector:
     """Receives what the MoE layers of a model return during one forward of that model.
 
@@ -60,6 +87,7 @@ class Collector:
         # backward pass must see the same.
         self.earlier = [layer.pending.get("num_choices_per_expert") for layer in self.layers]
         self.is_open = True
+        self._notes: dict[nn.Module | None, dict[str, dict[int, Any]]] = {}
         self._ambient = ambient
         self._outer: list[Collector | None] = []
         self._grad_enabled = torch.is_grad_enabled()
@@ -117,6 +145,15 @@ class Collector:
             if known is layer:
                 return choices
         return None
+
+    def pool(self, layer: Collected) -> Pool:
+        """The layers that hold the same experts as `layer`."""
+        bank = layer._modules.get("experts")
+        same = [one for one in self.layers if one._modules.get("experts") is bank]
+        if bank is None or layer not in same:
+            return Pool()
+        notes = self._notes.setdefault(bank, {})
+        return Pool(count=len(same), place=same.index(layer), notes=notes)
 
     def close(self, *, commit: bool = True) -> None:
         """Stop receiving; with `commit`, add the counters to the layers' pending ones."""

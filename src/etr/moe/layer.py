@@ -19,15 +19,12 @@ from torch import Tensor, nn
 
 from etr.moe.affinity import without_autocast
 from etr.moe.arranged import ArrangedParts
-from etr.moe.collector import Collector
+from etr.moe.collector import Collector, Pool
 from etr.moe.config import MoEConfig
 from etr.moe.context import RoutingContext
 from etr.moe.exchange import Traffic
 from etr.moe.experts import (
-    EXPERT_BACKENDS,
-    ExpertBackend,
     ExpertParams,
-    auto_backend,
     run_shared,
 )
 from etr.moe.inner_steps import in_steps
@@ -197,7 +194,7 @@ class MoE(ArrangedParts):
             def dispatch(
                 x: Tensor, routing: Routing, selection: Selection, params: ExpertParams
             ) -> Tensor:
-                backend = self._backend(routing, selection)
+                backend = self.backend_for(routing, selection)
                 return self.dispatcher.run(x, routing, selection, backend, params, traffic)
 
             def run(x: Tensor, *params: ExpertParams) -> Tensor:
@@ -230,6 +227,7 @@ class MoE(ArrangedParts):
             num_experts=self.num_experts,
             step=self.state.step,
             layer_index=self.layer_index,
+            pool=Pool if collector is None else partial(collector.pool, self),
             x=x,
             expert_group=None if self.parallel is None else self.parallel.expert_peers.group,
         )
@@ -247,12 +245,3 @@ class MoE(ArrangedParts):
             for learner in self.learners():
                 found |= learner.observe(seen)
         return found
-
-    def _backend(self, routing: Routing, selection: Selection) -> ExpertBackend:
-        name = self.config.backend
-        if name == "auto":
-            padded = self.dispatcher.padded
-            if not self.dispatcher.needs_ranks:
-                padded = self.traits.padded and selection.buffer_size < routing.num_tokens
-            name = auto_backend(routing.expert.device.type, padded)
-        return EXPERT_BACKENDS[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from etr.moe.affinity import without_autocast
 from etr.moe.checked import check_types
+from etr.moe.collector import Pool
 from etr.moe.context import RoutingContext
 from etr.moe.experts import ExpertParams
 from etr.moe.losses.means import sum_over_group
@@ -50,6 +51,7 @@ class LossInput:
         num_experts: how many of the choices, the first, have weights; None for all.
         step: optimizer steps that the layer has done, int64 [].
         layer_index: number of the layer in its model.
+        pool: finds the layers of the model that hold the same experts.
         x: tokens, float [T, H], with gradient, for a loss that asks for them; else None.
         experts: weights of the experts, float32 (float64 for such tokens), with gradient, for a
             loss that asks for them; else None. Over ranks this rank's experts alone.
@@ -67,6 +69,7 @@ class LossInput:
     num_experts: int | None = None
     step: Tensor | int = 0
     layer_index: int = 0
+    pool: Callable[[], Pool] = Pool
     x: Tensor | None = None
     experts: ExpertParams | None = None
     first_expert: int = 0
