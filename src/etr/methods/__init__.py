@@ -47,6 +47,7 @@ SHELF = (
     "deepseek_moe",
     "union_of_experts",
     "chain_of_experts",
+    "unipool",
     "routing_consistency",
     "exflow",
     "moetuner",

@@ -1,0 +1,112 @@
+"""UniPool: one pool of experts for all layers, balanced as a whole (arXiv 2605.06665)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from etr.methods.card import Card, Row
+from etr.moe.context import RouterInput
+from etr.moe.experts import BANKS, Shared
+from etr.moe.losses import LOSSES, Loss, LossInput, mean_over_valid
+from etr.moe.routers import ROUTERS, Router, RouterConfig, RouterTraits
+from etr.moe.routers.linear import LinearRouter
+from etr.moe.routing import Scores
+from etr.moe.score_scale import CosineScale
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormRouter(RouterConfig):
+    """Token choice by the positive part of logits of length 1, which a learned scale multiplies."""
+
+    name = "norm_router"
+    paper = "2605.06665"
+    summary = "learned linear router, logits of length 1 through a ReLU, top-k per token"
+
+    @property
+    def traits(self) -> RouterTraits:
+        return RouterTraits(normalize="none", default_capacity="none")
+
+    def build(self, hidden_size: int, num_experts: int, top_k: int) -> Router:
+        return _NormRouter(self, hidden_size, num_experts, top_k)
+
+
+class _NormRouter(LinearRouter):
+    """``scale`` [1] starts where the weights of a token of random logits sum to 1."""
+
+    def __init__(
+        self, config: RouterConfig, hidden_size: int, num_experts: int, top_k: int
+    ) -> None:
+        super().__init__(config, hidden_size, num_experts, top_k)
+        self.score_scale = CosineScale(num_experts)
+        self.scale = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        draws = torch.randn(4096, self.num_experts, generator=torch.Generator().manual_seed(0))
+        best = F.normalize(draws, dim=-1).relu().topk(self.top_k, dim=-1).values
+        nn.init.constant_(self.scale, 1 / float(best.sum(-1).mean()))
+
+    def scores(self, x: Tensor, inputs: RouterInput) -> Scores:
+        logits = self.logits(x)
+        found = F.normalize(logits, dim=-1).relu()
+        probs = found / found.sum(-1, keepdim=True).clamp_min(1e-12)
+        gates = found * self.scale.to(x.dtype)
+        return Scores(scores=found, logits=logits, gates=gates, probs=probs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolBalance(Loss):
+    """The balance loss of a bank over all layers that share it, with their mean load.
+
+    A layer adds the products of its load and probabilities with those of the layers before it, so
+    that the mean over layers is the loss of the pool. In a layer by itself it is the balance loss.
+    """
+
+    name = "pool_balance"
+    own = 0.01
+    needs = ("has_probs", "tokens_choose")
+    one_when_even = True
+
+    def __call__(self, given: LossInput) -> Tensor:
+        probs = given.routing.probs
+        assert probs is not None
+        load = given.load("ranks").to(probs.dtype)
+        share = load / load.sum().clamp_min(1.0)
+        mean = mean_over_valid(probs, given.routing, given.context.data_group)
+        found = share @ mean
+        pool = given.pool()
+        for earlier_share, earlier_mean in pool.before(self.label, (share, mean)):
+            found = found + share @ earlier_mean + earlier_share @ mean
+        return len(share) / pool.count * found
+
+
+CARD = Card(
+    name="unipool",
+    title="UniPool",
+    summary="all layers choose among one pool of experts, whose load is balanced as a whole",
+    paper=NormRouter.paper,
+    level="model",
+    branch="expert design",
+    rows=(
+        Row(table=LOSSES, kind=PoolBalance),
+        Row(table=ROUTERS, kind=NormRouter),
+        Row(table=BANKS, kind=Shared),
+    ),
+    options={"router": "norm_router", "experts": "shared", "losses": "pool_balance"},
+    against="token_choice/capacity=none",
+    moves=("loss", "load", "memory"),
+    claim=(
+        "Four layers that each use an expert of their own have a pool loss of 1, where the loss of "
+        "each is 4; on it alone, the MaxVio of a pool of 16 falls from over 2 to 0.1 or less while "
+        "the layers' own stays at 1 or more."
+    ),
+    departs=(
+        "The whole pool alone: experts are not given to layers for good later in training. The "
+        "router's scale starts where the weights of random logits sum to 1."
+    ),
+)
