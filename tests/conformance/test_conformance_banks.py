@@ -14,6 +14,8 @@ from etr.moe import BANKS, MoE, MoEConfig
 from etr.moe.config import parse_capacity
 from etr.moe.experts import BankConfig
 from etr.moe.reference import expert_output
+from etr.moe.routing import Limit, Routing
+from etr.moe.select import select
 from etr.moe.table import config_to_dict
 
 E = 4
@@ -99,6 +101,27 @@ def test_no_token_and_one_token(text: str, num_tokens: int, training: bool) -> N
         assert value.grad is None or torch.isfinite(value.grad).all(), name
 
 
+def one_choice_a_token(layer: MoE, counts: torch.Tensor) -> list[int]:
+    """Rows of each expert where so many tokens make each choice, and no other."""
+    expert = torch.arange(len(counts)).repeat_interleave(counts)
+    gate = torch.ones(len(expert), dtype=torch.float64)
+    routing = Routing(
+        token=torch.arange(len(expert)),
+        expert=expert,
+        score=None,
+        gate=gate,
+        valid_mask=gate > 0,
+        scores=None,
+        logits=None,
+        probs=None,
+        num_experts=len(counts),
+        top_k=1,
+    )
+    selection = select(routing, Limit(), rank_by="position")
+    parts = layer.bank.plan(routing, selection)
+    return torch.cat([kept.num_tokens_per_expert for _, kept in parts]).tolist()
+
+
 @pytest.mark.parametrize("text", HERE)
 def test_choices_that_have_weights_count_what_they_compute(text: str) -> None:
     """A multiply-add for every weight of every kept row, by one token and one expert at a time."""
@@ -110,12 +133,20 @@ def test_choices_that_have_weights_count_what_they_compute(text: str) -> None:
     ]
     assert len(sizes) == E
     counts = torch.randint(0, 9, (layer.config.num_choices,))
-    want = sum(2 * size * n for size, n in zip(sizes, counts.tolist(), strict=False))
-    if text == "compressed":
-        want /= 2  # one of two choices runs
+    if bank_of(text).name in MADE:  # what is stored is not what runs: their tests count it
+        want = sum(2 * size * n for size, n in zip(sizes, counts.tolist(), strict=False))
+        # Of the compressed one of two choices runs.
+        assert float(layer.bank.flops(counts)) == (want / 2 if text == "compressed" else want)
+        return
+    planned = one_choice_a_token(layer, counts)
+    want = sum(2 * size * n for size, n in zip(sizes, planned, strict=True))
     assert float(layer.bank.flops(counts)) == want
-    if bank_of(text).name in MADE:
-        return  # what is stored is not what runs; tests of their methods count it
+    meant = bank_of(text).meant(E)
+    assert len(meant) == layer.config.num_choices
+    by_number = [
+        sum(n for m, n in zip(meant, counts.tolist(), strict=True) if m == e) for e in range(E)
+    ]
+    assert planned == by_number
     beside = sum(value.numel() for value in layer.experts.parameters()) - sum(sizes)
     for k in (1, 2, layer.config.num_choices):
         found = layer.bank.parameters_of_a_token(k)
@@ -174,7 +205,6 @@ def test_the_uniform_bank_has_the_names_that_it_always_had() -> None:
 
 def weights_of(layer: MoE, gates: list[list[float]], ids: list[list[int]]) -> list[list[float]]:
     """Combine weights of given choices [T][k]."""
-    from etr.moe.routing import Routing
     from etr.moe.select import combine_weights
 
     expert, gate = torch.tensor(ids).flatten(), torch.tensor(gates).flatten()

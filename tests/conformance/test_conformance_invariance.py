@@ -218,7 +218,7 @@ def test_replay_uses_recorded_choices_with_live_gates(cell: Cell) -> None:
     output.hidden_states.sum().backward()
     for p in layer.router.parameters():
         assert p.grad is not None
-        assert p.grad.any()
+        assert p.grad.any() or cell.traits.reads_before  # of which there is none
 
 
 @pytest.mark.parametrize("cell", TOKEN_CHOOSING, ids=ids)

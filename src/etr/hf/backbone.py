@@ -140,7 +140,8 @@ class _BaseModel:
         if context.valid_mask is None:
             mask = valid_mask(attention_mask, input_ids, inputs_embeds)
             context = replace(context, valid_mask=mask)
-        context = replace(context, token_ids=input_ids)
+        logits = {} if context.logits is None else context.logits
+        context = replace(context, token_ids=input_ids, logits=logits)
         by_config = getattr(self.config, "output_router_logits", False)
         if by_config:  # not to be looked for among the family's routers, which are gone
             kwargs["output_router_logits"] = False

@@ -25,9 +25,10 @@ class NullBalance(Loss):
 
     def __call__(self, given: LossInput) -> Tensor:
         load = given.load("ranks").to(given.routing.gate.dtype)
-        if given.num_experts is not None and given.num_experts < len(load):
-            nulls = load[given.num_experts :]
-            load = torch.cat((load[: given.num_experts], nulls.mean().expand_as(nulls)))
+        null = [number is None for number in given.meant]
+        if any(null):
+            free = torch.tensor(null, device=load.device)
+            load = torch.where(free, (load * free).sum() / sum(null), load)
         return balance_loss(given.routing, load, given.context.data_group)
 
 

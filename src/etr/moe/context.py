@@ -127,6 +127,8 @@ class RoutingContext:
             go by its scores. None for all.
         logit_delta: added to the logits of each layer's router before anything is made of them, by
             MoE layer index, float [E], or [T, E] of all tokens; gradients flow into it.
+        logits: logits [T, E] of earlier MoE layers in this forward of the model, by their index, of
+            routers that read them; each such layer adds its own. None: such a router reads none.
         serving: route as eval mode does, by this policy (or its text), whatever the layer's mode
             and its own `serving`; nothing is learned from the call. None: as the mode says.
         selection: the old name of `serving`.
@@ -147,6 +149,7 @@ class RoutingContext:
     replay: dict[int, Replay] | None = None
     ranks: Sequence[int] | None = None
     logit_delta: Mapping[int, Tensor] | None = None
+    logits: dict[int, Tensor] | None = None
     serving: Any = None  # str | Serving | None; serving stands above the context
     collector: Collector | None = None
     selection: InitVar[Any] = None
@@ -224,6 +227,7 @@ class RouterInput:
         bonus: added to the selection score of each expert, float [E], or None.
         replay: recorded choices for this layer, or None.
         logit_delta: added to this layer's logits, float [E] or [T, E], or None.
+        before: logits of the MoE layer before, [T, E] with gradient, or None.
         gather: brings rows [T, N] of all ranks whose tokens compete, in the order of the global
             batch and without gradient, for a router that looks at the whole batch; every rank must
             call it. None where this rank's tokens are the batch.
@@ -244,6 +248,7 @@ class RouterInput:
     labels: Tensor | None = None
     gather: Callable[[Tensor], Tensor] | None = None
     all_valid: bool = False
+    before: Tensor | None = None
 
     def of_all_ranks(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """A table of all tokens that compete, float [*, N], and which of them are real, bool [*].

@@ -96,6 +96,7 @@ def router_input(
         logit_delta=None if context.logit_delta is None else context.logit_delta.get(layer_index),
         gather=gather,
         all_valid=context.valid_mask is None,
+        before=(context.logits or {}).get(layer_index - 1),
     )
 
 

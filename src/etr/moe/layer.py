@@ -111,7 +111,7 @@ class MoE(ArrangedParts):
         losses = self.losses(x, routing, kept, context, collector, rows) if learns else {}
 
         def count() -> dict[str, Tensor]:
-            stats = self.stats(routing, kept, learns=learns)
+            stats = self.stats(routing, kept, learns=learns, x=x)
             stats |= {f"loss_{name}": loss.detach() for name, loss in losses.items()}
             return stats if traffic is None else traffic.add_to(stats)
 
@@ -152,6 +152,8 @@ class MoE(ArrangedParts):
         else:
             serving = self.serving_for(context)
             routing, limit = serving.route(self.router, x, inputs, self.calibration)
+        if self.traits.reads_before and context.logits is not None and routing.logits is not None:
+            context.logits[self.layer_index] = routing.logits
         return routing if context.ranks is None else run_ranks(routing, context.ranks), limit
 
     def keep(
@@ -221,10 +223,10 @@ class MoE(ArrangedParts):
             selection=kept.selection,
             context=context,
             choices=kept.num_choices_per_expert,
+            meant=self.meant,
             past=self.state.previous_load,
             earlier=None if collector is None else collector.earlier_choices(self),
             router=self.router,
-            num_experts=self.num_experts,
             step=self.state.step,
             layer_index=self.layer_index,
             pool=Pool if collector is None else partial(collector.pool, self),
@@ -236,12 +238,17 @@ class MoE(ArrangedParts):
 
     @torch.no_grad()
     def stats(
-        self, routing: Routing, kept: Kept, *, learns: bool | None = None
+        self, routing: Routing, kept: Kept, *, learns: bool | None = None, x: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Counters of one forward; where it learns (None: in training), also for `after_step`."""
+        """Counters of one forward; where it learns (None: in training), also for `after_step`.
+
+        Args:
+            x: tokens, float [T, H], for learners that ask for the experts' outputs.
+        """
         found = routing_stats(routing, kept)
         if self.training if learns is None else learns:
-            seen = Seen(routing=routing, kept=kept)
+            sums = None if x is None else partial(self.output_sums, x, routing, kept.selection)
+            seen = Seen(routing=routing, kept=kept, output_sums=sums)
             for learner in self.learners():
                 found |= learner.observe(seen)
         return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +19,13 @@ class Seen:
     Args:
         routing: what this rank's tokens want.
         kept: what experts keep of it.
+        output_sums: sums of each expert's output over the tokens that it ran for, without weights,
+            float [E, H] without gradient; runs the experts again. None where there are none to ask.
     """
 
     routing: Routing
     kept: Kept
+    output_sums: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +88,10 @@ class LayerState(Learner):
         self.step += 1
 
 
-def learners_in(module: nn.Module) -> list[Learner]:
-    """Learners inside `module` that no other one of them holds."""
+def learners_in(module: nn.Module | None) -> list[Learner]:
+    """Learners inside `module` that no other one of them holds; none in None."""
+    if module is None:
+        return []
     if isinstance(module, Learner):
         return [module]
     return [learner for child in module.children() for learner in learners_in(child)]

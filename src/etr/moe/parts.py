@@ -11,11 +11,12 @@ from etr.moe.calibration import Calibration
 from etr.moe.collector import Collected, Collector
 from etr.moe.config import MoEConfig
 from etr.moe.context import RoutingContext
-from etr.moe.experts import Bank, Clamp, ExpertSizes, ExpertWeights, SharedGate
+from etr.moe.experts import Bank, Clamp, ExpertParams, ExpertSizes, ExpertWeights, SharedGate
 from etr.moe.learner import LayerState, Learner, learners_in
 from etr.moe.losses import Loss
 from etr.moe.notice import warn
 from etr.moe.routers import Router
+from etr.moe.routing import Routing, Selection
 from etr.moe.serving import LayerFacts, Serving, serving_of
 from etr.moe.serving.dropless import Dropless
 from etr.moe.state import keep_state
@@ -53,7 +54,8 @@ class LayerParts(Collected):
         self.normalize = config.resolved_normalize
         self._losses = config.loss_rows
         # A forward reads no option that is text: it would parse it anew, which does not compile.
-        self.num_choices, self.num_experts = config.num_choices, config.num_experts
+        self.num_choices = config.num_choices
+        self.meant = config.bank_config.meant(config.num_experts)
         self.num_weighed = config.bank_config.num_weighed(config.num_experts)
 
     def add_experts(self) -> None:
@@ -94,7 +96,19 @@ class LayerParts(Collected):
 
     def learners(self) -> list[Learner]:
         """Whoever learns once per optimizer step, in the order in which they do."""
-        return [self.calibration, self.capacity, *learners_in(self.router), self.state]
+        others = (*learners_in(self.router), *learners_in(self._modules.get("experts")))
+        return [self.calibration, self.capacity, *others, self.state]
+
+    @torch.no_grad()
+    def output_sums(self, x: Tensor, routing: Routing, selection: Selection) -> Tensor:
+        """Sums of each expert's output over its tokens, without weights, [E, H]; on one rank."""
+
+        def run(x: Tensor, *params: ExpertParams) -> Tensor:
+            return self.bank.output_sums(x, routing, selection, params)
+
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            sums: Tensor = self.experts(x, torch.promote_types(x.dtype, torch.float32), run)
+        return sums
 
     def note_training(self, collector: Collector | None) -> None:
         """Notice a forward that a backward pass may follow; see `etr.moe.unlearned`."""
@@ -111,7 +125,7 @@ class LayerParts(Collected):
             # thresholds
             or (self.facts(wait=False).ranks_by_score and config.capacity_config.name != "none")
             or any(row.needs_past and row.weight_for(self.traits) for row in self.loss_rows())
-            or any(learner.moves for learner in (self.capacity, *learners_in(self.router)))
+            or any(learner.moves for learner in self.learners()[1:-1])
         )
 
     @torch.no_grad()

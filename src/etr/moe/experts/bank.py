@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from etr.moe.checked import check_types
 from etr.moe.experts.activation import CLAMP, Activation, Clamp
+from etr.moe.experts.backends import EXPERT_BACKENDS
 from etr.moe.experts.weights import ExpertParams, ExpertWeights
 from etr.moe.routing import Routing, Selection
 
@@ -53,6 +54,11 @@ class BankConfig:
     def num_weighed(self, num_experts: int) -> int | None:
         """Of how many choices, the first, normalisation sums the gates; None for all."""
         return None
+
+    def meant(self, num_experts: int) -> tuple[int | None, ...]:
+        """Number of the expert that each choice means; None where it has no weights."""
+        choices = range(self.num_choices(num_experts))
+        return tuple(number if number < num_experts else None for number in choices)
 
     def check(self, num_experts: int, hidden_size: int) -> None:
         """Refuse sizes that it cannot work with.
@@ -127,6 +133,27 @@ class Bank(nn.Module):
             found = dispatch(x, *pairs, weights)
             y = found if y is None else y + found
         return x * 0.0 if y is None else y
+
+    def output_sums(
+        self,
+        x: Tensor,
+        routing: Routing,
+        selection: Selection,
+        params: Sequence[ExpertParams],
+    ) -> Tensor:
+        """Sums of each expert's output over the tokens that it runs for, without weights, [E, H].
+
+        Args: as `run`.
+        """
+        found = []
+        for weights, (pairs, kept) in zip(params, self.plan(routing, selection), strict=True):
+            order = torch.where(kept.kept, pairs.expert, pairs.num_experts).argsort(stable=True)
+            order = order[: int(kept.num_tokens_per_expert.sum())]
+            rows = x[pairs.token[order]].to(weights.up.dtype)
+            rows = EXPERT_BACKENDS["loop"].run(rows, kept.num_tokens_per_expert, weights)
+            sums = rows.new_zeros(pairs.num_experts, rows.shape[1])
+            found.append(sums.index_add(0, pairs.expert[order], rows))
+        return torch.cat(found)
 
     def flops(self, num_tokens_per_expert: Tensor) -> Tensor:
         """Floating-point operations of a forward pass, a multiply-add counting as two.

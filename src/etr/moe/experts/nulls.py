@@ -74,13 +74,19 @@ class NullExperts(Experts):
     def idle(self, x: Tensor, routing: Routing, selection: Selection) -> Tensor | None:
         if self.kind == "zero" or not self.count:
             return None
-        number = routing.token * self.count + routing.expert - self.num_experts
-        mine = selection.kept & (routing.expert >= self.num_experts)
-        size = routing.num_tokens * self.count
-        weight = selection.combine_weight.new_zeros(size + 1)
-        weight = weight.index_add(0, torch.where(mine, number, size), selection.combine_weight)
-        weight = weight[:size].view(-1, self.count).to(x.dtype)
+        weight = weights_from(routing, selection, self.num_experts).to(x.dtype)
         if self.kind == "copy":
             return x * weight.sum(1, keepdim=True)
         assert self.constants is not None
         return weight @ self.constants.to(x.dtype)
+
+
+def weights_from(routing: Routing, selection: Selection, first: int) -> Tensor:
+    """Combine weights of the choices from number `first` on, by token, [T, choices]."""
+    count = routing.num_experts - first
+    number = routing.token * count + routing.expert - first
+    mine = selection.kept & (routing.expert >= first)
+    size = routing.num_tokens * count
+    weight = selection.combine_weight.new_zeros(size + 1)
+    weight = weight.index_add(0, torch.where(mine, number, size), selection.combine_weight)
+    return weight[:size].view(routing.num_tokens, count)

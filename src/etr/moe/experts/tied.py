@@ -37,6 +37,9 @@ class Shared(BankConfig):
     def num_weighed(self, num_experts: int) -> int | None:
         return self.wrapped.num_weighed(num_experts)
 
+    def meant(self, num_experts: int) -> tuple[int | None, ...]:
+        return self.wrapped.meant(num_experts)
+
     def check(self, num_experts: int, hidden_size: int) -> None:
         self.wrapped.check(num_experts, hidden_size)
 

@@ -45,10 +45,10 @@ class LossInput:
         selection: what experts keep of it.
         context: mask, placement and groups.
         choices: choices per expert of this rank's tokens, int64 [E].
+        meant: number of the expert that each choice means; None where it has no weights.
         past: choices per expert in the last optimizer step, float [E]; zeros before the first.
         earlier: choices in the step's earlier micro-batches, int64 [E], or None.
         router: the router's module.
-        num_experts: how many of the choices, the first, have weights; None for all.
         step: optimizer steps that the layer has done, int64 [].
         layer_index: number of the layer in its model.
         pool: finds the layers of the model that hold the same experts.
@@ -63,10 +63,10 @@ class LossInput:
     selection: Selection
     context: RoutingContext
     choices: Tensor
+    meant: tuple[int | None, ...]
     past: Tensor
     earlier: Tensor | None
     router: nn.Module
-    num_experts: int | None = None
     step: Tensor | int = 0
     layer_index: int = 0
     pool: Callable[[], Pool] = Pool
@@ -74,6 +74,11 @@ class LossInput:
     experts: ExpertParams | None = None
     first_expert: int = 0
     expert_group: ProcessGroup | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """How many experts with weights there are, E."""
+        return len(set(self.meant) - {None})
 
     def load(self, mode: AuxMode) -> Tensor:
         """Choices per expert that count as load, [E]; no gradient.

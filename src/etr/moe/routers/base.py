@@ -40,6 +40,7 @@ class RouterTraits:
         expert_pool: whom experts rank: their choosers, or all tokens.
         default_capacity: policy used when none is named, perhaps with options.
         position_free: the choice does not depend on where the token stands in the batch.
+        reads_before: the logits of the MoE layer before are part of its own.
         padded: the preset pads its buffers, so backend "auto" picks a padded one.
         numbered: an expert's number decides what comes to it, so experts cannot change numbers.
         num_groups: equal groups of neighbouring experts that tokens choose among first.
@@ -59,6 +60,7 @@ class RouterTraits:
     expert_pool: ExpertPool = "choosers"
     default_capacity: str = "factor"
     position_free: bool = True
+    reads_before: bool = False
     padded: bool = False
     numbered: bool = False
     num_groups: int = 1
