@@ -48,6 +48,7 @@ class ArrangedParts(LayerParts):
         super().__init__(config, layer_index)
         self.dispatcher = _dispatcher(config, None)
         self.parallel: ExpertParallel | None = None
+        self.later: nn.ModuleList | tuple[()] = ()
 
     def distribute(self, parallel: ExpertParallel) -> Self:
         """Keep this rank's experts alone, and work with the other ranks from now on.

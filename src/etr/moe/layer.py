@@ -54,14 +54,12 @@ class MoE(ArrangedParts):
         super().__init__(config, layer_index)
         self.watchers: list[Watcher] = []
         self.output_watchers: list[Watcher] = []
-        self.later: nn.ModuleList | tuple[()] = ()
         if config.inner_steps > 1:
             one = replace(config, inner_steps=1)
             numbers = range(self.layer_index + 1, self.layer_index + config.inner_steps)
             self.later = nn.ModuleList(MoE(one, number) for number in numbers)
         for step in self.later:
-            step.experts, step.shared_experts = self.experts, self.shared_experts
-            step.shared_gate = self.shared_gate
+            step.take_experts(self)
 
     def forward(self, hidden_states: Tensor, context: RoutingContext | None = None) -> MoEOutput:
         """Route, run the experts, combine.
@@ -242,8 +240,7 @@ class MoE(ArrangedParts):
     ) -> dict[str, Tensor]:
         """Counters of one forward; where it learns (None: in training), also for `after_step`.
 
-        Args:
-            x: tokens, float [T, H], for learners that ask for the experts' outputs.
+        Of tokens x, float [T, H], learners may ask for what the experts make.
         """
         found = routing_stats(routing, kept)
         if self.training if learns is None else learns:

@@ -82,6 +82,11 @@ class LayerParts(Collected):
         if config.shared_gate:
             self.shared_gate = SharedGate(config.hidden_size, 1, bias=False)
 
+    def take_experts(self, other: LayerParts) -> None:
+        """Hold the experts of another layer from now on, and those beside its bank."""
+        self.experts, self.shared_experts = other.experts, other.shared_experts
+        self.shared_gate = other.shared_gate
+
     @property
     def bank(self) -> Bank:
         """The experts, also where an adapter wraps them."""
