@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from etr.methods.card import Card, Row
 from etr.moe.context import RouterInput
 from etr.moe.experts import BANKS, Shared
-from etr.moe.losses import LOSSES, Loss, LossInput, mean_over_valid
+from etr.moe.losses import LOSSES, PoolBalance
 from etr.moe.routers import ROUTERS, Router, RouterConfig, RouterTraits
 from etr.moe.routers.linear import LinearRouter
 from etr.moe.routing import Scores
@@ -57,32 +57,6 @@ class _NormRouter(LinearRouter):
         probs = found / found.sum(-1, keepdim=True).clamp_min(1e-12)
         gates = found * self.scale.to(x.dtype)
         return Scores(scores=found, logits=logits, gates=gates, probs=probs)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PoolBalance(Loss):
-    """The balance loss of a bank over all layers that share it, with their mean load.
-
-    A layer adds the products of its load and probabilities with those of the layers before it, so
-    that the mean over layers is the loss of the pool. In a layer by itself it is the balance loss.
-    """
-
-    name = "pool_balance"
-    own = 0.01
-    needs = ("has_probs", "tokens_choose")
-    one_when_even = True
-
-    def __call__(self, given: LossInput) -> Tensor:
-        probs = given.routing.probs
-        assert probs is not None
-        load = given.load("ranks").to(probs.dtype)
-        share = load / load.sum().clamp_min(1.0)
-        mean = mean_over_valid(probs, given.routing, given.context.data_group)
-        found = share @ mean
-        pool = given.pool()
-        for earlier_share, earlier_mean in pool.before(self.label, (share, mean)):
-            found = found + share @ earlier_mean + earlier_share @ mean
-        return len(share) / pool.count * found
 
 
 CARD = Card(

@@ -56,10 +56,10 @@ class MoE(ArrangedParts):
         self.output_watchers: list[Watcher] = []
         if config.inner_steps > 1:
             one = replace(config, inner_steps=1)
-            numbers = range(self.layer_index + 1, self.layer_index + config.inner_steps)
-            self.later = nn.ModuleList(MoE(one, number) for number in numbers)
-        for step in self.later:
-            step.take_experts(self)
+            steps = [MoE(one, self.layer_index + n) for n in range(1, config.inner_steps)]
+            for step in steps:
+                step.take_experts(self)
+            self.later = nn.ModuleList(steps)
 
     def forward(self, hidden_states: Tensor, context: RoutingContext | None = None) -> MoEOutput:
         """Route, run the experts, combine.

@@ -4,6 +4,7 @@ from etr.moe.losses.balance import Balance, balance_loss
 from etr.moe.losses.base import AuxMode, Loss, LossInput, even_losses, scaled_losses
 from etr.moe.losses.locality import Locality, locality_loss, locality_target
 from etr.moe.losses.means import mean_over_valid, sum_over_group, whole_over_group
+from etr.moe.losses.pool import PoolBalance
 from etr.moe.losses.rows import LOSSES, LossConfig, Losses, loss_rows, parse_losses, reweighted
 from etr.moe.losses.z import Z, z_loss
 
@@ -16,6 +17,7 @@ __all__ = [
     "LossConfig",
     "LossInput",
     "Losses",
+    "PoolBalance",
     "Z",
     "balance_loss",
     "even_losses",

@@ -80,6 +80,12 @@ class LossInput:
         """How many experts with weights there are, E."""
         return len(set(self.meant) - {None})
 
+    @property
+    def num_open(self) -> Tensor | int:
+        """Of how many choices a token may take; fewer than all where the router closes some."""
+        found: Tensor | int = self.router.num_open  # type: ignore[assignment]
+        return found
+
     def load(self, mode: AuxMode) -> Tensor:
         """Choices per expert that count as load, [E]; no gradient.
 

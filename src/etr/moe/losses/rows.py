@@ -10,11 +10,12 @@ from etr.moe.checked import check_types
 from etr.moe.losses.balance import Balance
 from etr.moe.losses.base import AuxMode, Loss
 from etr.moe.losses.locality import Locality
+from etr.moe.losses.pool import PoolBalance
 from etr.moe.losses.z import Z
 from etr.moe.routers import RouterConfig
 from etr.moe.table import Table, config_to_dict
 
-LOSSES: Table[Loss] = Table("loss", (Balance, Z, Locality))
+LOSSES: Table[Loss] = Table("loss", (Balance, Z, Locality, PoolBalance))
 """Losses by name."""
 
 WEIGHTS = {"balance": "aux_alpha", "z": "z_beta", "locality": "locality_mu"}

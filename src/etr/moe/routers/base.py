@@ -290,6 +290,11 @@ class Router(_KeptFromDecay):
         found = replace(routing, tokens_choose=False)
         return found.known(full=routing.full, unbiased=routing.unbiased)
 
+    @property
+    def num_open(self) -> Tensor | int:
+        """How many experts a token may choose among now; int64 [] where that is learned state."""
+        return self.num_experts
+
     def directions(self, dtype: torch.dtype) -> Tensor:
         """The vector of each choice that tokens are compared with, [E, H], with gradient."""
         weight = self.weight
