@@ -52,6 +52,7 @@ SHELF = (
     "union_of_experts",
     "chain_of_experts",
     "unipool",
+    "rexmoe",
     "routing_consistency",
     "exflow",
     "moetuner",
