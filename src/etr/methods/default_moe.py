@@ -35,6 +35,10 @@ class Defaults(BankConfig):
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay={self.decay} must lie in [0, 1)")
 
+    @property
+    def needs(self) -> dict[str, str]:
+        return {"has_probs": "weighs experts that do not run by their probability"}
+
     def build(self, sizes: ExpertSizes) -> DefaultExperts:
         return DefaultExperts(sizes, self.decay)
 
@@ -83,11 +87,7 @@ class DefaultExperts(Experts):
         self.default = MeanOutputs(sizes.num_experts, sizes.hidden_size, decay)
 
     def idle(self, x: Tensor, routing: Routing, selection: Selection) -> Tensor:
-        if routing.probs is None:
-            raise ValueError(
-                "experts='defaults' weighs experts that do not run by their probability, and this "
-                "router has none; use one that has, such as 'token_choice'"
-            )
+        assert routing.probs is not None
         absent = ~selection.selection_map(routing) & routing.valid_mask[:, None]
         weight = torch.where(absent, routing.probs, 0.0).to(x.dtype)
         return weight @ self.default.mean.to(x.dtype)

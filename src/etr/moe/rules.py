@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from etr.moe.capacity import CAPACITIES, CapacityConfig
+from etr.moe.experts import BankConfig
+from etr.moe.losses import Loss
 from etr.moe.routers import ROUTERS, RouterConfig
 from etr.moe.select import RankBy
 
@@ -45,6 +49,27 @@ def unsupported(
             "them among all tokens; use expert_pool='choosers'"
         )
     return None
+
+
+def unsupported_bank(bank: BankConfig, router: RouterConfig, losses: Iterable[Loss]) -> str | None:
+    """Why a bank cannot go with a router or with losses, or None."""
+    for fact, why in bank.needs.items():
+        if not getattr(router.traits, fact):
+            what = _WORDS.get(fact, fact)
+            return (
+                f"experts={bank.name!r} {why}, and router {router.name!r} has no {what}; use one "
+                "that has, such as 'token_choice'"
+            )
+    for row in losses:
+        if row.needs_experts and not bank.one_width and row.weight_for(router.traits):
+            return (
+                f"loss {row.name!r} sees experts of one width, and those of experts={bank.name!r} "
+                "have several; use 'uniform', or give the loss weight 0"
+            )
+    return None
+
+
+_WORDS = {"has_probs": "probabilities"}
 
 
 def resolve_rank_by(

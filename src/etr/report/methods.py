@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 
 from etr.methods import BRANCHES, METHODS, Card
-from etr.moe import CAPACITIES, ROUTERS, support_table
+from etr.moe.pairs import TABLES, pair_table, pairs
 from etr.report.criteria import RECORD
 from etr.sheet import escape_markdown, table
 
@@ -62,8 +62,10 @@ _TAXONOMY = (
     "count."
 )
 _SUPPORT = (
-    "Routers against capacity policies, at default options: computed from the routers' traits and "
-    "the policies' needs, checked when a config is made, and tested in every cell."
+    "Rows of every two tables at default options: computed from the routers' traits and what "
+    "policies, losses and banks need, checked when a config is made, and tested in every cell: "
+    "what goes together trains, and what does not is refused with the reason. Where no router is "
+    "named, there is one that goes with both."
 )
 
 
@@ -108,10 +110,18 @@ def taxonomy(cards: Collection[Card] = METHODS.values()) -> str:
 
 
 def support() -> str:
-    """Which router goes with which capacity policy, in Markdown."""
-    cells = support_table()
+    """Which rows of every two tables go together, in Markdown."""
+    parts = (f"### {_PAIR[a].capitalize()}, {_PAIR[b]}\n\n{_pairs(a, b)}" for a, b in pairs())
+    return "\n".join(parts)
+
+
+_PAIR = {"router": "router", "capacity": "capacity", "losses": "loss", "experts": "bank"}
+
+
+def _pairs(one: str, other: str) -> str:
+    cells = pair_table(one, other)
     rows = (
-        (f"`{router}`", *("yes" if cells[router, c] is None else "-" for c in CAPACITIES))
-        for router in ROUTERS
+        (f"`{a}`", *("yes" if cells[a, b] is None else "-" for b in TABLES[other]))
+        for a in TABLES[one]
     )
-    return table(("router", *(f"`{name}`" for name in CAPACITIES)), rows)
+    return table((_PAIR[one], *(f"`{name}`" for name in TABLES[other])), rows)

@@ -60,6 +60,16 @@ class BankConfig:
         choices = range(self.num_choices(num_experts))
         return tuple(number if number < num_experts else None for number in choices)
 
+    @property
+    def needs(self) -> dict[str, str]:
+        """Facts of `RouterTraits` without which it does not work, and what it does with each."""
+        return {}
+
+    @property
+    def one_width(self) -> bool:
+        """Whether all experts have the same width, as losses that see their weights ask."""
+        return True
+
     def check(self, num_experts: int, hidden_size: int) -> None:
         """Refuse sizes that it cannot work with.
 

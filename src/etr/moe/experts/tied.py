@@ -40,6 +40,14 @@ class Shared(BankConfig):
     def meant(self, num_experts: int) -> tuple[int | None, ...]:
         return self.wrapped.meant(num_experts)
 
+    @property
+    def needs(self) -> dict[str, str]:
+        return self.wrapped.needs
+
+    @property
+    def one_width(self) -> bool:
+        return self.wrapped.one_width
+
     def check(self, num_experts: int, hidden_size: int) -> None:
         self.wrapped.check(num_experts, hidden_size)
 

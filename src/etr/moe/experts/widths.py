@@ -37,6 +37,10 @@ class Widths(BankConfig):
         """
         return numbers_of(self.widths, "widths") or [default]
 
+    @property
+    def one_width(self) -> bool:
+        return len(set(self.of(0))) == 1
+
     def check(self, num_experts: int, hidden_size: int) -> None:
         if self.widths and len(self.of(0)) != num_experts:
             raise ValueError(
