@@ -3,20 +3,61 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
 from etr.cli._of_run import command_line
-from etr.cli._options import parse
+from etr.cli._options import HELP_OPTIONS, WithImports, parse
 from etr.cli._progress import training_progress
+from etr.cli._studies import run_study
 from etr.report import terminal_table, write_report
 from etr.train import CompareConfig, compare
+from etr.train.folders import writing
+
+
+@dataclass(frozen=True, kw_only=True)
+class PresetCommand(WithImports):
+    """A comparison as the library plans it: run what is missing, then write its page."""
+
+    preset: Literal["rivals"]
+    """rivals: every router on the shelf against its own reference, on two tasks; takes hours."""
+    out: str = "runs/rivals"
+    """Folder of results, figures and page."""
+    smoke: bool = False
+    """The whole path on a few steps, for tests and not for conclusions."""
+    workers: int = 2
+    """Runs side by side, one thread each."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ValueError(f"workers={self.workers} must be at least 1")
+
+
+def _preset(command: PresetCommand, arguments: list[str]) -> int:
+    from etr.recipes.rivals import CLAIMED, rivals, smoke
+    from etr.study.rivals import RivalsRunner
+
+    out = Path(command.out)
+    runner = RivalsRunner(
+        study=smoke() if command.smoke else rivals(),
+        out=out,
+        weights=out / "weights",
+        workers=command.workers,
+        imports=command.imports,
+        claimed=CLAIMED,
+    )
+    with writing(out):
+        return run_study(runner, (), command_line("compare", arguments))
 
 
 def run(arguments: list[str]) -> int:
-    """Compare, then print the table and write the report."""
+    """Compare, then print the table and write the report; a preset is a study of its own."""
+    if any(word.partition("=")[0] == "--preset" for word in arguments):
+        words = ["--help-all" if word in HELP_OPTIONS else word for word in arguments]
+        return _preset(parse(PresetCommand, "compare", words), arguments)
     config = parse(CompareConfig, "compare", arguments)
     command = shlex.join(["etr", "compare", *arguments])
     again = command_line("compare", arguments)

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
 from etr.cli._of_run import command_line
 from etr.cli._options import WithImports, parse
+from etr.cli._studies import run_study
 from etr.files import read_json
 from etr.methods import told_to_import
 from etr.recipes.study import FULL, SMOKE
@@ -27,8 +15,6 @@ from etr.study.run import Run, execute
 from etr.study.study import StudyRunner
 from etr.train import TrainConfig
 from etr.train.folders import writing
-
-log = logging.getLogger(__name__)
 
 SAME = 0.01
 """Nats within which a replay counts as the same: other processors add in another order, and
@@ -73,33 +59,7 @@ def _study(command: StudyCommand, again: str) -> int:
     runner = StudyRunner(
         study=study, out=out, weights=weights, workers=command.workers, imports=command.imports
     )
-    console = Console(file=sys.stdout)
-    columns = (
-        TextColumn("{task.description:>28}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        tasks: dict[str, TaskID] = {}
-
-        def show(block: str, done: int, total: int) -> None:
-            if block not in tasks:
-                tasks[block] = progress.add_task(block, total=total)
-                if not console.is_terminal:
-                    print(f"{block}: {total} steps", flush=True)
-            log.info("%s %d/%d steps", block, done, total)
-            progress.update(tasks[block], completed=done)
-
-        try:
-            page = runner.run(command.blocks, show)
-        except KeyboardInterrupt:
-            print(f"stopped; go on with:\n{again}")
-            return 130
-    print(f"page: {page}")
-    return 0
+    return run_study(runner, command.blocks, again)
 
 
 def _replay(path: Path, out: Path) -> int:

@@ -32,3 +32,32 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float
     variance = math.fsum((value - centre) ** 2 for value in values) / (len(values) - 1)
     half = t_quantile(len(values) - 1, confidence) * math.sqrt(variance / len(values))
     return centre - half, centre + half
+
+
+def p_value(values: Sequence[float]) -> float | None:
+    """Of Student's two-sided test that values have the mean 0; None for fewer than two."""
+    if len(values) < 2:
+        return None
+    from scipy.special import stdtr  # late, as above
+
+    centre = mean(values)
+    variance = math.fsum((value - centre) ** 2 for value in values) / (len(values) - 1)
+    if variance == 0:
+        return 1.0 if centre == 0 else 0.0
+    t = abs(centre) / math.sqrt(variance / len(values))
+    return float(2 * stdtr(len(values) - 1, -t))
+
+
+def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
+    """Which of several tests survive Holm's correction for how many there are.
+
+    The smallest p-value must not exceed the level over their number, the next one the level over
+    one less, and so on until one does.
+    """
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    survives = [False] * len(p_values)
+    for place, number in enumerate(order):
+        if p_values[number] > level / (len(p_values) - place):
+            break
+        survives[number] = True
+    return survives

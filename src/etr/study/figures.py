@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,16 +87,38 @@ def _front(study: Collection, reference: str) -> Chart | None:
             color = SERIES[1 if ours else 0].css
             point = {"x": flops, "y": loss, "name": row.name, "match": NAMES[match]}
             records.append({**point, "color": color})
+    return _named(records, f"expert FLOPs of training over those of {reference}")
+
+
+def costs(rows: Mapping[str, StudyRow], key: str) -> Chart:
+    """Loss as served against what a step costs; coloured where no other row is better in both.
+
+    Args:
+        rows: by name.
+        key: expert_flops, or step_seconds_median.
+    """
+    titles = {"expert_flops": "expert GFLOPs a step", "step_seconds_median": "seconds a step"}
+    points = {}
+    for name, row in rows.items():
+        cost = row.average(key)
+        points[name] = (1e-9 * cost / row.steps if key == "expert_flops" else cost, _spread(row)[0])
+    records: list[dict[str, Any]] = []
+    for name, (x, y) in points.items():
+        beaten = any(a <= x and b <= y and (a, b) != (x, y) for a, b in points.values())
+        point = {"x": x, "y": y, "name": name, "match": NAMES["steps"]}
+        records.append({**point, "color": SERIES[0 if beaten else 1].css})
+    return _named(records, titles[key])
+
+
+def _named(records: list[dict[str, Any]], title: str) -> Chart:
+    """Points with their names beside them, over a horizontal axis of a title."""
     records.sort(key=lambda record: -record["y"])
     for record, place in zip(records, _apart(records), strict=True):
         record["label"] = place
     return {
         "data": {"values": records},
         "height": 420,
-        "encoding": {
-            "x": numeric("x", f"expert FLOPs of training over those of {reference}"),
-            "y": numeric("y", LOSS),
-        },
+        "encoding": {"x": numeric("x", title), "y": numeric("y", LOSS)},
         "layer": [
             layer(
                 mark("point", filled=True, size=46, opacity=1),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from etr.files import read_json, write_json, write_text
 from etr.study import figures, markdown
-from etr.study.collection import TIMES, collect
+from etr.study.collection import TIMES, Collection, collect
 from etr.study.grid import Block, Match, flops_ratio, runs_of
 from etr.study.measure import measure
 from etr.study.queue import load, run_all
@@ -29,8 +29,14 @@ class Study:
     """What is run."""
     reference: str
     """Row that others are compared with, and that matched rows are matched to."""
+    references: Mapping[str, str] = field(default_factory=dict)
+    """Rows that have another reference, by row."""
     timing_rounds: int = 48
     """Rounds of the interleaved timing."""
+
+    def reference_of(self, row: str) -> str:
+        """Name of the row that a row is compared with."""
+        return self.references.get(row, self.reference)
 
     def block(self, name: str) -> Block:
         """The block of a name.
@@ -49,6 +55,9 @@ class Study:
 class StudyRunner:
     """Runs a study into a folder: ``quality/`` (results), ``images/``, and ``quality.md``."""
 
+    name: ClassVar[str] = "quality"
+    """Of the page and of the folder of results."""
+
     study: Study
     """What to run."""
     out: Path
@@ -63,7 +72,7 @@ class StudyRunner:
     @property
     def results(self) -> Path:
         """Folder of the raw results."""
-        return self.out / "quality"
+        return self.out / self.name
 
     def run(self, names: Sequence[str], show: Show) -> Path:
         """Run the named blocks (all where none is named) in the study's order; write the page.
@@ -89,6 +98,12 @@ class StudyRunner:
 
     def write_page(self) -> Path:
         """Write the page and its figures from what results there are."""
+        path = self.out / f"{self.name}.md"
+        write_text(path, self.page(self.collected()))
+        return path
+
+    def collected(self) -> Collection:
+        """What results there are."""
         found = []
         for block in self.study.blocks:
             try:
@@ -97,18 +112,22 @@ class StudyRunner:
                 continue  # what it is matched to has not been run
             results = [result for run in runs if (result := load(run, self.results)) is not None]
             found.append((block.name, block.task, block.match, results))
-        study = collect(self.results, found)
+        return collect(self.results, found)
+
+    def page(self, study: Collection) -> str:
+        """The page; figures are written on the way."""
         images = figures.draw(study, self.study.reference, self.out / "images")
         notes = self.out / "quality-notes.md"
-        text = markdown.page(
+        return markdown.page(
             study,
             self.study.reference,
             {title: f"images/{path.name}" for title, path in images.items()},
             notes.read_text(encoding="utf-8") if notes.exists() else "",
         )
-        path = self.out / "quality.md"
-        write_text(path, text)
-        return path
+
+    def measures(self, run: Run) -> dict[str, Any]:
+        """Diagnostics of a run's trained model."""
+        return measure(run, load_model(run, self.weights))
 
     def _run_block(self, block: Block, runs: list[Run], show: Show) -> None:
         total = sum(run.steps for run in runs)
@@ -133,12 +152,13 @@ class StudyRunner:
         for run in runs:
             result = load(run, self.results)
             if result is not None and "measures" not in result:
-                result["measures"] = measure(run, load_model(run, self.weights))
+                result["measures"] = self.measures(run)
                 write_json(run.path(self.results), result)
 
     def _cost(self, block: Block, variant: str, match: Match) -> float:
-        reference = self._equal_steps(block, self.study.reference)
-        row = self._equal_steps(block, parse_variant(variant).name)
+        name = parse_variant(variant).name
+        reference = self._equal_steps(block, self.study.reference_of(name))
+        row = self._equal_steps(block, name)
         if match == "expert_flops":
             return flops_ratio(self._load_all(row), self._load_all(reference))
         return self._time_ratio(block, row[0].row)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from etr.report.statistics import mean, t_interval
+from etr.report.statistics import mean, p_value, t_interval
 
 RunResult = dict[str, Any]
 
@@ -22,6 +22,8 @@ class LossDifference:
     """Student's 95 %, None for one seed."""
     seeds: int
     """Number of those seeds."""
+    p_value: float | None = None
+    """Of Student's two-sided test that there is none; None for one seed."""
 
     @property
     def verdict(self) -> str:
@@ -74,6 +76,20 @@ class StudyRow:
         """Mean over seeds of a number at the top of a result."""
         return statistics.fmean(float(result[key]) for result in self.results)
 
+    def drop_rate(self) -> float:
+        """Share of what tokens asked for in training and no expert kept; a mean over all steps."""
+        return statistics.fmean(
+            1 - result["kept_per_token"] / result["config"]["model"]["routing"]["top_k"]
+            for result in self.results
+        )
+
+    def flops_of_a_token(self) -> float:
+        """Expert FLOPs of a token, forward and backward pass."""
+        return statistics.fmean(
+            result["expert_flops"] / result["steps"] / result["tokens_per_step"]
+            for result in self.results
+        )
+
     def final(self, mode: str, key: str) -> float | None:
         """Mean over seeds of a number of the last evaluation in a mode."""
         values = [
@@ -116,7 +132,9 @@ def difference(row: StudyRow, reference: StudyRow, mode: str = "served") -> Loss
     pairs = [own[seed] - other[seed] for seed in own if seed in other]
     if not pairs:
         return None
-    return LossDifference(mean=mean(pairs), interval=t_interval(pairs), seeds=len(pairs))
+    return LossDifference(
+        mean=mean(pairs), interval=t_interval(pairs), seeds=len(pairs), p_value=p_value(pairs)
+    )
 
 
 def resolution(rows: Sequence[StudyRow], reference: StudyRow) -> float | None:
