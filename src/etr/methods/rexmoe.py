@@ -32,8 +32,8 @@ class Lending(RouterConfig):
     paper = "2510.17483"
     summary = "learned linear router over the layer's own experts and ever more of its neighbours'"
 
-    group: int = 2
-    """Consecutive MoE layers that lend each other experts, as the bank's `layers`."""
+    group: int = 1
+    """Consecutive MoE layers that lend each other experts, as the bank's `layers`; 1: plain."""
     start: float = 0.1
     """Fraction of optimizer steps until which a layer has its own experts alone."""
     until: float = 0.3
@@ -139,7 +139,7 @@ CARD = Card(
         Row(table=LOSSES, kind=PoolBalance),
     ),
     options={
-        "router": "lending",
+        "router": "lending:group=2",
         "experts": "shared:layers=2",
         "losses": "pool_balance",
         "capacity": "none",
