@@ -32,7 +32,8 @@ def runs(**options: str) -> str | None:
     grads = [x.grad, *(p.grad for p in layer.experts.parameters())]
     if not all(torch.isfinite(g).all() for g in grads if g is not None):
         return "a gradient is not finite"
-    if not any(g is not None and g.any() for g in grads):
+    learn = any(p.numel() and p.requires_grad for p in layer.experts.parameters())
+    if learn and not any(g is not None and g.any() for g in grads):
         return "nothing has a gradient"
     return None
 

@@ -55,6 +55,12 @@ class MoEConfig(LayerOptions):
                 "gets no gradient; use normalize='none'"
             )
         self.router_config.check(self.hidden_size, self.num_choices, self.top_k)
+        made, traits = self.bank_config.choices_of_a_token, self.router_config.traits
+        if made is not None and (self.top_k, traits.fixed_k, traits.tokens_choose) != (made, 1, 1):
+            raise ValueError(
+                f"experts={self.bank_config.name!r}: every token must choose {made} experts, and "
+                f"with router {self.router_config.name!r} and top_k={self.top_k} it does not"
+            )
 
     @property
     def num_choices(self) -> int:

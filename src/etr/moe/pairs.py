@@ -20,7 +20,7 @@ TABLES: dict[str, Table[Any]] = {
 }
 """Tables by the option of a layer that names their rows."""
 # The width is a multiple of the choices of every bank.
-SIZES: dict[str, Any] = {"hidden_size": 40, "intermediate_size": 8, "num_experts": 4, "top_k": 1}
+SIZES: dict[str, Any] = {"hidden_size": 40, "intermediate_size": 8, "num_experts": 4}
 
 
 def pair_config(**options: str) -> MoEConfig:
@@ -36,10 +36,11 @@ def pair_config(**options: str) -> MoEConfig:
     given: dict[str, Any] = dict(options)
     if "losses" in given:
         given["losses"] = f"{given['losses']}:weight=0.1"
+    top_k = BANKS.parse(given.get("experts", "uniform")).choices_of_a_token or 1
     problems = []
     for router in [given.pop("router")] if "router" in given else ["token_choice", *ROUTERS]:
         try:
-            return MoEConfig(**SIZES, router=router, **given)
+            return MoEConfig(**SIZES, top_k=top_k, router=router, **given)
         except ValueError as problem:
             problems.append(problem)
     raise problems[0]

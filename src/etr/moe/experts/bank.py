@@ -66,6 +66,11 @@ class BankConfig:
         return {}
 
     @property
+    def choices_of_a_token(self) -> int | None:
+        """How many choices every token must make; None for any number."""
+        return None
+
+    @property
     def one_width(self) -> bool:
         """Whether all experts have the same width, as losses that see their weights ask."""
         return True

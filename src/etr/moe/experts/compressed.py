@@ -37,6 +37,10 @@ class Compressed(BankConfig):
         if not 1 <= self.main <= self.of:
             raise ValueError(f"main={self.main} must lie between 1 and of={self.of}")
 
+    @property
+    def choices_of_a_token(self) -> int | None:
+        return self.of
+
     def build(self, sizes: ExpertSizes) -> Bank:
         if sizes.bias:
             raise ValueError("experts='compressed': experts with biases are not taken")

@@ -45,6 +45,10 @@ class Shared(BankConfig):
         return self.wrapped.needs
 
     @property
+    def choices_of_a_token(self) -> int | None:
+        return self.wrapped.choices_of_a_token
+
+    @property
     def one_width(self) -> bool:
         return self.wrapped.one_width
 
