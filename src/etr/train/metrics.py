@@ -248,8 +248,9 @@ def finite(value: Tensor | float) -> float | None:
 
 
 def expert_flops(model: nn.Module, stats: Iterable[dict[str, Tensor]]) -> float:
-    """Floating-point operations of the routed experts on kept tokens, forward and backward.
+    """Floating-point operations of the experts on kept tokens, forward and backward.
 
+    Shared experts run for every token.
     A multiply-add counts as two; the backward pass costs twice the forward. Padding that a backend
     computes in vain is not counted.
     """
@@ -257,6 +258,9 @@ def expert_flops(model: nn.Module, stats: Iterable[dict[str, Tensor]]) -> float:
     for layer, counts in zip(moe_layers(model), stats, strict=True):
         if counts:
             total += 3 * float(layer.bank.flops(counts["num_tokens_per_expert"]))
+            if layer.shared_experts is not None:
+                size = layer.shared_experts.size_of_one
+                total += 3 * 2 * size * float(counts["num_valid_tokens"])
     return total
 
 
