@@ -55,7 +55,7 @@ def test_every_method_with_a_router_runs_beside_its_reference() -> None:
 
 def test_widths_of_a_reference_are_those_of_the_task() -> None:
     name, text = reference(METHODS["deepseek_moe"], "text-x")
-    assert name == "token_choice-num_experts-3-top_k-1-expert_size-768-capacity-none"
+    assert name == "token_choice-num_experts-3-top_k-1-capacity-none"
     assert text == f"{name}=token_choice/num_experts=3/top_k=1/expert_size=576/capacity=none"
     assert "expert_size=1536" in reference(METHODS["deepseek_moe"], "lm")[1]
     assert reference(METHODS["etr"], "lm") == ("baseline", "baseline")

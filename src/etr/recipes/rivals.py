@@ -30,14 +30,15 @@ CLAIMED = {
 def reference(card: Card, task: str) -> tuple[str, str]:
     """Name and variant of what a method is compared with on a task.
 
-    Widths of experts are written for experts of the default width, and scaled to the task's.
+    Widths of experts are written for experts of the default width, and scaled to the task's; they
+    are not in the name, which is the same on every task.
     """
     usual, own = RoutingOptions().expert_size, TASKS[task].config(1).model.routing.expert_size
 
     def scaled(found: re.Match[str]) -> str:
         return f"expert_size={int(found[1]) * own // usual}"
 
-    name = re.sub(r"[^a-z0-9_.]+", "-", card.against.lower())
+    name = re.sub(r"[^a-z0-9_.]+", "-", re.sub(r"/expert_size=\d+", "", card.against).lower())
     text = re.sub(r"expert_size=(\d+)", scaled, card.against)
     return name, text if name == card.against else f"{name}={text}"
 

@@ -200,6 +200,8 @@ def sentences(found: list[Compared]) -> str:
 
 def _gain(one: Compared) -> str:
     where = f"on `{one.task}` at {MATCHES[one.match]}"
+    if one.found.interval is None:
+        return f"differs by {one.found.mean:+.4f} nats from `{one.base.name}` {where} (one seed)"
     if one.side not in ("lower", "higher"):
         return f"cannot be told apart from `{one.base.name}` {where} ({one.found.mean:+.4f} nats)"
     verb = "gains" if one.side == "lower" else "loses"
