@@ -179,3 +179,13 @@ def test_inner_steps_hold_the_same_experts_which_are_saved_once(
     assert torch.equal(loaded.eval()(x).logits, model.eval()(x).logits)
     with pytest.raises(ValueError, match=r"cannot hold this model: .*inner_steps"):
         convert(tmp_path, tmp_path / "b")
+
+
+def test_shared_experts_run_for_every_token() -> None:
+    """Three times two operations a weight of 3 * 32 * 40 and a token, beside the routed ones."""
+    counts = {"num_tokens_per_expert": torch.tensor([3, 1, 0, 2])}
+    counts["num_valid_tokens"] = torch.tensor(5)
+    model = EtrForCausalLM(etr_config("token_choice", "qwen2_moe"))
+    shared = 3 * 32 * model.config.moe_config.shared_width
+    routed = 3 * 32 * model.config.moe_config.intermediate_size
+    assert expert_flops(model, [counts, counts]) == 6 * 2 * (6 * routed + 5 * shared)

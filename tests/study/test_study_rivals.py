@@ -165,8 +165,9 @@ def test_the_smoke_path_writes_its_page_and_goes_on(
         assert heading in page
     for name in ("dynamic_top_p", "bip", "token_choice"):
         assert f"`{name}`" in page
-    assert "images/rivals-text-x.svg" in page
-    assert (tmp_path / "images/rivals-text-x.svg").is_file()
+    for picture in ("images/rivals-text-x-flops.svg", "images/rivals-text-x-time.svg"):
+        assert picture in page
+        assert (tmp_path / picture).is_file()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "rivals").rglob("*.json")}
     assert len(before) >= 10
     assert main(command) == 0

@@ -39,7 +39,9 @@ class RivalsRunner(StudyRunner):
         found = compared(study, self.study)
         images = []
         for task in dict.fromkeys(task for task, _, _ in study.blocks.values()):
-            rows = [one for one in found if one.task == task and one.match == "steps"]
+            rows = [one for one in found if (one.task, one.match) == (task, "steps")]
+            if not rows:
+                continue
             for key, what in (("expert_flops", "expert FLOPs"), ("step_seconds_median", "time")):
                 path = f"images/rivals-{task}-{what.split()[-1].lower()}.svg"
                 title = f"Held-out loss as served on {task} against {what} of a step"
