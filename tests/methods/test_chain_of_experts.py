@@ -64,8 +64,8 @@ def test_the_worked_chain() -> None:
 
 @pytest.mark.criterion
 def test_steps_cost_what_one_step_of_twice_the_experts_does() -> None:
-    """One step is the plain layer bit for bit; two steps have the same expert parameters, and at
-    half the experts a step the same operations, and every step's router has a gradient."""
+    """With 1 step it is the plain layer bit for bit; 2 steps have the same expert parameters, and
+    at half the experts a step the same operations, and each router has a gradient."""
     x = torch.randn(32, 16, dtype=torch.float64)
     plain, one, two = (
         layer_of("token_choice", top_k=4, capacity="none").double(),

@@ -22,8 +22,8 @@ CARD = Card(
     against="token_choice/top_k=4/capacity=none",
     moves=("loss", "load"),
     claim=(
-        "One step is the plain layer bit for bit; two steps have the same expert parameters, and "
-        "at half the experts a step the same operations, and every step's router has a gradient."
+        "With 1 step it is the plain layer bit for bit; 2 steps have the same expert parameters, "
+        "and at half the experts a step the same operations, and each router has a gradient."
     ),
     departs=(
         "The layer gives what its steps add, and the block adds the token itself, once; in the "

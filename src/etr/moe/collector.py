@@ -186,17 +186,18 @@ def _collected_in(model: nn.Module) -> list[Collected]:
     """The layers of a model in order.
 
     Every forward asks for them, also of one token: `modules()` takes several times as long, and
-    would look into the layers as well.
+    would look into the layers as well, of which further inner steps alone are layers.
     """
     seen: set[nn.Module] = set()
     found: list[Collected] = []
 
     def walk(module: nn.Module) -> None:
         seen.add(module)
+        children = module._modules
         if isinstance(module, Collected):
             found.append(module)
-            return
-        for child in module._modules.values():
+            children = {"later": children.get("later")}  # inner steps
+        for child in children.values():
             if child is not None and child not in seen:
                 walk(child)
 
