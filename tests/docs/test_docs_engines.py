@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from markdown_blocks import ROOT, Block, blocks, run
 
-GUIDES = [ROOT / "docs/guides/engines.md", ROOT / "docs/guides/cluster.md"]
+GUIDES = [ROOT / f"docs/guides/{n}.md" for n in ("engines", "cluster", "plan-a-cluster")]
 RUNNABLE = [
     (page, block)
     for page in GUIDES

@@ -129,6 +129,17 @@ which etr finetune --recover wins back in part.""",
     "cluster emulate": Help(example="etr cluster emulate --nodes 2 -- etr train --steps 20"),
     "cluster measure": Help(example="torchrun --nproc-per-node 4 -m etr cluster measure"),
     "cluster bench": Help(example="etr cluster bench --smoke"),
+    "cluster plan": Help(
+        example="etr cluster plan --model mixtral-8x7b --cluster h100",
+        main=(
+            *("model", "cluster", "routings", "trace", "sequence_length", "batch"),
+            *("tensor", "pipeline", "expert", "out"),
+        ),
+        note="Models, clusters and routings are names that come with the library, or files.",
+    ),
+    "cluster paper": Help(example="etr cluster paper --page paper-clusters.md"),
+    "cluster calibrate": Help(example="etr cluster calibrate --results runs/cluster/results.json"),
+    "cluster scale": Help(example="etr cluster scale --devices 10000"),
     "cluster clean": Help(example="etr cluster clean"),
 }
 """Help of each verb, and of the parts of those that have parts."""

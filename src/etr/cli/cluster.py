@@ -1,10 +1,11 @@
-"""`etr cluster`: emulate a cluster, measure one, and the benchmark on an emulated one."""
+"""`etr cluster`: emulate a cluster, measure one, the benchmark, and what a model predicts."""
 
 from __future__ import annotations
 
 import dataclasses
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,6 +22,10 @@ _PARTS = {
     "emulate": "run a command on nodes with limited network rates, on this machine",
     "measure": "all-to-all curve of the machine it runs on; under torchrun, on a real cluster too",
     "bench": "step time and bytes of ETR, LocMoE and the baseline on an emulated cluster",
+    "plan": "predicted: the fastest layout that fits, for several routers side by side",
+    "paper": "predicted: the paper's clusters beside what the paper reports",
+    "calibrate": "fit the cost model to measured steps, and test it on others",
+    "scale": "predicted: expert groups of 8 to 1,024 over 10,000 devices",
     "clean": "remove what an emulated cluster left behind when it was killed",
 }
 
@@ -34,7 +39,18 @@ def run(arguments: list[str]) -> int:
     if part not in _PARTS:
         print(f"etr cluster: there is no {part!r}\n\n{_help()}", file=sys.stderr)
         return 2
-    return {"emulate": _emulate, "measure": _measure, "bench": _bench, "clean": _clean}[part](rest)
+    own = {"emulate": _emulate, "measure": _measure, "bench": _bench, "clean": _clean}
+    return own.get(part, _predict(part))(rest)
+
+
+def _predict(part: str) -> Callable[[list[str]], int]:
+    def run_part(arguments: list[str]) -> int:
+        from etr.cli import _cluster_cost as cost
+
+        parts = {"plan": cost.plan, "paper": cost.paper, "calibrate": cost.calibrate_steps}
+        return {**parts, "scale": cost.scale}[part](arguments)
+
+    return run_part
 
 
 def _emulate(arguments: list[str]) -> int:
@@ -132,6 +148,6 @@ def _clean(arguments: list[str]) -> int:
 
 
 def _help() -> str:
-    lines = [f"  {part:8} {what}" for part, what in _PARTS.items()]
+    lines = [f"  {part:9} {what}" for part, what in _PARTS.items()]
     example = f"Example: {HELP['cluster'].example}"
     return "\n".join([example, "", "usage: etr cluster PART [options]", "", *lines])

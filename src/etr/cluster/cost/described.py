@@ -6,6 +6,7 @@ The unit is read off the end of a field's name: `memory_bytes`, `latency_seconds
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import tomllib
@@ -39,13 +40,18 @@ def unit_of(name: str) -> str:
     return next((unit for end, unit in UNITS.items() if f"_{name}".endswith(end)), "a number")
 
 
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
 def check_units(described: Any) -> None:
     """Refuse values that their unit does not allow; a dataclass's `__post_init__` calls it.
 
     Raises:
         ValueError: names the field, its value and its unit.
     """
-    hints = typing.get_type_hints(type(described))
+    hints = _hints(typing.cast(Any, type(described)))
     for field in dataclasses.fields(described):
         value, hint = getattr(described, field.name), hints[field.name]
         if hint is int and (type(value) is not int or value < (not field.metadata)):
@@ -108,7 +114,7 @@ def described(kind: type[T], values: Any, where: str) -> T:
     """
     if not isinstance(values, dict):
         raise ValueError(f"{where} must be a table of keys, not {values!r}")
-    hints = typing.get_type_hints(kind)
+    hints = _hints(typing.cast(Any, kind))
     fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, kind))}
     unknown = sorted(set(values) - set(fields))
     if unknown:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -38,39 +38,37 @@ def run_pipeline(
         hop_seconds: of passing a micro-batch to the next stage.
         micro_batches: of the step.
     """
-    num_stages = len(forward_seconds)
-    waiting = [order_of(stage, num_stages, micro_batches)[::-1] for stage in range(num_stages)]
-    free = [0.0] * num_stages
-    done: dict[tuple[str, int, int], float] = {}
-    events: list[Event] = []
-    while any(waiting):
-        for stage in range(num_stages):
-            while waiting[stage]:
-                kind, number = waiting[stage][-1]
-                needed = _needed(kind, number, stage, num_stages)
-                if needed is not None and needed not in done:
+    num_stages, events = len(forward_seconds), list[Event]()
+    orders = [order_of(stage, num_stages, micro_batches) for stage in range(num_stages)]
+    free, place = [0.0] * num_stages, [0] * num_stages
+    # When each micro-batch is ready for each stage, forward and backward; None: not yet known.
+    ready: dict[str, list[list[float | None]]] = {
+        kind: [[None] * micro_batches for _ in range(num_stages)]
+        for kind in ("forward", "backward")
+    }
+    ready["forward"][0] = [0.0] * micro_batches
+    spent = {"forward": forward_seconds, "backward": backward_seconds}
+    while any(at < len(order) for at, order in zip(place, orders, strict=True)):
+        for stage, order in enumerate(orders):
+            while place[stage] < len(order):
+                kind, number = order[place[stage]]
+                begin = ready[kind][stage][number]
+                if begin is None:
                     break
-                ready = 0.0
-                if needed is not None:
-                    ready = done[needed] + (hop_seconds if needed[2] != stage else 0.0)
-                start = max(free[stage], ready)
-                spent = forward_seconds if kind == "forward" else backward_seconds
-                free[stage] = start + spent[stage]
-                done[kind, number, stage] = free[stage]
-                events.append(Event(stage, kind, number, start, free[stage]))
-                waiting[stage].pop()
+                begin = max(free[stage], begin)
+                end = free[stage] = begin + spent[kind][stage]
+                events.append(Event(stage, kind, number, begin, end))
+                place[stage] += 1
+                if kind == "forward" and stage == num_stages - 1:
+                    ready["backward"][stage][number] = end
+                elif kind == "forward":
+                    ready[kind][stage + 1][number] = end + hop_seconds
+                elif stage:
+                    ready[kind][stage - 1][number] = end + hop_seconds
     return events
 
 
-def _needed(kind: str, number: int, stage: int, num_stages: int) -> tuple[str, int, int] | None:
-    if kind == "forward":
-        return (kind, number, stage - 1) if stage else None
-    if stage == num_stages - 1:
-        return "forward", number, stage
-    return kind, number, stage + 1
-
-
-def chrome_trace(named: dict[str, Sequence[Event]]) -> dict[str, Any]:
+def chrome_trace(named: Mapping[str, Sequence[Event]]) -> dict[str, Any]:
     """Steps as a file for trace viewers: a process for each name, a thread for each stage."""
     found: list[dict[str, Any]] = []
     for process, (name, events) in enumerate(named.items()):
