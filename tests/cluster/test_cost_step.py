@@ -43,7 +43,12 @@ FREE = Links(
     latency_seconds=0.0, within_bytes_per_second=INFINITE, between_bytes_per_second=INFINITE
 )
 SLOW = Links(latency_seconds=1e-3, within_bytes_per_second=1e8, between_bytes_per_second=1e7)
-ACROSS = [name for name, kind in DISPATCHERS.items() if kind.needs_ranks]
+ACROSS = [
+    name
+    for name, kind in DISPATCHERS.items()
+    if kind.needs_ranks and kind.__module__.startswith("etr.moe.dispatch")
+]
+ELSEWHERE = [name for name in DISPATCHERS if name not in (*ACROSS, "permute")]
 
 
 def cluster(links: Links = FREE, nodes: int = 4) -> Cluster:
@@ -108,6 +113,13 @@ def test_what_is_sent_is_received(dispatch):
         own = np.arange(8) // 2
         near = rows.pairs[own[:, None] == own].sum() / rows.pairs.sum()
         assert near == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("dispatch", ELSEWHERE)
+def test_dispatchers_of_the_shelf_are_refused_by_name(dispatch):
+    layout = Layout(data=4, expert=4, sequence_length=64)
+    with pytest.raises(ValueError, match=f"dispatch='{dispatch}' is not one"):
+        step_of(SMALL, cluster(), layout, routing(dispatch))
 
 
 def test_padding_sends_and_computes_the_buffers():

@@ -55,7 +55,7 @@ def journey(dispatcher: Dispatcher, rows: Rows, row_bytes: float, weight_bytes: 
         row_bytes: of a token's row.
         weight_bytes: of a combine weight, which relays pass on.
     Raises:
-        TypeError: a dispatcher that the model does not know.
+        ValueError: a dispatcher that the model does not know.
     """
     if isinstance(dispatcher, Chunked):
         inner = journey(
@@ -87,7 +87,7 @@ def journey(dispatcher: Dispatcher, rows: Rows, row_bytes: float, weight_bytes: 
         sent = rows.pairs
         told = np.full((num_ranks, num_ranks), float(COUNT_BYTES * rows.experts_per_rank))
     else:
-        raise TypeError(f"dispatch={dispatcher.name!r}: the cost model does not know its exchanges")
+        raise ValueError(f"dispatch={dispatcher.name!r} is not one that the cost model knows")
     return Journey(counts=(told,), there=(sent * row_bytes,), back=(sent.T * row_bytes,))
 
 
