@@ -210,13 +210,14 @@ CARD = Card(
     rows=(Row(table=TRANSFORMS, kind=Heapr),),
     moves=("loss", "FLOPs", "bytes", "memory"),
     claim=(
-        "Of a small language model half of the neurons go, and the loss rises by at most 0.85 of "
-        "what it does by activation norms and 0.3 of what it does by chance; the parameters left "
-        "are 3 H times the widths, and ratio 0 changes no bit."
+        "Of a small language model half of the neurons go, and the loss rises by less than by "
+        "activation norms and at most 0.3 of what it does by chance; the parameters left are 3 H "
+        "times the widths, and ratio 0 changes no bit."
     ),
     departs=(
         "One pass over the text measures both means, since (g w)^2 needs no matrix. Written from "
         "the equations alone. An expert that the text does not show stays; unseen=drop prunes it "
-        "first."
+        "first. The rise is 0.82 of that by activation norms here (one model), where at most 0.8 "
+        "was looked for."
     ),
 )
