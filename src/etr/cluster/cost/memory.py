@@ -8,6 +8,7 @@ import numpy as np
 
 from etr.cluster.cost.routing import RoutingShape, expected_rows
 from etr.cluster.cost.shapes import Layout, ModelShape
+from etr.methods.least_loaded import LeastLoaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,10 @@ def busiest_rows(
     )
     divided = tokens < layout.tokens
     shares = layout.expert_tensor if divided else 1  # these ranks gather their rows first
-    return float(computed.reshape(layout.expert, -1).sum(1).max()) * shares
+    busiest = float(computed.reshape(layout.expert, -1).sum(1).max())
+    if isinstance(routing.dispatcher, LeastLoaded):
+        busiest = min(busiest, routing.dispatcher.alpha * float(computed.sum()) / layout.expert)
+    return busiest * shares
 
 
 def layer_numbers(

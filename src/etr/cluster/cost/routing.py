@@ -102,6 +102,7 @@ class Rows:
         pairs: kept (token, expert) pairs from each rank to each rank, [N, N].
         by_place: tokens of each rank with a pair to the p-th rank of any node, [N, node size].
         by_node: tokens of each rank with a pair to any rank of a node, [N, nodes].
+        to_expert: kept pairs from each rank to each expert, [N, E].
         slots: places of each rank's buffer for an expert, [N].
         experts_per_rank: experts that each rank holds.
     """
@@ -110,6 +111,7 @@ class Rows:
     pairs: np.ndarray
     by_place: np.ndarray
     by_node: np.ndarray
+    to_expert: np.ndarray
     slots: np.ndarray
     experts_per_rank: int
 
@@ -175,6 +177,7 @@ def expected_rows(
         pairs=pairs,
         by_place=merged(of_token.sum(1)),
         by_node=merged(of_token.sum(2)),
+        to_expert=tokens_per_rank * per_token[own_node],
         slots=np.full(num_ranks, slot),
         experts_per_rank=per_rank,
     )
@@ -200,12 +203,13 @@ def count_rows(
     """
     num_ranks = len(experts)
     per_rank = num_experts // num_ranks
-    pairs, places, nodes = [], [], []
+    pairs, places, nodes, singles = [], [], [], []
     for chosen, keep in zip(experts, kept, strict=True):
         to = np.where(keep & (chosen >= 0), chosen, num_experts) // per_rank
         hit = (to[..., None] == np.arange(num_ranks)).sum(1)  # [T, N]
         grid = hit.reshape(len(hit), num_ranks // node_size, node_size)
         pairs.append(hit.sum(0))
+        singles.append(np.bincount(chosen[keep & (chosen >= 0)], minlength=num_experts))
         places.append(grid.any(1).sum(0))
         nodes.append(grid.any(2).sum(0))
     return Rows(
@@ -213,6 +217,7 @@ def count_rows(
         pairs=np.array(pairs),
         by_place=np.array(places),
         by_node=np.array(nodes),
+        to_expert=np.array(singles),
         slots=np.zeros(num_ranks) if slots is None else np.array(slots),
         experts_per_rank=per_rank,
     )

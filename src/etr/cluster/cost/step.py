@@ -59,9 +59,7 @@ class Step:
     """What each stage does."""
 
 
-def exchange_seconds(
-    cluster: Cluster, layout: Layout, journeys: Journey, row_bytes: float
-) -> tuple[float, float]:
+def exchange_seconds(cluster: Cluster, layout: Layout, journeys: Journey) -> tuple[float, float]:
     """Time of a layer's exchanges one way and back, and bytes between nodes of a group."""
     group = layout.ranks("expert", cluster.devices_per_node)
     node_of_rank = np.arange(group.size) // group.per_node
@@ -93,16 +91,18 @@ def expert_layer(
         progress=progress,
     )
     divided, share = tokens < layout.tokens, layout.expert_tensor
-    computed = computed * (share if divided else 1)
-    itemsize, hidden = layout.activation_bytes, model.hidden_size
+    itemsize, hidden, width = layout.activation_bytes, model.hidden_size, model.expert_size / share
     row_bytes = float(hidden * itemsize)
-    device, width = cluster.device, model.expert_size / share
-    products = device.product_seconds(computed, 2 * width, hidden, itemsize)
-    products = products + device.product_seconds(computed, hidden, width, itemsize)
-    experts = float(products.reshape(group.size, -1).sum(1).max())
-    found = journey(routing.dispatcher, rows, row_bytes, itemsize)
-    network, far = exchange_seconds(cluster, layout, found, row_bytes)
-    busiest = float(computed.reshape(group.size, -1).sum(1).max())
+    lent = 3 * hidden * width * layout.weight_bytes
+    found = journey(routing.dispatcher, rows, row_bytes, itemsize, lent)
+    by_rank = computed.reshape(group.size, -1) if found.computed is None else found.computed.T
+    by_rank = by_rank * (share if divided else 1)
+    device = cluster.device
+    products = device.product_seconds(by_rank, 2 * width, hidden, itemsize)
+    products = products + device.product_seconds(by_rank, hidden, width, itemsize)
+    experts = float(products.sum(1).max())
+    network, far = exchange_seconds(cluster, layout, found)
+    busiest = float(by_rank.sum(1).max())
     shared = layout.ranks("expert_tensor", cluster.devices_per_node)
     tensor = 2 * cluster.links.ring_seconds(busiest * row_bytes, *shared)
     if found.gathered_tokens and not layout.sequence_parallel:

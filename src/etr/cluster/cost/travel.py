@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from etr.cluster.cost.routing import Rows
+from etr.methods.least_loaded import LeastLoaded, _Moves, spill
 from etr.moe.dispatch import Dispatcher
 from etr.moe.dispatch.all_to_all import AllToAll
 from etr.moe.dispatch.all_to_all_padded import AllToAllPadded
@@ -31,6 +33,7 @@ class Journey:
         back: bytes of results.
         chunks: parts that travel one behind the other.
         gathered_tokens: tokens of each rank that its tensor group gathers afterwards.
+        computed: rows of each expert that each rank computes, [E, N], where ranks lend experts.
     """
 
     counts: tuple[np.ndarray, ...]
@@ -38,6 +41,7 @@ class Journey:
     back: tuple[np.ndarray, ...]
     chunks: int = 1
     gathered_tokens: float = 0.0
+    computed: np.ndarray | None = None
 
     def total_bytes(self) -> np.ndarray:
         """From each rank to each, without what stays on its rank, [N, N]."""
@@ -46,7 +50,13 @@ class Journey:
         return found
 
 
-def journey(dispatcher: Dispatcher, rows: Rows, row_bytes: float, weight_bytes: float) -> Journey:
+def journey(
+    dispatcher: Dispatcher,
+    rows: Rows,
+    row_bytes: float,
+    weight_bytes: float,
+    expert_bytes: float = 0.0,
+) -> Journey:
     """The exchanges of a dispatcher.
 
     Args:
@@ -54,29 +64,27 @@ def journey(dispatcher: Dispatcher, rows: Rows, row_bytes: float, weight_bytes: 
         rows: between ranks; for `group_wise` those of each rank's own part of the tokens.
         row_bytes: of a token's row.
         weight_bytes: of a combine weight, which relays pass on.
+        expert_bytes: of an expert's weights, which `least_loaded` lends, for each chunk anew.
     Raises:
         ValueError: a dispatcher that the model does not know.
     """
     if isinstance(dispatcher, Chunked):
         inner = journey(
-            dispatcher.wrapped, _chunked(rows, dispatcher.chunks), row_bytes, weight_bytes
+            dispatcher.wrapped,
+            _chunked(rows, dispatcher.chunks),
+            row_bytes,
+            weight_bytes,
+            expert_bytes * dispatcher.chunks,
         )
         counts = tuple(dispatcher.chunks * part for part in inner.counts)
-        return Journey(
-            counts=counts,
-            there=inner.there,
-            back=inner.back,
-            chunks=dispatcher.chunks,
-            gathered_tokens=inner.gathered_tokens,
-        )
+        return replace(inner, counts=counts, chunks=dispatcher.chunks)
     if isinstance(dispatcher, GroupWise):
-        inner = journey(dispatcher.wrapped, rows, row_bytes, weight_bytes)
-        gathered = float(rows.tokens.max())
-        return Journey(
-            counts=inner.counts, there=inner.there, back=inner.back, gathered_tokens=gathered
-        )
+        inner = journey(dispatcher.wrapped, rows, row_bytes, weight_bytes, expert_bytes)
+        return replace(inner, gathered_tokens=float(rows.tokens.max()))
     if isinstance(dispatcher, Hierarchical | Dedup):
         return _relay(dispatcher, rows, row_bytes, weight_bytes)
+    if isinstance(dispatcher, LeastLoaded):
+        return _least_loaded(dispatcher, rows, row_bytes, expert_bytes)
     num_ranks = len(rows.tokens)
     if not dispatcher.needs_ranks:
         return Journey(counts=(), there=(), back=())
@@ -96,6 +104,27 @@ def _chunked(rows: Rows, chunks: int) -> Rows:
     ends = np.floor(rows.tokens[:, None] * np.arange(chunks + 1) / chunks)
     slots = np.minimum(rows.slots[:, None], np.diff(ends)).sum(1)
     return Rows(**{**vars(rows), "slots": slots})
+
+
+def _least_loaded(
+    dispatcher: LeastLoaded, rows: Rows, row_bytes: float, expert_bytes: float
+) -> Journey:
+    """Weights to whoever borrows them, then rows to who runs them."""
+    counts = torch.from_numpy(np.rint(rows.to_expert)).long()
+    plan = spill(counts.sum(0).tolist(), len(counts), dispatcher.alpha, dispatcher.chunk)
+    moves = _Moves.of(counts, plan)
+    sent = moves.rows.sum(1).numpy().astype(np.float64)
+    weights = np.zeros_like(sent)
+    for rank, guests in enumerate(moves.guests):
+        for expert in guests:
+            weights[expert // moves.block, rank] += expert_bytes
+    there = (weights, sent * row_bytes) if any(moves.guests) else (sent * row_bytes,)
+    return Journey(
+        counts=(np.full_like(sent, COUNT_BYTES * counts.shape[1]),),
+        there=there,
+        back=(sent.T * row_bytes,),
+        computed=moves.rows.sum(0).numpy(),
+    )
 
 
 def _relay(dispatcher: Dispatcher, rows: Rows, row_bytes: float, weight_bytes: float) -> Journey:
