@@ -167,8 +167,7 @@ def expected_rows(
     def merged(rows: np.ndarray) -> np.ndarray:
         return tokens_per_rank * (1 - (1 - np.minimum(rows / top_k, 1)) ** top_k)
 
-    slot = 0.0
-    computed = tokens_per_rank * node_size * per_token.sum(0)
+    slot, computed = 0.0, tokens_per_rank * node_size * per_token.sum(0)
     if routing.padded:
         slot = np.ceil(routing.factor_at(progress) * tokens_per_rank * top_k / num_experts)
         computed = np.full(num_experts, slot * num_ranks)

@@ -194,11 +194,10 @@ def step_of(
         sum(layer.total_seconds(2) + again * layer.total_seconds() for layer in layers)
         for layers in by_stage
     ]
-    forward[-1] += head
-    backward[-1] += 2 * head
-    hop = _hop_seconds(model, cluster, layout)
-    events = run_pipeline(forward, backward, hop, layout.micro_batches)
-    busy = [layout.micro_batches * (f + b) for f, b in zip(forward, backward, strict=True)]
+    forward[-1], backward[-1] = forward[-1] + head, backward[-1] + 2 * head
+    hop, count = _hop_seconds(model, cluster, layout), layout.micro_batches
+    events = run_pipeline(forward, backward, hop, count)
+    busy = [count * (f + b) for f, b in zip(forward, backward, strict=True)]
     slowest = int(np.argmax(busy))
     ended = max(event.end_seconds for event in events)
     reduction, optimizer = _ends(model, cluster, layout, slowest)
@@ -211,12 +210,11 @@ def step_of(
     parts["pipeline bubble"] = ended - busy[slowest]
     parts |= {"gradient reduction": reduction, "optimizer": optimizer}
     groups = layout.num_devices / layout.pipeline / layout.expert
-    passes = (2 + again) * layout.micro_batches * groups
-    num_sparse = model.num_layers - model.num_dense_layers
+    sent = groups * (2 + again) * count * (model.num_layers - model.num_dense_layers)
     return Step(
         seconds=ended + reduction + optimizer,
         parts=parts,
-        bytes_between_nodes=far * num_sparse * passes,
+        bytes_between_nodes=far * sent,
         events=events,
     )
 
