@@ -38,6 +38,13 @@ REASONS: dict[str, str] = {
     "both; the linear product catches up from 64 experts downwards",
     "linear over GrAP scores, 64 experts or more, float32, forward+backward": "reading the tokens "
     "bounds both at width 1024",
+    "peak bytes of a step, ragged at factor 0.6 over padded at 1.1": "a step's peak holds the "
+    "gradients of all weights too, of which dropping spares nothing",
+    **{
+        f"{ETR_ROUTER} over linear router, {experts} experts": "the gradient through each "
+        "token's norm passes over the tokens several times more"
+        for experts in ("64", "128 or 256")
+    },
     **{
         f"{ours} over transformers' block, {tokens}": "what is not a product of matrices is the "
         "layer's bookkeeping, some 30 operations where transformers' block runs 22"
