@@ -30,7 +30,7 @@ class RoutingOnly(MoE):
     def run_experts(
         self, x: Tensor, routing: Routing, selection: Selection, traffic: Traffic | None = None
     ) -> Tensor:
-        padded = self._backend(routing, selection).padded
+        padded = self.backend_for(routing, selection).padded
         rows, handle = self.dispatcher.dispatch(x, routing, selection, padded=padded)
         return self.dispatcher.combine(rows, handle)
 

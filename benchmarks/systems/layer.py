@@ -77,7 +77,7 @@ def default_backend(problem: Problem) -> str:
     """What `backend="auto"` stands for on this problem."""
     layer = make_layer(problem)
     routing, limit = layer.route(problem.x, RoutingContext())
-    return layer._backend(routing, layer.keep(routing, limit).selection).name
+    return layer.backend_for(routing, layer.keep(routing, limit).selection).name
 
 
 LAYERS = tuple(

@@ -15,16 +15,12 @@ from rich.table import Table
 from etr.cli._options import WithImports, parse
 from etr.cli._progress import bytes_progress
 from etr.cli._tables import make_table
-from etr.cli._text import print_made
 from etr.cli._traces import same_model
 from etr.files import write_json
-from etr.hf.transform import transform
 from etr.model.transform import Renumber
 from etr.systems import PLANNERS, Demand, Devices, Plan, Travel, travel
 from etr.systems.plan import Consecutive, RoundRobin
 from etr.trace import Trace, TraceInfo, read_trace
-from etr.train.checkpoint_folder import find_model
-from etr.train.folders import making
 
 log = logging.getLogger(__name__)
 SHADES = " \N{LIGHT SHADE}\N{MEDIUM SHADE}\N{DARK SHADE}\N{FULL BLOCK}"
@@ -104,6 +100,8 @@ def _model_of(info: TraceInfo, model: str) -> Path:
     Raises:
         ValueError: the trace is of another.
     """
+    from etr.train.checkpoint_folder import find_model
+
     folder = find_model(model)
     if Path(info.source).resolve() != folder.resolve():
         raise ValueError(
@@ -115,6 +113,10 @@ def _model_of(info: TraceInfo, model: str) -> Path:
 
 def _carry_out(plan: Plan, source: Path, target: Path) -> None:
     """Write the renumbered model, and say what became of the function."""
+    from etr.cli._text import print_made
+    from etr.hf.transform import transform
+    from etr.train.folders import making
+
     with making(target), bytes_progress("renumbering") as progress:
         report = transform(
             source, target, Renumber(), plan=plan.to_dict(), progress=progress, compare=True

@@ -113,11 +113,10 @@ class MoE(ArrangedParts):
             stats |= {f"loss_{name}": loss.detach() for name, loss in losses.items()}
             return stats if traffic is None else traffic.add_to(stats)
 
-        at_once = learns or torch.compiler.is_compiling()
         output = MoEOutput(
             hidden_states=y.to(hidden_states.dtype).view_as(hidden_states),
             losses=losses,
-            stats=count() if at_once else Counters(count),
+            stats=count() if learns or torch.compiler.is_compiling() else Counters(count),
         )
         if collector is not None:
             collector.add(self, output, learns=learns)
