@@ -10,7 +10,7 @@ from decisions import layer_of, learn
 from torch import Tensor
 
 from etr.methods.router_coupling import RouterCoupling, _noise, coupling, reach
-from etr.moe import Collector, MoE, RoutingContext, after_step
+from etr.moe import Collector, MoE, after_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layers train")
 
@@ -150,7 +150,6 @@ def test_what_is_refused() -> None:
         RouterCoupling(alpha=-1)
     with pytest.raises(ValueError, match="router 'hash' has no directions of experts"):
         layer_of("hash", losses="router_coupling:weight=1")
-    layer = layer_with(experts="widths:widths=2x8+2x4")
     with pytest.raises(ValueError, match="experts of one width"):
-        layer(torch.randn(2, 16).double(), RoutingContext())
+        layer_with(experts="widths:widths=2x8+2x4")
     assert math.isfinite(loss_of(layer_with(alpha=0)).item())

@@ -12,7 +12,7 @@ from torch import Tensor
 from etr.hf.config import EtrConfig
 from etr.hf.layouts import LAYOUTS, Layout
 from etr.hf.modeling import EtrForCausalLM
-from etr.hf.shards import LazyTensor, ShardReader
+from etr.hf.shards import DTYPES, LazyTensor, ShardReader, unreadable
 from etr.moe.state import GlobalState
 
 
@@ -220,6 +220,9 @@ def initial_state(model: EtrForCausalLM, present: set[str]) -> list[LazyTensor]:
 
 def _common_dtype(reader: ShardReader, names: Sequence[str]) -> torch.dtype:
     dtypes = {reader.dtype(name): name for name in names}
+    for dtype, name in dtypes.items():
+        if not dtype.is_floating_point:  # packed by other rules than this library's
+            raise unreadable(name, reader.folder, DTYPES[dtype])
     if len(dtypes) > 1:
         listed = ", ".join(f"{name!r} is {dtype}" for dtype, name in dtypes.items())
         raise ValueError(

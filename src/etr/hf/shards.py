@@ -34,6 +34,14 @@ DTYPES = {
 _DTYPE_OF = {name: dtype for dtype, name in DTYPES.items()}
 
 
+def unreadable(key: str, where: Path, dtype: str) -> ValueError:
+    """The error of a tensor whose numbers cannot be taken for weights."""
+    return ValueError(
+        f"{key!r} in {where} has dtype {dtype}; readable are {', '.join(_DTYPE_OF)} (load a "
+        "quantised model with transformers and save it dequantised)"
+    )
+
+
 class ShardReader:
     """Reads single tensors of a model folder; holds no more than it is asked for.
 
@@ -92,11 +100,7 @@ class ShardReader:
         """
         self._check_key(key)
         if self._dtype[key] not in _DTYPE_OF:
-            raise ValueError(
-                f"{key!r} in {self.folder / self._shard[key]} has dtype {self._dtype[key]}; "
-                f"readable are {', '.join(_DTYPE_OF)} (load a quantised model with transformers "
-                "and save it dequantised)"
-            )
+            raise unreadable(key, self.folder / self._shard[key], self._dtype[key])
         return _DTYPE_OF[self._dtype[key]]
 
     def float_dtype(self) -> torch.dtype:

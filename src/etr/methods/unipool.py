@@ -47,16 +47,22 @@ class _NormRouter(LinearRouter):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        draws = torch.randn(4096, self.num_experts, generator=torch.Generator().manual_seed(0))
+        seeded = torch.Generator().manual_seed(0)
+        draws = torch.randn(4096, self.num_experts, generator=seeded, device="cpu")
         best = F.normalize(draws, dim=-1).relu().topk(self.top_k, dim=-1).values
-        nn.init.constant_(self.scale, 1 / float(best.sum(-1).mean()))
+        with torch.no_grad():
+            self.scale.copy_(1 / best.sum(-1).mean())
 
     def scores(self, x: Tensor, inputs: RouterInput) -> Scores:
         logits = self.logits(x)
-        found = F.normalize(logits, dim=-1).relu()
-        probs = found / found.sum(-1, keepdim=True).clamp_min(1e-12)
-        gates = found * self.scale.to(x.dtype)
-        return Scores(scores=found, logits=logits, gates=gates, probs=probs)
+        scores = F.normalize(logits, dim=-1)
+        found = scores.relu()
+        total = found.sum(-1, keepdim=True)
+        probs = (found / total.clamp_min(1e-12)).where(total > 0, 1 / self.num_experts)
+        # Ranked before the ReLU, so that experts of weight 0 are not ties.
+        return Scores(
+            scores=scores, logits=logits, gates=found * self.scale.to(x.dtype), probs=probs
+        )
 
 
 CARD = Card(
