@@ -77,6 +77,37 @@ def test_search_goes_on_as_without(folder: Path, whole: EtrForCausalLM) -> None:
     assert torch.equal(run(model, *padded(), **options), run(whole, *padded(), **options))
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_read_that_fails_leaves_no_wrong_expert(
+    moved: bool, folder: Path, whole: EtrForCausalLM
+) -> None:
+    """Ctrl-C or a lost disk in the middle of an expert, also while slots change their dtype."""
+    model = load_offloaded(folder, Offload(resident=2))
+    ids, mask = padded()
+    _, bank = banks(model)[0]
+    fetch = bank._fetch
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+        for part in range(1, 4):
+            left = [part]
+
+            def fail(name: str, expert: int, into: Tensor, left: list[int] = left) -> None:
+                left[0] -= 1
+                if left[0] == 0:
+                    into.fill_(torch.nan)
+                    raise KeyboardInterrupt
+                fetch(name, expert, into)
+
+            bank._fetch = fail
+            with pytest.raises(KeyboardInterrupt):
+                (model.float() if moved else model)(input_ids=ids, attention_mask=mask)
+            bank._fetch = fetch
+            found = model.double()(input_ids=ids, attention_mask=mask).logits
+            want = whole(input_ids=ids, attention_mask=mask).logits
+            assert torch.equal(found, want) or moved  # float32 and back rounds the other weights
+            torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen2_moe"])
 def test_biases_clamps_and_shared_experts(family: str, tmp_path: Path) -> None:
     model = quiet_eval(make_model("token_choice", family, capacity="none"))
@@ -186,9 +217,18 @@ def test_what_makes_no_memory_is_refused(options: Any, message: str) -> None:
         Offload(**options)
 
 
-def test_other_banks_and_training_are_refused(folder: Path, tmp_path: Path) -> None:
-    quiet_eval(make_model("token_choice", experts="nulls:count=2")).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="experts='nulls': only uniform experts can be offloaded"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"experts": "nulls:count=2"}, "experts='nulls': only uniform experts can be offloaded"),
+        ({"inner_steps": 2}, "inner_steps=2: steps that share their experts"),
+    ],
+)
+def test_other_banks_and_training_are_refused(
+    options: dict[str, Any], message: str, folder: Path, tmp_path: Path
+) -> None:
+    quiet_eval(make_model("token_choice", **options)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
         load_offloaded(tmp_path, Offload(resident=1))
     model = load_offloaded(folder, Offload(resident=1))
     with pytest.raises(ValueError, match="experts that are offloaded cannot be trained"):

@@ -74,13 +74,14 @@ class OffloadedExperts(Bank):
         self._up, self._size = like.up_name, like.size_of_one
         self._slots: dict[str, Tensor] = {}
         self._slot_of: dict[int, int] = {}
+        self._free: list[int] = []
 
     def connect(self, fetch: Fetch, offload: Offload) -> None:
         """Say where the experts come from; the memory is empty."""
         self._fetch, self.resident = fetch, min(offload.resident, self.num_experts)
         policy = CACHES.parse(offload.cache).start(())
         self.memory = Memory(policy, self.resident, self._move)
-        self._slot_of = {}
+        self._slot_of, self._free = {}, list(range(self.resident))
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if hasattr(self, "memory"):
@@ -140,19 +141,21 @@ class OffloadedExperts(Bank):
         old = self._slots.get(self._up)
         if old is not None and (old.device, old.dtype) == (x.device, x.dtype):
             return
-        self._slots = {
+        slots = {
             name: x.new_empty(self.resident, *shape[1:]) for name, shape in self.shapes.items()
         }
         for expert, slot in self._slot_of.items():
-            self._fill(expert, slot)
+            self._fill(slots, expert, slot)
+        self._slots = slots
 
     def _move(self, comes: int, leaves: int | None) -> None:
-        slot = len(self._slot_of) if leaves is None else self._slot_of.pop(leaves)
-        self._fill(comes, slot)
-        self._slot_of[comes] = slot
+        if leaves is not None:
+            self._free.append(self._slot_of.pop(leaves))
+        self._fill(self._slots, comes, self._free[-1])
+        self._slot_of[comes] = self._free.pop()  # one that a failed read left half filled is free
 
-    def _fill(self, expert: int, slot: int) -> None:
-        for name, values in self._slots.items():
+    def _fill(self, slots: dict[str, Tensor], expert: int, slot: int) -> None:
+        for name, values in slots.items():
             self._fetch(name, expert, values[slot])
 
     def _params(self, slot: int) -> ExpertParams:
@@ -182,6 +185,11 @@ class _WithoutExperts(EtrForCausalLM):
                 raise ValueError(
                     f"experts={layer.config.bank_config.name!r}: only uniform experts can be "
                     "offloaded"
+                )
+            if layer.config.inner_steps > 1:
+                raise ValueError(
+                    f"inner_steps={layer.config.inner_steps}: steps that share their experts "
+                    "cannot be offloaded"
                 )
             (weights,) = layer.bank.parts
             layer.experts = OffloadedExperts(weights)

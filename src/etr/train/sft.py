@@ -136,9 +136,9 @@ def sft(model: Any, tokenizer: PreTrainedTokenizerBase, config: SftConfig) -> Sf
     trainer.train()
     trained = trainer.model.merge_and_unload() if config.lora_rank else trainer.model
     logged = [row for row in trainer.state.log_history if "loss" in row]
-    notes += _calibrate(trained, trainer, config)
     if config.save_dtype == "checkpoint":
         trained.to(dtype)
+    notes += _calibrate(trained, trainer, config)
     if trainer.is_world_process_zero():
         _save(trained, tokenizer, logged, out)
     return SftResult(out=out, rows=logged, notes=tuple(notes))
