@@ -186,34 +186,30 @@ def speed_sentence() -> str:
         return f"{values[0]:.2f} to {values[-1]:.2f}" if values else "(not measured)"
 
     step = span(of_layer(few.HF, lambda result: True, ours_over_other=True)(results))
-    whole = {
-        label: span(
-            over(
-                "generate",
-                generate.SAME,
-                generate.HF,
-                "forward",
-                lambda result, label=label: result.sizes["label"] == label,  # type: ignore[misc]
-            )(results)
-        )
-        for label in ("prefill", "decode")
-    }
+
+    def whole(label: str, ours: str) -> str:
+        of_label = [r for r in results if r.group == "generate" and r.sizes["label"] == label]
+        return span(over("generate", ours, generate.HF, "forward")(of_label))
+
     parts = [
-        f"a training step of the layer takes {step} of its time and saves "
-        f"{span(saved(few.HF)(results))} of its bytes",
-        f"a whole model's prefill takes {whole['prefill']} and its decoding {whole['decode']} of "
-        "the time of transformers' own",
+        "with the same learned linear router and nothing dropped, a training step of the layer "
+        f"takes {step} of its time and saves {span(saved(few.HF)(results))} of its bytes",
+        "of transformers' own time, a whole model's prefill takes "
+        f"{whole('prefill', generate.SAME)} and its decoding {whole('decode', generate.SAME)} with "
+        f"that router, {whole('prefill', generate.OWN)} and {whole('decode', generate.OWN)} with "
+        "ETR's",
     ]
     if any(result.group == "few" for result in results):
         one = [result for result in results if result.sizes["num_tokens"] == 1]
         alone, drops = (
             span(over("few", ours, few.HF, "forward")(one)) for ours in (few.SAME, few.DROPS)
         )
-        parts.insert(1, f"one token takes {alone}, or {drops} where thresholds drop")
+        parts.insert(1, f"one token takes {alone}, and {drops} with ETR's thresholds, which drop")
     where = found["environment"]
     return (
-        f"On {where['threads']} threads of a CPU, beside the grouped_mm block of transformers, "
-        f"{'; '.join(parts)}. [speed.md](docs/results/speed.md) has every case, and where it loses."
+        f"On {where['threads']} threads of a CPU ({where['date']}), beside the grouped_mm block of "
+        f"transformers: {'; '.join(parts)}. [speed.md](docs/results/speed.md) has all that was "
+        "measured then, and where it loses."
     )
 
 
