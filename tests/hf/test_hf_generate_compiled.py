@@ -33,9 +33,14 @@ def decode(model: Any, call: Any, x: Tensor, steps: int) -> Tensor:
     return torch.cat(found, dim=1)
 
 
-@pytest.mark.parametrize("selection", ["threshold", "dropless"])
-def test_a_padded_backend_decodes_in_one_graph(selection: Any) -> None:
-    model = calibrated(make_model("etr", backend="bmm")).float()
+@pytest.mark.parametrize(
+    ("selection", "backend"),
+    [("threshold", "bmm"), ("dropless", "bmm"), ("dropless", "auto"), ("dropless", "loop")],
+)
+def test_decoding_is_one_graph_where_rows_are_padded_or_all_kept(
+    selection: Any, backend: str
+) -> None:
+    model = calibrated(make_model("etr", backend=backend)).float()
     etr.set_eval_selection(model, selection)
     x = tokens(2, 8)
     expected = decode(model, model, x, steps=3)
@@ -44,7 +49,7 @@ def test_a_padded_backend_decodes_in_one_graph(selection: Any) -> None:
     torch.testing.assert_close(decode(model, compiled, x, steps=3), expected, rtol=0, atol=1e-4)
 
 
-def test_ragged_rows_break_the_graph() -> None:
+def test_dropped_rows_break_the_graph_of_the_other_backends() -> None:
     """How many rows an expert gets is known when the step runs, not when it is compiled."""
     model = calibrated(make_model("etr", backend="grouped_mm")).float()
     torch._dynamo.reset()

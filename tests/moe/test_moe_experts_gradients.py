@@ -11,6 +11,8 @@ from etr.moe import EXPERT_BACKENDS, Routing
 from etr.moe.dispatch import DispatchHandle, Permute
 from etr.moe.experts import ACTIVATIONS, GATED, Clamp, ExpertParams, activate
 from etr.moe.experts.activation import activate_out, activation_grad, activation_grad_out
+from etr.moe.experts.feed_forward import Problem, Route, feed_forward, flat
+from etr.moe.experts.one_by_one import OneByOne
 from etr.moe.routing import Limit, Selection
 from etr.moe.select import select, token_pairs, top_experts
 
@@ -307,3 +309,50 @@ def test_rows_stand_in_expert_order_and_return_to_their_token() -> None:
             mine = selection.kept & (routing.expert == e)
             assert sorted(used[start : start + count].tolist()) == routing.token[mine].tolist()
             start += count
+
+
+def looped(x: Tensor, params: ExpertParams, *, routed_rows: bool) -> Problem:
+    """What the loop runs for tokens, or for rows as they are."""
+    if not routed_rows:
+        counts = torch.tensor([len(x) - 5, 0, 5, 0])
+        return Problem(x, None, counts, params.up, params.down, params.up_bias, params.activation)
+    handle = Permute().plan(*routed(), padded=False)
+    route = Route(
+        handle.weight_of_row.to(x.dtype).detach().requires_grad_(),
+        handle.token_of_row,
+        handle.rows_by_token,
+        handle.start_of_token,
+        handle.padded,
+    )
+    counts = handle.num_tokens_per_expert
+    return Problem(x, route, counts, params.up, params.down, params.up_bias, params.activation)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("routed_rows", [False, True])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_a_compiler_sees_the_loop_as_operators(
+    activation: str, routed_rows: bool, bias: bool
+) -> None:
+    """What it is told of their schema and shapes is so, and values and gradients are the same."""
+    params = params_of(activation, torch.float64, bias=bias)
+    x = torch.randn(T, H, dtype=torch.float64, requires_grad=True)
+    problem = looped(x, params, routed_rows=routed_rows)
+    tensors, *options = flat(problem)
+    leaves = [tensor for tensor in tensors[:5] if tensor is not None]
+    detached = [None if tensor is None else tensor.detach() for tensor in tensors]
+    wanted, forward = [tensor is not None for tensor in tensors[:5]], torch.ops.etr.one_by_one
+    out, hidden = forward(detached, *options, True)
+    back = (detached, *options, hidden, torch.randn_like(out), wanted)
+    checks = {"test_utils": ("test_schema", "test_faketensor")}
+    for keep in (False, True):
+        torch.library.opcheck(forward.default, (detached, *options, keep), **checks)
+    torch.library.opcheck(torch.ops.etr.one_by_one_backward.default, back, **checks)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(feed_forward, fullgraph=True, backend="aot_eager")
+    upstream, found = torch.randn_like(out), []
+    for run in (feed_forward, compiled):
+        y = run(OneByOne(), problem)
+        found.append([y, *torch.autograd.grad(y, leaves, upstream)])
+    torch.testing.assert_close(*found)

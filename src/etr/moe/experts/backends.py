@@ -138,7 +138,7 @@ def grouped_mm_runs(problem: Problem) -> bool:
     """Whether torch's grouped_mm takes these inputs.
 
     It has no float64, wants row strides in multiples of 16 bytes, and, compiled for CPU, runs in
-    bfloat16 alone. No rows at all is left to the loop as well.
+    bfloat16 alone; compiled, the loop is an operator of its own. No rows at all is left to it too.
     """
     source = problem.source
     if source.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not problem.num_rows:

@@ -10,6 +10,7 @@ outputs are not needed: with ``g = dy @ down`` the gradient of a row's combine w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -98,24 +99,45 @@ def feed_forward(engine: Engine, problem: Problem) -> Tensor:
     Returns:
         [T, H] with a route, else [R, H].
     """
-    route = problem.route
-    weight = None if route is None else route.weight_of_row
-    inputs = (problem.source, weight, problem.up, problem.down, problem.up_bias)
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    if not wanted:
+    tensors, *options = flat(problem)
+    inputs = (tensor for tensor in tensors[: len(Grads._fields)] if tensor is not None)
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
         return engine.forward(problem, keep=False)[0]
+    return _FeedForward.apply(*tensors, engine, options)
+
+
+def flat(problem: Problem) -> tuple[list[Tensor | None], Activation, list[float], bool]:
+    """A problem as what autograd and compilers hand on, for `problem_of`.
+
+    Returns:
+        Tensors, those that may have a gradient first, in the order of `Grads`; the activation; the
+        numbers of its clamp; whether there may be empty rows.
+    """
+    route = problem.route
+    weight: Tensor | None = None
     index: tuple[Tensor | None, ...] = (None, None, None)
     if route is not None:
+        weight = route.weight_of_row
         index = (route.token_of_row, route.rows_by_token, route.start_of_token)
-    options = (problem.activation, problem.clamp, route is not None and route.padded)
-    return _FeedForward.apply(*inputs, problem.counts, *index, engine, options)
+    tensors = [problem.source, weight, problem.up, problem.down, problem.up_bias, problem.counts]
+    padded = route is not None and route.padded
+    return [*tensors, *index], problem.activation, [*problem.clamp], padded
+
+
+def problem_of(
+    tensors: Sequence[Any], activation: Any, clamp: list[float], padded: bool
+) -> Problem:
+    """The problem that `flat` took apart."""
+    source, weight, up, down, up_bias, counts, token_of_row, by_token, start = tensors
+    route = None if weight is None else Route(weight, token_of_row, by_token, start, padded)
+    return Problem(source, route, counts, up, down, up_bias, activation, Clamp(*clamp))
 
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *tensors, engine, options = args
-        result, hidden = engine.forward(_problem(tensors, *options), keep=True)
+        result, hidden = engine.forward(problem_of(tensors, *options), keep=True)
         ctx.save_for_backward(*tensors, hidden)
         ctx.engine, ctx.options = engine, options
         return result
@@ -126,18 +148,9 @@ class _FeedForward(torch.autograd.Function):
         *tensors, hidden = ctx.saved_tensors
         wanted = zip(tensors[:5], ctx.needs_input_grad[:5], strict=True)
         grads = ctx.engine.backward(
-            _problem(tensors, *ctx.options),
+            problem_of(tensors, *ctx.options),
             hidden,
             grad.contiguous(),
             Grads(*(tensor if needed else None for tensor, needed in wanted)),
         )
         return *grads, *([None] * 6)
-
-
-def _problem(tensors: list[Tensor], activation: Activation, clamp: Clamp, padded: bool) -> Problem:
-    source, weight, up, down, up_bias, counts, *index = tensors
-    token_of_row, rows_by_token, start_of_token = index
-    route = None
-    if token_of_row is not None:
-        route = Route(weight, token_of_row, rows_by_token, start_of_token, padded)
-    return Problem(source, route, counts, up, down, up_bias, activation, clamp)

@@ -2,6 +2,8 @@
 
 Fresh memory costs a CPU more than the work on it, so rows, activations and their gradients live in
 buffers of the largest expert's size; only what must outlive an expert is written at full size.
+
+A compiler sees one operator of `torch.library` each way, since it cannot trace a loop over counts.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from etr.moe.experts.activation import activate_out, activation_grad_out
-from etr.moe.experts.feed_forward import Grads, Problem
+from etr.moe.experts.feed_forward import Grads, Problem, flat, problem_of
 
 
 class _Buffer:
@@ -34,6 +36,9 @@ class OneByOne:
     """Engine that loops over experts. Reads the counts on the host. Any dtype."""
 
     def forward(self, problem: Problem, keep: bool) -> tuple[Tensor, Tensor | None]:
+        if torch.compiler.is_compiling():
+            out, *kept = _forward(*flat(problem), keep)
+            return out, kept[0] if keep else None
         source, up, down = problem.source, problem.up, problem.down
         out = source.new_empty(problem.num_rows, down.shape[1])
         hidden = source.new_empty(problem.num_rows, up.shape[1]) if keep else None
@@ -52,6 +57,10 @@ class OneByOne:
         return (out if route is None else route.sum(out, route.weight_of_row)), hidden
 
     def backward(self, problem: Problem, hidden: Tensor, grad: Tensor, wanted: Grads) -> Grads:
+        if torch.compiler.is_compiling():
+            asked = [one is not None for one in wanted]
+            found = iter(_backward(*flat(problem), hidden, grad, asked))
+            return Grads(*(next(found) if one else None for one in asked))
         source, up, down, route = problem.source, problem.up, problem.down, problem.route
         grad_source = None if wanted.source is None else source.new_empty(len(hidden), up.shape[2])
         grad_weight = None if wanted.weight_of_row is None else hidden.new_empty(len(hidden))
@@ -109,3 +118,53 @@ def _rows(problem: Problem, values: Tensor, rows: slice, buffer: _Buffer, name: 
         return values[rows]
     index = problem.route.token_of_row[rows]
     return torch.index_select(values, 0, index, out=buffer.take(name, len(index), values.shape[1]))
+
+
+Tensors = list[Tensor | None]
+
+
+@torch.library.custom_op("etr::one_by_one", mutates_args=())
+def _forward(
+    tensors: Tensors, activation: str, clamp: list[float], padded: bool, keep: bool
+) -> list[Tensor]:
+    out, hidden = OneByOne().forward(problem_of(tensors, activation, clamp, padded), keep)
+    return [out] if hidden is None else [out, hidden]
+
+
+@_forward.register_fake
+def _(
+    tensors: Tensors, activation: str, clamp: list[float], padded: bool, keep: bool
+) -> list[Tensor]:
+    problem = problem_of(tensors, activation, clamp, padded)
+    source, up, down = problem.source, problem.up, problem.down
+    out = source.new_empty(source.shape[0], down.shape[1])
+    return [out, source.new_empty(problem.num_rows, up.shape[1])] if keep else [out]
+
+
+@torch.library.custom_op("etr::one_by_one_backward", mutates_args=())
+def _backward(
+    tensors: Tensors,
+    activation: str,
+    clamp: list[float],
+    padded: bool,
+    hidden: Tensor,
+    grad: Tensor,
+    asked: list[bool],
+) -> list[Tensor]:
+    wanted = Grads(*(one if yes else None for one, yes in zip(tensors, asked, strict=False)))
+    problem = problem_of(tensors, activation, clamp, padded)
+    return [one for one in OneByOne().backward(problem, hidden, grad, wanted) if one is not None]
+
+
+@_backward.register_fake
+def _(
+    tensors: Tensors,
+    activation: str,
+    clamp: list[float],
+    padded: bool,
+    hidden: Tensor,
+    grad: Tensor,
+    asked: list[bool],
+) -> list[Tensor]:
+    given = zip(tensors, asked, strict=False)
+    return [torch.empty_like(one) for one, yes in given if one is not None and yes]
