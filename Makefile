@@ -12,7 +12,7 @@ PYTEST  = $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadsco
 # Tests start many processes, which then need not compile every module anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-fast test-newest test-lowest test-pythons test-peers criteria check lock bench speed docs \
+.PHONY: demo test test-fast test-newest test-lowest test-pythons test-peers criteria check lock bench speed speed-gpu docs \
         gallery study study-smoke results clean
 
 $(BIN)/python:
@@ -79,6 +79,11 @@ speed: $(VENV)/.train  ## regenerate the page of speed and README's sentence; wa
 	$(BIN)/python -m benchmarks --markdown docs/results/speed.md
 	cp runs/bench/speed.json docs/results/speed.json
 	$(BIN)/python tools/readme.py
+
+# Where the lock's torch is for CPUs alone: make LOCK= VENV=.venv-gpu speed-gpu
+speed-gpu: $(VENV)/.all  ## on a CUDA device: tests of the kernels there, then the page of speed
+	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m benchmarks --device cuda --no-mallopt --out runs/bench-gpu --markdown docs/results/speed-gpu.md
 
 study: $(VENV)/.train  ## the quality study: docs/results/quality.md (hours; resumes)
 	$(BIN)/etr study --out docs/results --weights runs/study/weights

@@ -182,7 +182,7 @@ def generate_cases() -> list[Case]:
     return [
         _of(shape, group="generate", label=label, num_tokens=num_tokens, dtype=dtype, budget=6.0)
         for shape in (FEW_TOP_2, MANY)
-        for label, num_tokens in (("prefill", 1024), ("decode", 8))
+        for label, num_tokens in (("prefill", 1024), ("decode", 8), ("compiled decode", 8))
         for dtype in DTYPES
     ]
 

@@ -46,13 +46,20 @@ class Settings:
             **environment(),
             "processor": processor(),
             "cores": os.cpu_count() or 0,
-            "device": str(self.device),
+            "device": self.device_name(),
             "threads": self.threads,
             "allocator": "glibc, mallopt(M_MMAP_MAX=0, M_TRIM_THRESHOLD=-1)"
             if self.mallopt
             else "default",
             "sizes": "quick" if self.quick else "full",
         }
+
+    def device_name(self) -> str:
+        """The device, with the name of the card where it has one."""
+        if self.device.type == "cpu":
+            return str(self.device)
+        named = getattr(torch.get_device_module(self.device), "get_device_name", None)
+        return f"{self.device}, {named(self.device)}" if named else str(self.device)
 
     def fingerprint(self) -> dict[str, Any]:
         """What a stored case must agree with to be used again."""

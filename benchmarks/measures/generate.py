@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.cases import Case
 from benchmarks.check import TOLERANCE, row_error
-from benchmarks.measures.steps import OnNote, run_rounds
+from benchmarks.measures.steps import OnNote, reason_of, run_rounds
 from benchmarks.results import Row
 from benchmarks.rounds import Seconds, now
 from benchmarks.settings import Settings
@@ -28,15 +28,21 @@ def measure_generate(case: Case, settings: Settings, on_note: OnNote) -> list[Ro
     """Rows of transformers' model, of ours with its weights, and of ours with its own router.
 
     Nothing is dropped. `prefill` is one sequence of T tokens, `decode` one token of each of T
-    sequences with 128 tokens in their caches.
+    sequences with 128 tokens in their caches, and `compiled decode` the same as one graph with a
+    static cache; on a CUDA device it runs as a CUDA graph.
     """
     models, wrong = build_models(case, settings.device)
     ids = torch.randint(VOCAB_SIZE, (case.num_tokens, PAST + 1), device=settings.device)
-    run = decode if case.label == "decode" else prefill
+    run = RUNS[case.label]
     refused = {SAME: f"failed its check: logits differ by {wrong:.2g}"} if wrong else {}
-    steps: dict[str, Callable[[], Seconds]] = {
-        name: run(model, ids) for name, model in models.items() if name not in refused
-    }
+    steps: dict[str, Callable[[], Seconds]] = {}
+    for name, model in models.items():
+        if name not in refused:
+            on_note(f"preparing {name}")
+            try:
+                steps[name] = run(model, ids)
+            except Exception as error:  # whatever a compiler raises is the row's reason
+                refused[name] = reason_of(error)
     found = run_rounds(steps, case.budget, on_note)
     return [
         Row(
@@ -97,16 +103,49 @@ def decode(model: Any, ids: Tensor) -> Callable[[], Seconds]:
     """One token for each row of `ids`; the cache is cut back after the clock has stopped."""
     with torch.no_grad():
         cache = model(ids[:, :-1], use_cache=True, logits_to_keep=1)[CACHE]
+    step = partial(timed, lambda: model(ids[:, -1:], **{CACHE: cache}, use_cache=True), ids.device)
+    return partial(cut_back, step, lambda: cache.crop(-1))
 
-    def step() -> Seconds:
-        def call() -> Any:
-            return model(ids[:, -1:], **{CACHE: cache}, use_cache=True)
 
-        seconds = timed(call, ids.device)
-        cache.crop(-1)
-        return seconds
+def compiled_decode(model: Any, ids: Tensor) -> Callable[[], Seconds]:
+    """`decode` as one graph; compiled, and compared with the model as it is, before it is timed.
 
-    return step
+    Raises:
+        RuntimeError: the graph computes something else.
+    """
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=PAST + 1)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+
+    def call(run: Any) -> Any:
+        return run(ids[:, -1:], **{CACHE: cache}, use_cache=True).logits
+
+    def crop() -> None:
+        for layer in cache.layers:
+            layer.cumulative_length.sub_(1)
+
+    with torch.no_grad():
+        model(ids[:, :-1], **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+        logits = []
+        for run in (model, compiled):
+            logits.append(call(run).flatten(0, 1).clone())
+            crop()
+    error = row_error(logits[1], logits[0].float())
+    if error > TOLERANCE[logits[0].dtype]:
+        raise RuntimeError(f"compiled logits differ by {error:.2g}")
+    return partial(cut_back, partial(timed, lambda: call(compiled), ids.device), crop)
+
+
+def cut_back(step: Callable[[], Seconds], crop: Callable[[], None]) -> Seconds:
+    """A timed step, after which the cache is as it was."""
+    seconds = step()
+    crop()
+    return seconds
+
+
+RUNS = {"prefill": prefill, "decode": decode, "compiled decode": compiled_decode}
 
 
 @torch.no_grad()

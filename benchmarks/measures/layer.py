@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.cases import Case
 from benchmarks.check import Reference, check
-from benchmarks.measures.steps import OnNote, run_rounds, step_of
+from benchmarks.measures.steps import OnNote, reason_of, run_rounds, step_of
 from benchmarks.memory import saved_bytes
 from benchmarks.results import Row
 from benchmarks.rounds import Seconds
@@ -61,7 +61,7 @@ def measure_systems(
                     steps[system.name] = step_of(built, problem.x, problem.upstream)
                     expected[system.name] = BACKWARD_COST * seconds
             except Exception as error:  # whatever a foreign package raises is its row's reason
-                reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+                reason = reason_of(error)
                 steps.pop(system.name, None)
         rows[system.name] = dataclasses.replace(row, refused=reason)
     found = run_rounds(steps, case.budget, on_note, {name: expected[name] for name in steps})

@@ -37,6 +37,11 @@ def step(
     return {"forward": middle - began, STEP: ended - began}
 
 
+def reason_of(error: Exception) -> str:
+    """Why something has no time, in a line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+
+
 def step_of(built: Built, x: Tensor, upstream: Tensor) -> Callable[[], Seconds]:
     """A system's step on its own inputs or on the problem's."""
     inputs, grads = built.inputs or ([x], [upstream])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from benchmarks import run
 from benchmarks.__main__ import Options, command, main
 from benchmarks.cases import Case, all_cases
 from benchmarks.measures import MEASURES, few
-from benchmarks.measures.generate import HF, OWN, PAST, SAME, build_models, decode
+from benchmarks.measures.generate import HF, OWN, PAST, RUNS, SAME, build_models, decode
 from benchmarks.measures.memory import measure_memory
 from benchmarks.measures.router import plain_grap
 from benchmarks.measures.routing import CHOICE, GRAP_ROUTING, LAYER, ROUTING
@@ -55,8 +56,12 @@ def test_few_tokens_are_served_by_layers_that_compute_the_same(num_tokens: int) 
     assert all((row.operations or 0) > 15 for row in rows.values())
 
 
-@pytest.mark.parametrize("label", ["prefill", "decode"])
-def test_generation_measures_models_that_compute_the_same(label: str) -> None:
+@pytest.mark.parametrize("label", RUNS)
+def test_generation_measures_models_that_compute_the_same(
+    label: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = partial(torch.compile, fullgraph=True, backend="eager")
+    monkeypatch.setattr(torch, "compile", lambda model, **_: graph(model))
     case = dataclasses.replace(tiny("generate"), label=label, num_tokens=4)
     rows = {row.system: row for row in MEASURES["generate"](case, SETTINGS, lambda note: None)}
     assert set(rows) == {HF, SAME, OWN}
