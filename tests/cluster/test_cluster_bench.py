@@ -178,6 +178,8 @@ def test_the_whole_path_and_that_nothing_runs_twice(tmp_path, monkeypatch):
     assert bench(config, lines.append) == 0
     found = results(tmp_path)
     assert len(found["trained"]) == len(config.runs())
+    (corpus,) = {one["corpus"] for one in found["trained"].values()}
+    assert f"(corpus {corpus})" in (tmp_path / "cluster.md").read_text()
     assert {one["variant"] for one in found["timed"]} == set(config.variants)
     assert found["curves"]["2x2"]["sizes"] == list(bench_run.CURVE_SIZES)
     assert all(one["bytes_between_nodes"] > 0 for one in found["timed"])

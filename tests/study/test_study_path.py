@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from etr.cli import main
+from etr.data import DataConfig, open_data
 from etr.methods import METHODS, import_file
 from etr.recipes.study import FULL, SMOKE
 from etr.study.grid import Block, runs_of
@@ -30,6 +31,7 @@ def test_the_smoke_study_writes_its_page_and_goes_on_where_it_was(tmp_path: Path
             assert f"`{row}`" in page
     for heading in ("Verdicts", "Step times", "What the experts are like", "limited"):
         assert heading in page
+    assert f"Text: corpus {open_data(DataConfig()).corpus}." in page
     images = sorted(path.name for path in (tmp_path / "images").iterdir())
     assert "quality-capacity.svg" in images
     assert all(f"images/{name}" in page for name in images)

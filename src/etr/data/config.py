@@ -73,6 +73,11 @@ class OpenedData:
     notes: tuple[str, ...]
     """Remarks on the corpus that belong beside results."""
 
+    @property
+    def corpus(self) -> str:
+        """The corpus in 16 hex digits, which belong beside results: equal where the text is."""
+        return self.dataset.corpus_fingerprint[:16]
+
 
 def open_data(config: DataConfig) -> OpenedData:
     """Read or build the corpus and its token shards.

@@ -188,14 +188,20 @@ def _resolution(study: Collection, reference: str) -> str:
 
 
 def _environment(study: Collection) -> str:
-    for _, _, rows in study.blocks.values():
-        for row in rows:
-            found = row.results[0]["environment"]
-            return (
-                f"Measured with torch {found['torch']}, Python {found['python']}, "
-                f"{found['machine']}, {found['threads']} thread per run.\n"
-            )
-    return ""
+    every = [
+        result["environment"]
+        for _, _, rows in study.blocks.values()
+        for row in rows
+        for result in row.results
+    ]
+    if not every:
+        return ""
+    found, texts = every[0], sorted({one["corpus"] for one in every if one.get("corpus")})
+    corpora = f" Text: corpus {', '.join(texts)}." if texts else ""
+    return (
+        f"Measured with torch {found['torch']}, Python {found['python']}, "
+        f"{found['machine']}, {found['threads']} thread per run.{corpora}\n"
+    )
 
 
 def _number(value: float | None, digits: int = 4) -> str:

@@ -144,7 +144,7 @@ def execute(
         "format": FORMAT,
         "run": dataclasses.asdict(run),
         "config": config.to_dict(),
-        "environment": environment(),
+        "environment": {**environment(), "corpus": task.corpus},
         "unit": task.unit,
         "steps": config.steps,
         "tokens_per_step": config.data.sequence_length * config.data.batch_size,

@@ -106,7 +106,7 @@ def compare(
             "config": dataclasses.asdict(config),
             "environment": {
                 **environment(),
-                "corpus": data.dataset.corpus_fingerprint[:16],
+                "corpus": data.corpus,
                 "data": list(data.notes),
             },
             "rows": rows,

@@ -106,6 +106,7 @@ def _train(bench: BenchConfig, run: BenchRun, data: OpenedData) -> dict[str, Any
     found = [{"val_loss": losses[0], "dropless_loss": losses[-1]}]
     dist.broadcast_object_list(found)
     result |= found[0] | {"run": dataclasses.asdict(run), "config": trainer.config.to_dict()}
+    result["corpus"] = data.corpus
     folder.mkdir(parents=True, exist_ok=True)
     save_file(inputs, folder / f"inputs-{rank}.safetensors")
     weights = _whole_layers(trainer)

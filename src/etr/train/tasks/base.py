@@ -39,6 +39,8 @@ class Task(Protocol):
     """Unit of the loss."""
     domains: tuple[str, ...]
     """Names of the kinds of tokens."""
+    corpus: str
+    """Fingerprint of the text that is learned, or empty where none is."""
 
     def build(self, config: TrainConfig) -> nn.Module:
         """A freshly initialised model."""

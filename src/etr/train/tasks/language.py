@@ -25,7 +25,7 @@ class TextTask:
     unit = "nats per byte"
 
     def __init__(self, data: OpenedData, objective: Objective | None = None) -> None:
-        self.data, self.domains = data, data.dataset.domains
+        self.data, self.domains, self.corpus = data, data.dataset.domains, data.corpus
         self.objective = objective or Causal()
 
     def training_batches(

@@ -99,6 +99,7 @@ class TeacherTask:
     """
 
     unit = "squared error"
+    corpus = ""
 
     def __init__(self, easy: float) -> None:
         if not 0 <= easy < 1:
