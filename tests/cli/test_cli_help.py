@@ -43,7 +43,10 @@ def test_help_is_an_example_and_the_main_options(
     assert ("--help-all" in short) == (options(short) < options(full))
     if name not in ("cluster", "theory"):
         words = shlex.split(example.partition(" -- ")[0])
-        named = {word for word in words if word.startswith("--")} - {"--nproc-per-node"}
+        named = {word for word in words if word.startswith("--")} - {
+            "--nproc-per-node",
+            *name.split(),
+        }
         assert named <= options(full)
 
 
@@ -76,3 +79,12 @@ def test_defaults_are_those_of_the_verb(capsys: pytest.CaptureFixture[str]) -> N
     text = " ".join(shown(capsys, "compare", "--help").split())
     assert "runs/compare" in text
     assert "runs/train" not in text
+
+
+def test_compare_shows_its_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, "compare", "--help")
+    assert "--preset" in options(text)
+    assert "rivals" in text.partition("--preset")[2]
+    assert options(shown(capsys, "compare", "--preset=rivals", "--help")) == {
+        *("--import", "--out", "--smoke", "--workers"),
+    }

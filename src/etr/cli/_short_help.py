@@ -54,13 +54,14 @@ of one (--router NAME:option=value); etr compare tries them on your text.""",
         example="etr compare --variants baseline etr --steps 400 --out runs/mine",
         main=(
             *("variants", "seeds", "data", "out", "steps", "num_experts", "top_k"),
-            *("batch_size", "learning_rate", "eval_every"),
+            *("batch_size", "learning_rate", "eval_every", "preset"),
         ),
         note="""\
 The first variant is what the others are compared with; etr methods lists them.
 A variant may have options: "small=etr/capacity=factor:capacity_factor=0.6".
 One seed shows costs; a difference in loss takes three or more: --seeds 0 1 2.""",
     ),
+    "compare --preset rivals": Help(example="etr compare --preset rivals --out runs/rivals"),
     "consolidate": Help(example="etr consolidate runs/many models/whole"),
     "generate": Help(
         example='etr generate runs/train --prompt "def "',

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
 from rich.console import Console
 
 from etr.cli._of_run import command_line
-from etr.cli._options import HELP_OPTIONS, WithImports, parse
+from etr.cli._options import WithImports, parse
 from etr.cli._progress import training_progress
 from etr.cli._studies import run_study
 from etr.report import terminal_table, write_report
@@ -19,11 +20,26 @@ from etr.train.folders import writing
 
 
 @dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Which comparison; a part of `CompareCommand`."""
+
+    preset: Literal["rivals"] | None = None
+    """A comparison that the library plans, in place of variants. rivals: every router on the shelf
+    against its own reference, on two tasks; hours. Its own options: --preset rivals --help."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareCommand(Preset):
+    """Variants, seeds, and the run they share; or a preset."""
+
+    comparison: CompareConfig = field(default_factory=CompareConfig)
+    """What to compare."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PresetCommand(WithImports):
     """A comparison as the library plans it: run what is missing, then write its page."""
 
-    preset: Literal["rivals"]
-    """rivals: every router on the shelf against its own reference, on two tasks; takes hours."""
     out: str = "runs/rivals"
     """Folder of results, figures and page."""
     smoke: bool = False
@@ -36,7 +52,7 @@ class PresetCommand(WithImports):
             raise ValueError(f"workers={self.workers} must be at least 1")
 
 
-def _preset(command: PresetCommand, arguments: list[str]) -> int:
+def _preset(command: PresetCommand, again: str) -> int:
     from etr.recipes.rivals import CLAIMED, rivals, smoke
     from etr.study.rivals import RivalsRunner
 
@@ -50,17 +66,17 @@ def _preset(command: PresetCommand, arguments: list[str]) -> int:
         claimed=CLAIMED,
     )
     with writing(out):
-        return run_study(runner, (), command_line("compare", arguments))
+        return run_study(runner, (), again)
 
 
 def run(arguments: list[str]) -> int:
     """Compare, then print the table and write the report; a preset is a study of its own."""
-    if any(word.partition("=")[0] == "--preset" for word in arguments):
-        words = ["--help-all" if word in HELP_OPTIONS else word for word in arguments]
-        return _preset(parse(PresetCommand, "compare", words), arguments)
-    config = parse(CompareConfig, "compare", arguments)
-    command = shlex.join(["etr", "compare", *arguments])
+    asked, rest = tyro.cli(Preset, args=arguments, return_unknown_args=True, add_help=False)
     again = command_line("compare", arguments)
+    if asked.preset is not None:
+        return _preset(parse(PresetCommand, f"compare --preset {asked.preset}", rest), again)
+    config = parse(CompareCommand, "compare", arguments).comparison
+    command = shlex.join(["etr", "compare", *arguments])
     return 130 if run_comparison(config, command, again) is None else 0
 
 
