@@ -50,6 +50,19 @@ def make_batches(count: int = 3, rows: int = 8, length: int = 16) -> list[Batch]
     return batches
 
 
+def test_the_digest_is_of_the_tokens_and_of_no_batch_size():
+    model, (batch,) = make_model(), make_batches(1)
+    rows = [
+        Batch(**{name: part[i : i + 1] for name, part in vars(batch).items()}) for i in range(8)
+    ]
+    whole, single = (evaluate(model, found, DOMAINS, "dropless") for found in ([batch], rows))
+    assert whole.digest == single.digest != ""
+    rows[3].input_ids[0, 5] += 1
+    changed = evaluate(model, rows, DOMAINS, "dropless")
+    assert [tokens for _, tokens in changed.rows] == [tokens for _, tokens in whole.rows]
+    assert changed.digest != whole.digest
+
+
 def test_loss_is_the_mean_over_real_tokens():
     model, batches = make_model(), make_batches()
     result = evaluate(model, batches, DOMAINS, "dropless")

@@ -181,15 +181,16 @@ def test_a_missing_file_shows_before_a_model_is_read(capsys: pytest.CaptureFixtu
     assert "'none.jsonl' is not a file" in capsys.readouterr().err
 
 
-def with_rows(name: str, *rows: tuple[float, int]) -> ModelResult:
-    return ModelResult(model=name, folder=name, selection="dropless", tasks=[], rows=rows)
+def with_rows(name: str, *rows: tuple[float, int], digest: str = "same") -> ModelResult:
+    values: dict[str, Any] = {"folder": name, "selection": "dropless", "tasks": []}
+    return ModelResult(model=name, rows=rows, digest=digest if rows else "", **values)
 
 
 def test_losses_are_paired_over_rows() -> None:
     """Rows differ by far more than models do: the difference is .1 in every token."""
     first = with_rows("a", (10.0, 10), (60.0, 20), (5.0, 10))
     second = with_rows("b", (11.0, 10), (62.0, 20), (6.0, 10))
-    others = with_rows("c", (1.0, 10)), with_rows("d")
+    others = with_rows("c", (1.0, 10), digest="other"), with_rows("d")
     assert paired([first, second, *others]) == [
         "b against a: +0.1000 ± 0.0000 nats/token, paired over 3 rows of text"
     ]
@@ -198,8 +199,18 @@ def test_losses_are_paired_over_rows() -> None:
     assert "against" in comparison_markdown([first, second])
     values = json.loads(json.dumps(comparison_json([first, second], {})))
     assert read_models(values) == [first, second]
-    del values["models"][0]["rows"]  # of an earlier version
+    del values["models"][0]["rows"], values["models"][0]["digest"]  # of an earlier version
     assert read_models(values)[0].rows == ()
     uneven = with_rows("e", (11.0, 10), (62.0, 20), (8.0, 10))
     nats, tokens = torch.tensor([1.0, 2, 3]).double(), torch.tensor([10, 20, 10])
     assert f"± {ratio_error(nats, tokens):.4f}" in paired([first, uneven])[0]
+
+
+def test_losses_of_other_tokens_are_not_paired() -> None:
+    """As many in every row, as two byte-wise tokenizers may give; nor where a result says none."""
+    rows = (10.0, 10), (60.0, 20)
+    first, same = with_rows("a", *rows), with_rows("b", *rows)
+    other, untold = with_rows("c", *rows, digest="other"), with_rows("d", *rows, digest="")
+    counted = with_rows("e", (10.0, 5), (60.0, 10))  # by an objective that hides half of them
+    assert len(paired([first, same, other, untold, counted])) == 1
+    assert paired([untold, untold]) == []

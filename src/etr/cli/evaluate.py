@@ -17,6 +17,7 @@ from etr.cli._options import WithImports
 from etr.cli._tables import make_table
 from etr.data import DataConfig, held_out_batches, open_data
 from etr.evaluate import (
+    EvalResult,
     Exam,
     ModelResult,
     TaskConfig,
@@ -115,9 +116,9 @@ def evaluate_model(config: EvaluateConfig, path: str, name: str, tasks: list[Exa
         "selection": config.selection,
     }
     found: list[TaskResult] = []
-    rows: tuple[tuple[float, int], ...] = ()
+    measured: EvalResult | None = None
     if HELD_OUT in config.tasks.tasks:
-        task, rows = held_out(config, path, model, tokenizer, folder)
+        task, measured = held_out(config, path, model, tokenizer, folder)
         found.append(task)
     found += run_tasks(model, tokenizer, tasks, **options)
     found += run_named(
@@ -134,7 +135,8 @@ def evaluate_model(config: EvaluateConfig, path: str, name: str, tasks: list[Exa
         folder=str(folder),
         selection=describe_selection(model, config.selection),
         tasks=sorted(found, key=lambda result: order.get(result.task, len(order))),
-        rows=rows,
+        rows=measured.rows if measured else (),
+        digest=measured.digest if measured else "",
     )
 
 
@@ -144,8 +146,8 @@ def held_out(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
-) -> tuple[TaskResult, tuple[tuple[float, int], ...]]:
-    """Held-out loss as a task, and the nats and tokens of each row of text."""
+) -> tuple[TaskResult, EvalResult]:
+    """Held-out loss as a task, and what was measured."""
     data = open_data(dataclasses.replace(config.data, tokenizer=str(folder)))
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
@@ -161,7 +163,7 @@ def held_out(
     objective = OBJECTIVES.parse(config.objective or objective_of(path))
     domains = data.dataset.domains
     result = evaluate(model, batches, domains, config.selection, objective=objective)
-    return held_out_result(result, data.dataset.bytes_per_token), result.rows
+    return held_out_result(result, data.dataset.bytes_per_token), result
 
 
 def names_of(paths: tuple[str, ...]) -> list[str]:

@@ -29,6 +29,8 @@ class ModelResult:
     """Results, in the order asked for."""
     rows: tuple[tuple[float, int], ...] = ()
     """Nats and tokens of each row of held-out text, where that was asked for."""
+    digest: str = ""
+    """Of these rows' token ids; empty in results of a version that wrote none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,12 +109,13 @@ def paired(models: Sequence[ModelResult]) -> list[str]:
     """How much higher each held-out loss is than the first model's, row by row, in sentences.
 
     On the same rows the difference is known much better than both losses. Models that cut the text
-    into other tokens are left out.
+    into other tokens, count others of them, or do not tell their tokens are left out.
     """
     first, *others = models
     count, found = [n for _, n in first.rows], []
     for other in others:
-        if not count or [n for _, n in other.rows] != count:
+        same = other.digest == first.digest and [n for _, n in other.rows] == count
+        if not (first.digest and same):
             continue
         pairs = zip(other.rows, first.rows, strict=True)
         more = torch.tensor([a - b for (a, _), (b, _) in pairs], dtype=torch.float64)

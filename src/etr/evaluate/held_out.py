@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Iterable
@@ -43,6 +44,8 @@ class EvalResult:
     """Kept pairs over valid tokens * top_k, all layers together."""
     rows: tuple[tuple[float, int], ...] = ()
     """Summed nats, and tokens, of each row of text, in order."""
+    digest: str = ""
+    """Of these rows' token ids: rows of two results pair where it is the same."""
 
     def bits_per_byte(self, bytes_per_token: dict[str, float]) -> dict[str, float]:
         """Held-out bits per byte of each domain."""
@@ -91,10 +94,12 @@ def evaluate(
     ranks, objective = ranks or Ranks(None), objective or Causal()
     weight, layers = next(model.parameters()), moe_layers(model)
     nats_of_rows, tokens_of_rows, domain_of_rows = list[Tensor](), list[Tensor](), list[Tensor]()
-    pairs = [0, 0, 0]
+    pairs, digest = [0, 0, 0], hashlib.sha256()
     with selecting(model, selection):
         for number, batch in enumerate(batches, 1):
             log.info("held-out batch %d", number)
+            rows = torch.stack([batch.input_ids, batch.labels], 1)  # however many a batch has
+            digest.update(rows.cpu().numpy().tobytes())
             own = _own_rows(len(batch.input_ids), ranks)
             example = objective.example(batch.to(weight.device).text(), draws("held out", number))
             example = example.rows(own)
@@ -125,6 +130,7 @@ def evaluate(
         error=ratio_error(nats, tokens),
         error_by_domain={n: ratio_error(nats[m], tokens[m]) for n, m in seen.items()},
         rows=tuple(zip(nats.tolist(), tokens.tolist(), strict=True)),
+        digest=digest.hexdigest(),
     )
 
 
