@@ -107,7 +107,6 @@ gallery: $(VENV)/.train  ## the pictures of docs/gallery.md, from the whole demo
 	for name in baseline locmoe etr_paper etr; do \
 	    $(BIN)/etr trace runs/gallery/$$name-seed0 --max-tokens 4096 || exit 1; done
 	$(BIN)/python tools/pictures.py runs/gallery
-	$(BIN)/python tools/readme.py
 
 clean:
 	rm -rf $(VENV) .venv-* build runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -32,11 +32,24 @@ def build(target: Path = ROOT / "build") -> Path:
     logging.getLogger("mkdocs").setLevel(logging.ERROR)
     build_pages(load_config(str(ROOT / "mkdocs.yml"), docs_dir=str(source), site_dir=str(site)))
     shutil.copy(ROOT / "tools" / WORKER, site / WORKER)
+    use_own_worker(site)
+    return site / "index.html"
+
+
+def use_own_worker(site: Path) -> None:
+    """Let pages load the script of their search from the site's folder.
+
+    Raises:
+        ValueError: no page loads the script that is replaced.
+    """
+    found = False
     for page in site.rglob("*.html"):
         to_root = "../" * (len(page.relative_to(site).parts) - 1)
         text = page.read_text(encoding="utf-8")
+        found |= SHIM in text
         page.write_text(text.replace(SHIM, to_root + WORKER), encoding="utf-8")
-    return site / "index.html"
+    if not found:
+        raise ValueError(f"no page of {site} loads {SHIM}: the theme's search has changed")
 
 
 if __name__ == "__main__":

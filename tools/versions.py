@@ -24,6 +24,8 @@ BY_MINOR = {
     "st-moe-pytorch",
     "lm-eval",
     "ruff",
+    "vl-convert-python",
+    "mkdocs-material",
 }
 """Bounded by the next minor release: internals are used, or the output depends on it."""
 NOT_LOWERED = {"torch"}

@@ -4,27 +4,44 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import shutil
 import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-pytest.importorskip("mkdocstrings", reason="no mkdocstrings: `make docs` installs it")
-TOOL = Path(__file__).parents[2] / "tools/site.py"
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
+TESTS = Path(__file__).parents[1]
+sys.path.insert(0, str(TESTS / "report"))
+
+from browser import NAMES, find_chromium  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    spec = importlib.util.spec_from_file_location("site_tool", TOOL)
+def tool() -> ModuleType:
+    # Not imported by its name, which is that of Python's own module.
+    spec = importlib.util.spec_from_file_location("site_tool", TESTS.parent / "tools/site.py")
     assert spec is not None
     assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def site(tool: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     first: Path = tool.build(tmp_path_factory.mktemp("site"))
     return first.parent
+
+
+def test_a_theme_whose_search_has_changed_is_told(tool: ModuleType, tmp_path: Path) -> None:
+    page = tmp_path / "docs/api.html"
+    page.parent.mkdir()
+    page.write_text(f'{{"worker": "{tool.SHIM}"}}')
+    tool.use_own_worker(tmp_path)
+    assert page.read_text() == '{"worker": "../frame_worker.js"}'
+    with pytest.raises(ValueError, match=r"no page of .* loads https://unpkg\.com"):
+        tool.use_own_worker(tmp_path)
 
 
 def test_the_api_page_has_fields_and_their_lines(site: Path) -> None:
@@ -41,14 +58,17 @@ def test_no_page_asks_the_network(site: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason=f"no browser: none of {', '.join(NAMES)} is on PATH")
+@pytest.mark.skipif(
+    find_chromium() is None, reason=f"no browser: none of {', '.join(NAMES)} is on PATH"
+)
 def test_a_browser_searches_in_a_folder(site: Path, tmp_path: Path) -> None:
-    assert CHROMIUM is not None
+    chromium = find_chromium()
+    assert chromium is not None
     flags = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage")
     offline = ("--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr")
     done = subprocess.run(
         [
-            *(CHROMIUM, *flags, *offline, "--virtual-time-budget=20000", "--dump-dom"),
+            *(chromium, *flags, *offline, "--virtual-time-budget=20000", "--dump-dom"),
             f"--user-data-dir={tmp_path}",
             f"{(site / 'docs/api.html').as_uri()}?q=MoEConfig",
         ],
@@ -58,7 +78,5 @@ def test_a_browser_searches_in_a_folder(site: Path, tmp_path: Path) -> None:
         check=True,
     )
     assert "CONSOLE" not in done.stderr
-    found = re.search(r'md-search-result__meta">(\d+) matching', done.stdout)
-    assert found is not None
-    assert int(found.group(1)) > 0
-    assert "docs/api.html" in done.stdout
+    hits = re.findall(r'<a href="([^"]*)" class="md-search-result__link"', done.stdout)
+    assert any(re.search(r"docs/api\.html\?\S*#etr\.moe\.MoEConfig$", hit) for hit in hits), hits
