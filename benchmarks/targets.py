@@ -47,7 +47,7 @@ REASONS: dict[str, str] = {
     },
     **{
         f"{ours} over transformers' block, {tokens}": "what is not a product of matrices is the "
-        "layer's bookkeeping, some 30 operations where transformers' block runs 22"
+        "layer's bookkeeping (operations, below)"
         for ours in (few.SAME, few.OWN)
         for tokens in ("1 token", "8 tokens", "64 tokens")
     },
