@@ -93,6 +93,7 @@ def _lines(
                 "tokens_per_second": 51200.0,
                 "loss": loss + 0.05 * random.standard_normal(),
                 "losses": {"aux": 0.01, "z": 0.0, "locality": 0.0},
+                "router_loss_aux": 0.01,
                 "grad_norm": 1.0,
                 "learning_rate": 1e-3,
                 "kept_fraction": kept,

@@ -14,12 +14,20 @@ from numpy.testing import assert_allclose
 
 from etr.report import draw_figures, load_results
 from etr.report.chart import Drawing, Skipped, _slim, page_spec, page_svg, save_files
-from etr.report.curves import Curve, VariantCurves, mean_curve, smooth, thin
+from etr.report.curves import (
+    Curve,
+    VariantCurves,
+    gather,
+    mean_curve,
+    smooth,
+    thin,
+    train_curve,
+)
 from etr.report.figures import FIGURES
 from etr.report.figures.expert_load import draw_expert_load, relative_load
 from etr.report.histogram import Histogram, mean_histogram
 from etr.report.labels import LINE, NAME, label_places
-from etr.report.lines import log_ticks, values_domain
+from etr.report.lines import line_chart, log_ticks, values_domain
 from etr.report.results import Results
 from etr.report.spec import SECTIONS, Missing, Plot
 from etr.report.style import CARD, INK, SERIES, SOFT, looks
@@ -175,6 +183,17 @@ def test_layers_of_the_load_can_be_chosen(results: Results, layers: Any, shown: 
     ]
 
 
+def test_the_numbers_of_the_load_have_every_seed_of_every_variant_shown(
+    results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("etr.report.figures.expert_load.MOST_RUNS", 3)
+    plot = draw_expert_load(results)
+    assert isinstance(plot, Plot)
+    assert {(row[0], row[1]) for row in plot.numbers.rows} == {
+        (name, seed) for name in results.names[:3] for seed in range(3)
+    }
+
+
 def test_a_layer_that_no_run_has_is_a_reason(results: Results) -> None:
     plot = draw_expert_load(results, [7])
     assert isinstance(plot, Missing)
@@ -197,6 +216,16 @@ def test_mean_histogram_takes_only_equal_bins() -> None:
     assert found.own.tolist() == [2.0]
     assert found.others.tolist() == [0.5]
     assert mean_histogram([None]) is None
+
+
+def test_a_chart_of_lines_leaves_the_axis_it_is_given(results: Results) -> None:
+    axis = {"title": "loss", "format": "~s"}
+    variants = gather(results, train_curve("loss"))
+    for log in (False, True):
+        encoding = line_chart(results, variants, axis, (1.0, 9.0), log=log)["encoding"]
+        assert encoding["y"]["title"] == "loss"
+        assert encoding["y"]["axis"].keys() == {"format"} | ({"values"} if log else set())
+    assert axis == {"title": "loss", "format": "~s"}
 
 
 def _curve(x: list[float], y: list[float]) -> Curve:

@@ -79,9 +79,10 @@ def line_chart(
     records = [r for v in variants for r in _records(v, lines[v.name], len(names), smoothed)]
     xs = [float(end) for c in lines.values() for end in (c.x[0], c.x[-1])]
     ends = [min(xs), max(xs)] if min(xs) < max(xs) else [min(xs) - 0.5, max(xs) + 0.5]
-    title, scale = y.pop("title"), {"domain": rounded(domain), "nice": False}
+    scale = {"domain": rounded(domain), "nice": False}
     if log:
-        scale["type"], y["values"] = "log", log_ticks(*domain)
+        scale["type"], y = "log", y | {"values": log_ticks(*domain)}
+    title, axis = y["title"], {key: value for key, value in y.items() if key != "title"}
     told = tip(x=("step", ",") if x == STEPS else (x, ",.4~s"), y=(title, form))
     return {
         "data": {"values": [*records, *labels(places)]},
@@ -90,7 +91,7 @@ def line_chart(
         "height": height,
         "encoding": {
             "x": numeric("x", x, format="~s", tickCount=6, scale={"domain": ends, "nice": False}),
-            "y": numeric("y", title, scale=scale, **y),
+            "y": numeric("y", title, scale=scale, **axis),
             "color": colors(results, names)["color"] | SHARED,
         },
         "layer": [*_layers(results, names, told), *more, label_layer()],

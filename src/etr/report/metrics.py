@@ -44,7 +44,7 @@ TRAIN_FIELDS = (
 )
 # The curves of each layer.
 LAYER_FIELDS = ("capacity", "capacity_lower_bound", "kept_affinity_mass")
-# What a line may hold besides; any other key is named in the page.
+# What a line may hold besides; any other key but one of `_LOSSES` is named in the page.
 _COMMON = {"kind", "step", "tokens", "expert_flops", "elapsed_seconds"}
 _KNOWN = {
     "train": {
@@ -65,6 +65,8 @@ _KNOWN = {
     },
     "alarm": {*_COMMON, "name", "layer", "message"},
 }
+_LOSSES = "router_loss_"
+"""Begins the keys of router losses, which `losses` holds too, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +236,7 @@ def _unknown(lines: Sequence[Mapping[str, Any]], name: str) -> list[str]:
         str(key): None
         for line in lines
         for key in line.keys() - _KNOWN.get(str(line.get("kind")), line.keys())
+        if not str(key).startswith(_LOSSES)
     }
     notes = []
     for what, found in (("kind", kinds), ("key", keys)):

@@ -182,7 +182,7 @@ def _part(part: Part) -> dict[str, Any]:
         "columns": columns,
         "summary": summary,
         "long": max(map(len, part.results.names)) > LONG,
-        "best": _best(summary) if compared else None,
+        "best": _best(summary) if compared and headline(summary) else None,
         "notes": footnotes(summary, columns),
         "reading": read(part.results),
     }

@@ -28,9 +28,8 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float
     """Interval for the mean of independent values; None for fewer than two."""
     if len(values) < 2:
         return None
-    centre = mean(values)
-    variance = math.fsum((value - centre) ** 2 for value in values) / (len(values) - 1)
-    half = t_quantile(len(values) - 1, confidence) * math.sqrt(variance / len(values))
+    centre, error = _mean_and_error(values)
+    half = t_quantile(len(values) - 1, confidence) * error
     return centre - half, centre + half
 
 
@@ -40,12 +39,17 @@ def p_value(values: Sequence[float]) -> float | None:
         return None
     from scipy.special import stdtr  # late, as above
 
+    centre, error = _mean_and_error(values)
+    if error == 0:
+        return 1.0 if centre == 0 else 0.0
+    return float(2 * stdtr(len(values) - 1, -abs(centre) / error))
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of at least two values, and its standard error."""
     centre = mean(values)
     variance = math.fsum((value - centre) ** 2 for value in values) / (len(values) - 1)
-    if variance == 0:
-        return 1.0 if centre == 0 else 0.0
-    t = abs(centre) / math.sqrt(variance / len(values))
-    return float(2 * stdtr(len(values) - 1, -t))
+    return centre, math.sqrt(variance / len(values))
 
 
 def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:

@@ -155,6 +155,7 @@ CONFIG: dict[str, Any] = {
         "aria": False,
         **_TEXT,
         "labelColor": INK.css,
+        "gradientStrokeColor": AXIS.css,
         "orient": "top",
         "titleFontWeight": "normal",
         "symbolStrokeWidth": 2,

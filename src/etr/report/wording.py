@@ -36,12 +36,12 @@ def short(value: float | None, digits: int = 3) -> str:
     """A few significant digits with a unit prefix: 1234567 -> 1.23 M."""
     if value is None:
         return ABSENT
-    scale, prefix = prefix_of(value)
+    scale, prefix = _prefix_of(value)
     text = _minus(f"{value / scale:.{digits}g}")
     return f"{text} {prefix}" if prefix else text
 
 
-def prefix_of(value: float) -> tuple[float, str]:
+def _prefix_of(value: float) -> tuple[float, str]:
     """The largest of k, M, G, T, P, E that leaves at least 1, as (factor, letter)."""
     # 0.9995 so that what would be printed as 1000 takes the next prefix.
     return next(((f, p) for f, p in _PREFIXES if abs(value) >= 0.9995 * f), (1.0, ""))

@@ -31,6 +31,7 @@ def draw_expert_load(results: Results, layers: Sequence[int] | None = None) -> P
     if not found:
         return Missing("no run has choices per expert in its metrics")
     shown = found[:MOST_RUNS]
+    names = {run.name for run in shown}
     asked = {run.name: _layers(run.value.shape[1], layers) for run in shown}
     if not any(asked.values()):
         return Missing(f"no run has a layer of {list(layers or ())}")
@@ -45,7 +46,8 @@ def draw_expert_load(results: Results, layers: Sequence[int] | None = None) -> P
             columns=("run", "seed", "layer", "expert", "bin of steps", "load over mean"),
             rows=[
                 (run.row.name, run.row.seed, layer, expert, place, round(float(load), 3))
-                for run in every[:MOST_RUNS]
+                for run in every
+                if run.row.name in names
                 for layer in range(run.value.shape[1])
                 for expert, line in enumerate(relative_load(run.value[:, layer]))
                 for place, load in enumerate(line)
