@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def test_held_out_loss_in_bits() -> None:
         error=0.2,
         error_by_domain={"x": 0.1, "y": None},
     )
-    scores = held_out_result(loss, {"x": 1.0, "y": 3.0}).scores
+    scores = held_out_result(loss, {"x": 1.0, "y": 3.0}, "0").scores
     assert scores["all"]["bits/byte"].value == pytest.approx(1.5 / math.log(2) / 2.0)
     assert scores["all"]["bits/byte"].error == pytest.approx(0.2 / math.log(2) / 2.0)
     assert scores["all"]["kept share"].value == 0.75
@@ -155,6 +156,7 @@ def test_tasks_of_a_two_layer_model(
     assert "acc_norm" in capsys.readouterr().out
     (model,) = read_models(json.loads(values.read_text()))
     assert [task.task for task in model.tasks] == ["mmlu_dev", "questions", "bits_per_byte"]
+    assert re.fullmatch(r"held-out text of corpus [0-9a-f]{16}", model.tasks[2].label)
     scores = model.tasks[1].scores
     assert list(scores) == ["all", "a", "b"]
     assert [scores[name]["acc"].count for name in scores] == [3, 1, 2]

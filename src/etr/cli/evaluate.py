@@ -163,7 +163,7 @@ def held_out(
     objective = OBJECTIVES.parse(config.objective or objective_of(path))
     domains = data.dataset.domains
     result = evaluate(model, batches, domains, config.selection, objective=objective)
-    return held_out_result(result, data.dataset.bytes_per_token), result
+    return held_out_result(result, data.dataset.bytes_per_token, data.corpus), result
 
 
 def names_of(paths: tuple[str, ...]) -> list[str]:

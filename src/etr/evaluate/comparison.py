@@ -49,12 +49,15 @@ class ScoreRow:
         return [self.task, self.category, self.measure, f"{self.count:,}", *scores]
 
 
-def held_out_result(result: EvalResult, bytes_per_token: dict[str, float]) -> TaskResult:
+def held_out_result(
+    result: EvalResult, bytes_per_token: dict[str, float], corpus: str
+) -> TaskResult:
     """Held-out loss as a task; its questions are tokens, its sample rows of text.
 
     Args:
         result: of `evaluate`.
         bytes_per_token: of each domain.
+        corpus: fingerprint of the text.
     """
     tokens = result.tokens_by_domain
     count = sum(tokens.values())
@@ -64,7 +67,7 @@ def held_out_result(result: EvalResult, bytes_per_token: dict[str, float]) -> Ta
     for name, loss in result.loss_by_domain.items():
         error = result.error_by_domain[name]
         scores[name] = _nats_and_bits(loss, error, tokens[name], bytes_per_token[name])
-    return TaskResult(task=HELD_OUT, label="held-out text", scores=scores)
+    return TaskResult(task=HELD_OUT, label=f"held-out text of corpus {corpus}", scores=scores)
 
 
 def _nats_and_bits(
