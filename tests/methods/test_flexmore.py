@@ -124,11 +124,11 @@ def test_one_expert_is_its_base() -> None:
 @pytest.mark.measured
 def test_rank_8_keeps_most_of_what_tuning_gains() -> None:
     """Of experts that are tuned on code and on JSON from a small language model of English,
-    differences of rank 8 (a third of the numbers) keep most of what tuning gains, on code at least
-    0.8 of it, and the loss falls with the rank within 0.01."""
+    differences of rank 8 (a third of the numbers) keep at least 0.8 of what tuning gains on code;
+    on both the loss is lower with rank 8 than with 4, and falls with the rank within 0.01."""
     torch.manual_seed(0)
     public = train(model_of(num_local_experts=1, num_experts_per_tok=1), 200, kind=1)
-    for kind, share in ((0, 0.8), (3, 0.5)):
+    for kind in (0, 3):
         tuned = copy.deepcopy(public)
         parts = [value for layer in moe_layers(tuned) for value in layer.experts.parameters()]
         train(tuned, 120, kind=kind, parameters=parts)
@@ -140,10 +140,16 @@ def test_rank_8_keeps_most_of_what_tuning_gains() -> None:
                     name: torch.cat([value, experts(tuned, place)[name]])
                     for name, value in experts(public, place).items()
                 }
+                if rank == 8:
+                    stored = differences(both, [0, rank], 0).items()
+                    few = sum(v.numel() for n, v in stored if n.endswith(("left", "right")))
+                    assert 3 * few == sum(v.numel() for v in experts(public, place).values())
                 for name, value in summed_up(both, [0, rank], 0).items():
                     layer.experts.get_parameter(name).data.copy_(value[1:])
             found[rank] = loss(model, 5, kind)
         print(kind, {rank: round(value, 4) for rank, value in found.items()})
-        assert found[0] - found[8] >= share * (found[0] - found[48])
+        if kind == 0:
+            assert found[0] - found[8] >= 0.8 * (found[0] - found[48])
+        assert found[8] < found[4]
         falling = list(found.values())
         assert all(b <= a + 0.01 for a, b in pairwise(falling))

@@ -84,8 +84,10 @@ def test_a_burst_is_spread_and_changes_nothing(tmp_path: Path) -> None:
     ranks = spawn(4, on_rank, tmp_path / "ranks")
     assert [rank["ran"][0] for rank in ranks] == [7, 7, 7, 7]
     assert max(rank["ran"][1] for rank in ranks) <= math.ceil(1.5 * 7)
-    for rank in ranks:
+    for number, rank in enumerate(ranks):
         want = rank.pop("all_to_all")
+        learns = want["experts.gate_up_proj"].flatten(1).any(1).tolist()
+        assert learns == [number == 0, False]  # all 28 rows are the first expert's
         for name in ("least_loaded", "least_loaded:alpha=1.5,chunk=3"):
             assert rank[name].keys() == want.keys()
             for key, value in want.items():

@@ -52,32 +52,49 @@ def walk(table: Tensor, domain: Tensor, length: int) -> Tensor:
 def test_a_missing_tag_is_made_up_for() -> None:
     """Where a router misses the tag of a text's domain, which it had in training, 5 steps of rate
     0.3 on 128 tokens close half of the gap in loss or more, and each of 12 continuations gets
-    better; weights stay, and with nothing added logits are the model's bit for bit (delta = 0)."""
-    torch.manual_seed(0)
-    table, model = (2 * torch.randn(DOMAINS, VOCABULARY, VOCABULARY)).softmax(-1), Tagged()
+    better, with each of 3 seeds; weights stay, and with nothing added logits are the model's bit
+    for bit (delta = 0). Where nothing is missing, steps of 0.1 change the mean loss by less than
+    0.05."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        table = (2 * torch.randn(DOMAINS, VOCABULARY, VOCABULARY)).softmax(-1)
+        model = trained(table, tagged=True)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        unseen, (without, adapted) = continued(model, table, rate=0.3)
+        with_tag = model.losses(unseen, model.tag[torch.arange(12) % DOMAINS])
+        plain = trained(table, tagged=False)
+        old, new = continued(plain, table, rate=0.1)[1]
+        print(seed, [round(float(v.mean()), 3) for v in (with_tag, without, adapted, old, new)])
+        assert without.mean() - with_tag.mean() > 0.5  # or there would be nothing to make up for
+        assert without.mean() - adapted.mean() >= (without.mean() - with_tag.mean()) / 2
+        assert (adapted < without).all()
+        assert torch.equal(model.losses(unseen, torch.zeros(12, EXPERTS)), without)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert abs(float((new - old).mean())) < 0.05
+
+
+def trained(table: Tensor, tagged: bool) -> Tagged:
+    """On texts of all domains, whose tags the router has, or never sees."""
+    model = Tagged()
     optimizer = torch.optim.Adam(model.parameters(), 6e-3)
     for _ in range(400):
         domain = torch.randint(DOMAINS, (48,))
+        delta = model.tag[domain] if tagged else None
         with Collector(model) as collector:
-            loss = model.losses(walk(table, domain, 16), model.tag[domain]).mean()
+            loss = model.losses(walk(table, domain, 16), delta).mean()
         (loss + collector.loss()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    model.eval().requires_grad_(False)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    domain = torch.arange(12) % DOMAINS
-    text = walk(table, domain, 257)
+    return model.eval().requires_grad_(False)
+
+
+def continued(model: Tagged, table: Tensor, rate: float) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The last 128 tokens of 12 texts, and their losses: as they are, and fitted to the first."""
+    text = walk(table, torch.arange(12) % DOMAINS, 257)
     seen, unseen = text[:, :129], text[:, 128:]
     start = {0: torch.zeros(12, EXPERTS)}
-    fitted = Rewire(rate=0.3, steps=5).fit(lambda d: model.losses(seen, d[0]), start)[0]
-    with_tag, without, adapted = (
-        model.losses(unseen, delta) for delta in (model.tag[domain], None, fitted)
-    )
-    assert without.mean() - with_tag.mean() > 0.5  # or there would be nothing to make up for
-    assert without.mean() - adapted.mean() >= (without.mean() - with_tag.mean()) / 2
-    assert (adapted < without).all()
-    assert torch.equal(model.losses(unseen, start[0]), without)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    fitted = Rewire(rate=rate, steps=5).fit(lambda d: model.losses(seen, d[0]), start)[0]
+    return unseen, (model.losses(unseen, None), model.losses(unseen, fitted))
 
 
 def test_worked_example() -> None:

@@ -19,9 +19,9 @@ WEAK = torch.tensor([[[2.2, 0.5, 1.0, -3.0]]], dtype=torch.float64)
 
 @pytest.mark.criterion
 def test_identities_and_the_worked_example() -> None:
-    """beta = 0 writes what greedy decoding writes; ranks 1 to k are the model's own routing bit for
-    bit; strong logits 2, 1.8, 0, -2 and weak ones 2.2, .5, 1, -3 give 1.9, 2.45, -.5 and none, so
-    token 1 and not 0 (alpha = 0.1, beta = 0.5)."""
+    """beta = 0 chooses the token that greedy decoding chooses; ranks 1 to k are the model's own
+    routing bit for bit; strong logits 2, 1.8, 0, -2 and weak ones 2.2, .5, 1, -3 give 1.9, 2.45,
+    -.5 and none, so token 1 and not 0 (alpha = 0.1, beta = 0.5)."""
     found = DECODINGS.parse("scmoe").combine([STRONG, WEAK])
     torch.testing.assert_close(found[0, 0], torch.tensor([1.9, 2.45, -0.5, -math.inf]).double())
     assert found.argmax(-1).item() == 1

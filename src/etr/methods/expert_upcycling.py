@@ -276,6 +276,7 @@ CARD = Card(
     departs=(
         "Noise is on the logits themselves, also of a router without a bias, which gets one; the "
         "released code adds none there. Utilities are of the gradient summed over the text, and "
-        "none asks for an optimizer's moments. That utility gains over copying was not seen."
+        "none asks for an optimizer's moments, which a function without a command carries along "
+        "(carry_optimizer). That utility gains over copying was not seen."
     ),
 )

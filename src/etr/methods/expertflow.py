@@ -188,6 +188,6 @@ CARD = Card(
     departs=(
         "The predictor is an embedding and the mean of its sequence, not a T5. It knows prompts; "
         "for text that a model writes there is no prediction, so `etr generate` refuses it. "
-        "Regrouping is greedy."
+        "Regrouping is greedy, and a function (regrouped) without a command."
     ),
 )

@@ -212,7 +212,7 @@ CARD = Card(
     claim=(
         "Experts whose neurons are another's in another order merge back into it within 1e-6, "
         "where without alignment the output changes by more than 0.1; on a small language model "
-        "with 4 of 8 experts left, the loss aligned is at least 0.08 below that without."
+        "with half of the experts left, the loss aligned is at least 0.08 below that without."
     ),
     departs=(
         "The merging half of the paper: what is merged is stored once and not decomposed into low "

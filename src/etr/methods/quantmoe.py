@@ -37,7 +37,7 @@ class QuantMoe(OfExperts):
     summary = "experts of few bits a weight, more for the matrices in which weights stand out"
 
     low: int = 2
-    """Bits of most matrices: 2, 3, 4, 8, or 16 for none."""
+    """Bits of most matrices: 2, 4, 8, or 16 for none; 3 with store=plain alone."""
     high: int = 4
     """Bits of the others."""
     average: float = 2.5
@@ -52,10 +52,9 @@ class QuantMoe(OfExperts):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = (*BITS, WHOLE) if self.store == "packed" else (2, 3, 4, 8, WHOLE)
         for name in ("low", "high"):
-            if getattr(self, name) not in known:
-                words = ", ".join(map(str, known))
+            if getattr(self, name) not in self._known:
+                words = ", ".join(map(str, self._known))
                 raise ValueError(f"{name}={getattr(self, name)} must be one of {words} bits")
         if not self.low <= self.average <= self.high:
             raise ValueError(
@@ -65,6 +64,10 @@ class QuantMoe(OfExperts):
             raise ValueError(f"score={self.score!r} must be one of outlier, lowest, random")
         if self.store not in ("packed", "plain"):
             raise ValueError(f"store={self.store!r} must be packed or plain")
+
+    @property
+    def _known(self) -> tuple[int, ...]:
+        return (*BITS, WHOLE) if self.store == "packed" else (2, 3, 4, 8, WHOLE)
 
     def changes_function(self) -> str | None:
         return None if self.low == WHOLE else f"weights have {self.average} bits on average"
@@ -116,7 +119,6 @@ class QuantMoe(OfExperts):
 
     def check(self, plan: Any, layers: Sequence[MoEConfig]) -> None:
         super().check(plan, layers)
-        known = (*BITS, WHOLE) if self.store == "packed" else (2, 3, 4, 8, WHOLE)
         for place, (bits, layer) in enumerate(
             zip(lists_of(plan, "bits", layers), layers, strict=True)
         ):
@@ -124,10 +126,10 @@ class QuantMoe(OfExperts):
                 raise ValueError("expert_bias=True: experts with biases are not taken")
             count = layer.num_experts * (3 if layer.activation in GATED else 2)
             fine = isinstance(bits, list) and len(bits) == count
-            if not fine or not all(type(width) is int and width in known for width in bits):
+            if not fine or not all(type(width) is int and width in self._known for width in bits):
                 raise ValueError(
                     f"the plan's bits of layer {place} must be {count} of "
-                    f"{', '.join(map(str, known))}: {bits!r}"
+                    f"{', '.join(map(str, self._known))}: {bits!r}"
                 )
 
     def apply(self, tensors: LayerTensors, plan: Any, place: int) -> LayerTensors:

@@ -85,12 +85,12 @@ CARD = Card(
     claim=(
         "Where a router misses the tag of a text's domain, which it had in training, 5 steps of "
         "rate 0.3 on 128 tokens close half of the gap in loss or more, and each of 12 "
-        "continuations gets better; weights stay, and with nothing added logits are the model's "
-        "bit for bit (delta = 0)."
+        "continuations gets better, with each of 3 seeds; weights stay, and with nothing added "
+        "logits are the model's bit for bit (delta = 0). Where nothing is missing, steps of 0.1 "
+        "change the mean loss by less than 0.05."
     ),
     departs=(
-        "Steps, rate and interval were not seen. Without a shift it gains nothing. Where weights "
-        "are normalised over the chosen experts, others get no gradient. What a cache holds is not "
-        "computed anew."
+        "Steps, rate and interval were not seen. Where weights are normalised over the chosen "
+        "experts, others get no gradient. What a cache holds is not computed anew."
     ),
 )

@@ -101,9 +101,9 @@ CARD = Card(
     against="plain",
     moves=("loss", "FLOPs"),
     claim=(
-        "beta = 0 writes what greedy decoding writes; ranks 1 to k are the model's own routing bit "
-        "for bit; strong logits 2, 1.8, 0, -2 and weak ones 2.2, .5, 1, -3 give 1.9, 2.45, -.5 and "
-        "none, so token 1 and not 0 (alpha = 0.1, beta = 0.5)."
+        "beta = 0 chooses the token that greedy decoding chooses; ranks 1 to k are the model's own "
+        "routing bit for bit; strong logits 2, 1.8, 0, -2 and weak ones 2.2, .5, 1, -3 give 1.9, "
+        "2.45, -.5 and none, so token 1 and not 0 (alpha = 0.1, beta = 0.5)."
     ),
     departs=(
         "The paper searches beta for each task; no gain is claimed here. Which tokens are likely "

@@ -1,4 +1,6 @@
-"""The machines under a model: integers in, plans and counts out. Stands alone; torch alone.
+"""The machines under a model: integers in, plans and counts out. Stands alone.
+
+It imports torch; an integer program imports SciPy when it is solved.
 
     PLANNERS   choices to the rank of each expert                etr.systems.plan
     travel     choices and a plan to traffic                     etr.systems.travel

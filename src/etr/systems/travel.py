@@ -79,7 +79,7 @@ def travel(demand: Demand, plan: Plan) -> Travel:
         .gather(2, choices.clamp_min(0))
     )
     home = (sequence % devices.num_ranks)[None, :, None].expand_as(rank)
-    flow = _flow(hops(demand), plan)
+    flow = between_ranks(hops(demand), plan.rank_of_expert, devices.num_ranks).sum(0)
     pairs = _apart(home[used], rank[used], devices)
     number = torch.arange(devices.num_ranks)
     apart, node = number[:, None] != number, devices.node_of(number)
@@ -96,13 +96,18 @@ def travel(demand: Demand, plan: Plan) -> Travel:
     )
 
 
-def _flow(hops: Tensor, plan: Plan) -> Tensor:
-    """Hops between ranks, int64 [R, R]."""
-    ranks, size = plan.rank_of_expert, plan.devices.num_ranks
-    found = torch.zeros(size * size, dtype=torch.int64)
-    for table, first, second in zip(hops, ranks[:-1], ranks[1:], strict=True):
-        found.scatter_add_(0, (first[:, None] * size + second).flatten(), table.flatten())
-    return found.view(size, size)
+def between_ranks(table: Tensor, rank: Tensor, num_ranks: int) -> Tensor:
+    """Hops between experts as hops between ranks, or other groups of experts, int64 [L - 1, R, R].
+
+    Args:
+        table: of each expert to each of the next layer, int64 [L - 1, E, E].
+        rank: of each expert, int64 [L, E].
+        num_ranks: how many there are, R.
+    """
+    found = torch.zeros(len(table), num_ranks * num_ranks, dtype=torch.int64)
+    pair = rank[:-1, :, None] * num_ranks + rank[1:, None, :]
+    found.scatter_add_(1, pair.flatten(1), table.flatten(1))
+    return found.view(-1, num_ranks, num_ranks)
 
 
 def _apart(first: Tensor, second: Tensor, devices: Devices) -> tuple[int, int]:

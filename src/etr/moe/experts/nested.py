@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from etr.moe.experts.activation import GATED
 from etr.moe.experts.bank import Bank, BankConfig, ExpertSizes
-from etr.moe.experts.packed import num_bytes, packed, unpacked
+from etr.moe.experts.packed import grid_of, num_bytes, on_grid, packed, unpacked
 from etr.moe.experts.uniform import Experts
 from etr.moe.experts.weights import ExpertParams
 
@@ -83,11 +83,9 @@ def nested(weight: Tensor, base: int, levels: int, group: int) -> Levels:
     """
     rows, columns = weight.shape
     value = weight.float().reshape(rows, -1, group_of(columns, group))
-    low, high = value.amin(-1), value.amax(-1)
-    scale = (high - low).clamp_min(1e-9) / (2**base - 1)
-    codes = ((value - low[..., None]) / scale[..., None]).round().clamp(0, 2**base - 1)
-    found = codes * scale[..., None] + low[..., None]
-    signs, grid = [], [scale, low]
+    codes, lowest = grid_of(value.flatten(0, 1), base)
+    found = on_grid(codes, lowest).view_as(value)
+    signs, grid = [], [*lowest.view(rows, -1, 2).unbind(-1)]
     for _ in range(levels - 1):
         rest = value - found
         sign, step = rest >= 0, rest.abs().mean(-1)
@@ -96,17 +94,16 @@ def nested(weight: Tensor, base: int, levels: int, group: int) -> Levels:
         grid.append(step)
     none = torch.zeros(0, rows, columns, dtype=torch.bool, device=weight.device)
     more = torch.stack(signs) if signs else none
-    shaped = codes.to(torch.uint8).view(rows, columns)
-    return Levels(shaped, more.to(torch.uint8), torch.stack(grid, dim=-1))
+    return Levels(codes.view(rows, columns), more.to(torch.uint8), torch.stack(grid, dim=-1))
 
 
 def read(levels: Levels, use: int) -> Tensor:
     """What the lowest `use` levels say, float32 [O, I]."""
     rows, columns = levels.base.shape
-    scale, low, *steps = (part[..., None] for part in levels.grid.unbind(-1))
-    found = levels.base.float().view(rows, levels.grid.shape[1], -1) * scale + low
+    lowest, steps = levels.grid[..., :2], levels.grid[..., 2:].unbind(-1)
+    found = on_grid(levels.base.view(lowest.shape[0] * lowest.shape[1], -1), lowest.flatten(0, 1))
     for signs, step in zip(levels.signs[: use - 1], steps, strict=False):
-        found = found + (2.0 * signs.float().view_as(found) - 1.0) * step
+        found = found + (2.0 * signs.float().view_as(found) - 1.0) * step.flatten()[:, None]
     return found.view(rows, columns)
 
 
