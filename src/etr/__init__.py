@@ -1,6 +1,7 @@
 """Expert-Token Resonance: Mixture-of-Experts routing for PyTorch.
 
-The layer (`etr.moe`, re-exported here) and the shelf of methods (`etr.methods`) need torch alone.
+The layer (`etr.moe`, re-exported here) and the shelf of methods (`etr.methods`) import torch alone;
+a method that assigns experts, such as ExFlow, imports SciPy when it runs.
 `etr.hf`, `etr.data`, `etr.train`, `etr.report` and the command line come with the extra
 ``etr-moe[train]``. ``import etr.hf`` tells transformers' Auto classes of this library's models;
 this module alone does not.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,9 @@ def test_by_hand() -> None:
     assert found.tolist() == [8.0, 1.0]
     dead = scale_of(torch.zeros(1), torch.zeros(1), 0.6)
     assert float(dead) == pytest.approx(1e-5**0.6 / 1e-5**0.4)
+    router = torch.tensor([[0, 0.4, 1], [0, 0, 1]])  # of 1 bit the first row is the second
+    kl = divergence(torch.tensor([[0.0, 1, 0]]), router, 1, 1.0, top_k=1)  # logits 0.4 and 0
+    assert kl == pytest.approx(0.59869 * math.log(0.59869 / 0.5), abs=1e-5)
 
 
 def rounded(value: Tensor, bits: int) -> Tensor:
@@ -75,7 +79,7 @@ def test_scaling_makes_rounding_cheap(tmp_path: Path) -> None:
         smooth, _ = output(x / scale, (up * scale, down), router * scale, 4)
         off = [float((y - want).norm() / want.norm()) for y in (plain, smooth)]
         stats = measured(x, (up, down), router, EaQuant(router_bits=3))
-        torch.testing.assert_close(stats["scale"], scale)
+        assert torch.equal(stats["scale"], scale)
         best = float(stats["clip"])
         kl = [divergence(x / scale, router * scale, 3, clip, 2) for clip in CLIPS]
         assert kl[CLIPS.index(best)] == min(kl)

@@ -41,21 +41,30 @@ def near_dead(model: EtrForCausalLM, experts: tuple[int, ...]) -> EtrForCausalLM
     return model
 
 
+def gates_and_choices(model: EtrForCausalLM) -> torch.Tensor:
+    """Of each expert of the first layer, over the text: the sum of gates, and how many, [2, 4]."""
+    found = torch.zeros(2, 4).double()
+
+    def see(place: int, view: LayerView) -> None:
+        if place == 0:
+            weight = view.selection.combine_weight.double()
+            both = torch.stack([weight, torch.ones_like(weight)])
+            found.index_add_(1, view.routing.expert, both)
+
+    with watch(model, see), torch.no_grad():
+        for given in tokens():
+            model(**given)
+    return found
+
+
 @pytest.mark.criterion
 def test_near_dead_experts_go_first(tmp_path: Path) -> None:
     """Two of 4 experts that are made near dead (outputs times 1e-4) but are chosen as often as
     before have the 2 lowest scores, where the sum of gates alone does not tell them; keeping all
     experts is the identity, bit for bit."""
-    gates: list[torch.Tensor] = []
-
-    def see(place: int, view: LayerView) -> None:
-        weight = view.selection.combine_weight
-        gates.append(torch.zeros(4).double().index_add(0, view.routing.expert, weight.double()))
-
-    model = small()
-    with watch(model, see), torch.no_grad():
-        model(**tokens()[0])
-    dead = tuple(sorted(gates[0].topk(2).indices.tolist()))  # the most chosen ones
+    before = gates_and_choices(small())
+    dead = tuple(sorted(before[0].topk(2).indices.tolist()))  # they weigh most
+    assert torch.equal(gates_and_choices(near_dead(small(), dead)), before)
     source = save(near_dead(small(), dead), tmp_path / "a")
     model, report = made(source, tmp_path / "b", EasyEp(), batches=tokens(), compare=True)
     plan = plan_in(tmp_path / "b")

@@ -237,8 +237,10 @@ def test_half_of_the_neurons_go(tmp_path: Path) -> None:
         model, _ = made(source, tmp_path / score, method, batches=text(8))
         rises[score] = loss(model) - before
         keep = plan_in(tmp_path / score)["keep"]
+        widths = sum(len(numbers) for layer in keep for numbers in layer)
+        assert widths == 2 * 8 * 48 / 2
         experts = sum(v.numel() for each in moe_layers(model) for v in each.experts.parameters())
-        assert experts == 3 * 48 * sum(len(numbers) for layer in keep for numbers in layer)
+        assert experts == 3 * 48 * widths
     print({"loss": before, **rises})
     assert rises["heapr"] < rises["activation"]
     assert rises["heapr"] <= 0.3 * rises["random"]

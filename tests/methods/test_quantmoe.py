@@ -155,6 +155,7 @@ def test_protected_experts_keep_their_weights_and_ties_go_to_the_first() -> None
 def test_options_are_checked(options: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         QuantMoe(**options)
+    QuantMoe(low=3, average=3, store="plain").check({"bits": [[3] * 6]}, [LAYER])
     with pytest.raises(ValueError, match="bits of layer 0 must be 6 of 2, 4, 8, 16"):
         QuantMoe().check({"bits": [[2] * 5]}, [LAYER])
 

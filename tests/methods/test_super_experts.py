@@ -35,7 +35,7 @@ def planted(model: EtrForCausalLM) -> EtrForCausalLM:
 
 @pytest.mark.criterion
 def test_a_planted_expert_is_found_alone(tmp_path: Path) -> None:
-    """An expert of a small language model in which one neuron's weights are planted so that it
+    """An expert of a small untrained model in which one neuron's weights are planted so that it
     fires over 100 times as strongly as any other is found, and found alone; without it nothing is
     found, and finding changes no bit of the weights."""
     method = SuperExperts(layers=1.0)

@@ -60,8 +60,8 @@ CARD = Card(
         "The votes must reach tau; the released code keeps one expert more where they meet it. The "
         "core holds top_k experts at least, not 16. Votes are what tokens choose by, a bias "
         "included, where that is positive. It was made for models that fill blocks of text; here "
-        "it serves prompts, and requests side by side. Half of a block's experts at most for 0.01 "
-        "of loss was looked for; one model that reads text in order uses 0.37 of them, and its "
-        "loss rises by 0.31 (tau = 0.7, blocks of 32)."
+        "it serves prompts, and requests side by side. At most half of the experts of a block for "
+        "at most 0.01 of loss was looked for; in one model that reads text in order, 0.37 of them "
+        "cost 0.305 (tau = 0.7, blocks of 32)."
     ),
 )

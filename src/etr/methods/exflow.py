@@ -141,8 +141,8 @@ CARD = Card(
     moves=("bytes",),
     claim=(
         "Where tokens stay within hidden groups of experts, hops between ranks fall from over 0.7 "
-        "of all to 0, on the trace it plans from and on a held-out one; on no trace that it plans "
-        "from are they more than by round robin."
+        "of all by round robin to 0, on the trace it plans from and on a held-out one; on none of "
+        "6 random traces that it plans from are they more than by round robin."
     ),
     departs=(
         "Layers are placed over again until nothing is gained, from two first layers, and the best "

@@ -149,7 +149,7 @@ CARD = Card(
     branch="pruning",
     rows=(Row(table=TRANSFORMS, kind=SuperExperts),),
     claim=(
-        "An expert of a small language model in which one neuron's weights are planted so that it "
+        "An expert of a small untrained model in which one neuron's weights are planted so that it "
         "fires over 100 times as strongly as any other is found, and found alone; without it "
         "nothing is found, and finding changes no bit of the weights."
     ),
