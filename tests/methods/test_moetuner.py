@@ -102,6 +102,13 @@ def test_worked_example() -> None:
     assert number_of_partitions(6, 3) == 15
 
 
+def test_trying_every_way_beats_dealing() -> None:
+    """3, 3, 0 and three times 2 are level; experts dealt by load end up 7 and 5."""
+    load = torch.tensor([3, 3, 2, 2, 2, 0])
+    assert deviation(load, MoETuner().clusters(load, 2), 2) == 0
+    assert deviation(load, dealt_by_load(load, 2), 2) == 2
+
+
 def test_names_of_ranks_and_their_links_may_change_together() -> None:
     flows, slow = hops(some(1, experts=4)), slowness(TWO_NODES, 9.0)
     rank, other = best_ranks(flows, slow), torch.tensor([2, 0, 3, 1])
