@@ -41,8 +41,8 @@ class Seen:
 
     frames: dict[int, dict[str, Any]]
     """By width: background, figures, pale texts, smallest text, width of the document, requests;
-    texts over another, legends over data; what a pointer is told; the table sorted and sorted back;
-    and what is left in the figures of a variant that was hidden."""
+    texts over another, legends over data; what a pointer is told; what links to numbers give; the
+    table sorted and sorted back; and what is left in the figures of a variant that was hidden."""
     console: tuple[str, ...]
     """Lines of the console."""
 
@@ -179,23 +179,42 @@ function figures(page, view) {
       visible: figure.checkVisibility({opacityProperty: true, visibilityProperty: true})};
   });
 }
+const MOST_MARKS = 40;
 async function hovered(page, view) {
   const told = {};
   for (const figure of page.querySelectorAll('figure:has(.plot)')) {
     const marks = boxes(figure, '.role-mark path').filter(([element]) =>
       element.getAttribute('aria-label') === null && element.__data__ !== undefined);
-    for (const [mark, box] of marks.reverse()) {
+    told[figure.id] = [];
+    const apart = Math.ceil(marks.length / MOST_MARKS);
+    for (const [mark, box] of marks.filter((_, place) => place % apart === 0)) {
       const at = {bubbles: true, clientX: box.x + box.width / 2, clientY: box.y + box.height / 2};
       for (const kind of ['pointerover', 'pointermove', 'mousemove'])
         mark.dispatchEvent(new view.PointerEvent(kind, at));
       await new Promise(done => setTimeout(done, 0));
       const tip = page.querySelector('#vg-tooltip-element.visible');
-      if (tip) { told[figure.id] = tip.textContent; break; }
+      if (tip) told[figure.id].push(tip.textContent), tip.classList.remove('visible');
     }
-    const tip = page.querySelector('#vg-tooltip-element');
-    if (tip) tip.classList.remove('visible');
   }
   return told;
+}
+async function downloaded(page, view) {
+  const texts = {}, Plain = view.Blob;
+  view.HTMLAnchorElement.prototype.click = () => {};
+  for (const key of ['loss-by-domain', 'routed-text']) {
+    const link = page.querySelector(`#${key} a.numbers`);
+    const taken = new Promise(done => {
+      view.Blob = class extends Plain {
+        constructor(parts, options) {
+          super(parts, options);
+          if (options) done(parts[0]);  // a table to give, and no bytes to unpack
+        }
+      };
+    });
+    link.dispatchEvent(new view.MouseEvent('click', {bubbles: true, cancelable: true}));
+    texts[key] = await taken;
+  }
+  return texts;
 }
 function sorted(page) {
   const heads = [...page.querySelectorAll('table.results thead th')];
@@ -239,6 +258,7 @@ async function examine(frame) {
     ...texts(page, view),
   };
   if (report) Object.assign(found, {sorted: sorted(page), told: await hovered(page, view),
+    numbers: page.getElementById('routed-text') ? await downloaded(page, view) : null,
     left: page.querySelectorAll('button.key').length > 1 ? await left(page, view) : null});
   found.requests = view.performance.getEntriesByType('resource').map(entry => entry.name)
     .filter(name => !name.startsWith('data:'));

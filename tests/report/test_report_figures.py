@@ -76,14 +76,16 @@ def test_a_slim_picture_is_the_same_picture() -> None:
         '<svg><defs><clipPath id="a"><path d="M0,0h9v9h-9Z"/></clipPath></defs><g class="r">'
         '<g class="e"/><g transform="translate(0,0)"><path d="M0,0h9v9h-9Z"/><g x="1.500"><g></g>'
         f'<text y="1.2345">1.2345 &lt;g&gt;</text></g>{cells}</g><path d="" display="none"/></g>'
-        '<path d="M1.26,2L3,4.04" stroke="var(--a)"/></svg>'
+        '<text opacity="0">none</text><line x2="0" y2="4" opacity="0"/><line x2="0" y2="4"/>'
+        '<path d="M1.26,-2L3,4.04L2.5,4.04M0,1L0.26,0Z" stroke="var(--a)"/></svg>'
     )
-    even, odd = ("".join(f"M{at},0h1v1h-1Z" for at in range(start, 10, 2)) for start in (0, 1))
+    even, odd = ("".join(f"M{at},0.5h1" for at in range(start, 10, 2)) for start in (0, 1))
     assert _slim(svg) == (
-        '<svg><defs><clipPath id="a"><path d="M0,0h9v9h-9Z"/></clipPath></defs><g x="1.5">'
-        '<text y="1.23">1.2345 &lt;g&gt;</text></g>'
-        f'<path d="{even}" fill="#a00800"/><path d="{odd}" fill="#a00808"/>'
-        '<path d="M1.3,2L3,4" stroke="var(--a)"/></svg>'
+        '<svg font-size="11px"><defs><clipPath id="a"><path d="M0,0h9v9h-9Z"/></clipPath></defs>'
+        '<g x="1.5"><text y="1.23">1.2345 &lt;g&gt;</text></g>'
+        f'<path d="{even}" stroke="#a00800" stroke-width="1"/>'
+        f'<path d="{odd}" stroke="#a00808" stroke-width="1"/>'
+        '<line y2="4"/><path d="M1.3-2l1.7,6-.5,0M0,1l.3-1Z" stroke="var(--a)"/></svg>'
     )
 
 

@@ -26,10 +26,16 @@ FILE = 560
 """Pixels of a chart in a file of its own."""
 _NEEDLESS = re.compile(
     r' (?:aria-\w+|role|pointer-events|class)="[^"]*"'
-    r'| (?:opacity="1"|stroke-width="0"|stroke-miterlimit="10"|transform="translate\(0,0\)")'
+    r'| (?:opacity="1"|stroke-width="[01]"|stroke-miterlimit="10"|transform="translate\(0,0\)"'
+    r'|[xy]2="0"|text-anchor="start"|font-weight="normal"|font-size="11px")'
 )
-_UNSEEN = re.compile(r'<path d="[^"]*"(?: display="none")?/>(?!</clipPath>)')
-_CELLS = re.compile(r'(?:<path d="[^"]*Z" fill="#\w{6}"/>){9,}')
+_UNSEEN = re.compile(
+    r'<path d="[^"]*"(?: display="none")?/>(?!</clipPath>)'
+    r'|<(line|text)[^>]* opacity="0"[^>]*(?:/>|>[^<]*</\1>)'
+)
+_LINE = re.compile(r'(?<= d=")(?:[ML]-?[\d.]+,-?[\d.]+){2,}(?=Z?")')
+_CELL = r'<path d="M([-\d.]+),([-\d.]+)h([-\d.]+)v([-\d.]+)h[-\d.]+Z" fill="(#\w{6})"/>'
+_CELLS = re.compile(f"(?:{_CELL}){{9,}}")
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 VEGA_LITE = "6.4"
 """Version that draws; vl-convert has it inside."""
@@ -67,11 +73,11 @@ def sized(chart: Chart, width: int) -> Chart:
     does the same for the room that it finds."""
     chart = copy.deepcopy(chart)
     if "facet" in chart:
-        count, least = chart["usermeta"]["panels"], chart["usermeta"]["least"]
+        count, least, between, beside = chart["usermeta"].values()
         rows = -(-count // max(1, (width - 40) // least))
         columns = -(-count // rows)
         chart["columns"] = columns
-        chart["spec"]["width"] = (width - 62) // columns - chart["usermeta"]["between"]
+        chart["spec"]["width"] = (width - beside) // columns - between
     else:
         chart["width"] = width
         chart["autosize"] = {"type": "fit-x", "contains": "padding"}
@@ -132,7 +138,8 @@ def _svg(chart: Chart, width: int, name: str) -> str:
 
 
 def _slim(svg: str) -> str:
-    """The same picture in fewer letters: nothing unseen, short numbers, cells by their colour."""
+    """The same picture in fewer letters: nothing unseen, short numbers, lines as steps, cells by
+    their colour."""
     kept: list[bool] = []
 
     def short(match: re.Match[str]) -> str:
@@ -143,20 +150,37 @@ def _slim(svg: str) -> str:
             kept.append(tag != "<g>")
         if (tag == "<g>" and not kept[-1]) or (tag == "</g>" and not kept.pop()):
             return ""
-        digits = 1 if "L" in tag else 2
-        tag = re.sub(r"\d+\.\d+", lambda number: f"{round(float(number[0]), digits):g}", tag)
+        tag = re.sub(r"\d+\.\d+", lambda number: f"{round(float(number[0]), 2):g}", tag)
+        tag = _LINE.sub(_steps, tag).replace("<svg", '<svg font-size="11px"')
         return re.sub(r"rgb\((\d+), (\d+), (\d+)\)", _hex, tag)
 
     # Tags only: what a name says is left alone.
     return _CELLS.sub(_by_colour, _UNSEEN.sub("", re.sub(r"<[^>]+>", short, svg)))
 
 
+def _steps(line: re.Match[str]) -> str:
+    """A path of straight lines, each from where the last one ended, in tenths of a pixel."""
+    parts, before, at = [], "", (0, 0)
+    for letter, *point in re.findall(r"([ML])([^,]+),([^ML]+)", line[0]):
+        x, y = (round(10 * float(number)) for number in point)
+        step = (x, y) if letter == "M" else (x - at[0], y - at[1])
+        sign = letter.replace("L", "l") if letter != before else " "
+        parts.append(f"{sign}{step[0] / 10:g},{step[1] / 10:g}")
+        before, at = letter, (x, y)
+    return re.sub(r"[ ,](?=-)", "", re.sub(r"(?<!\d)0(?=\.)", "", "".join(parts)))
+
+
 def _by_colour(cells: re.Match[str]) -> str:
-    """One path for all cells of a colour; they do not overlap."""
-    paths: dict[str, str] = {}
-    for place, colour in re.findall(r'd="([^"]*)" fill="([^"]*)"', cells[0]):
-        paths[colour] = paths.get(colour, "") + place
-    return "".join(f'<path d="{path}" fill="{colour}"/>' for colour, path in paths.items())
+    """One path for all cells of a colour and a height, as thick lines; they do not overlap."""
+    paths: dict[tuple[str, str], str] = {}
+    for x, y, width, height, colour in re.findall(_CELL, cells[0]):
+        middle = float(y) + float(height) / 2
+        key = colour, height
+        paths[key] = paths.get(key, "") + f"M{x},{middle:g}h{width}"
+    return "".join(
+        f'<path d="{path}" stroke="{colour}" stroke-width="{height}"/>'
+        for (colour, height), path in paths.items()
+    )
 
 
 def _hex(colour: re.Match[str]) -> str:

@@ -27,7 +27,7 @@ from etr.report.style import looks
 from etr.report.wording import listed
 
 HEIGHT = 250
-MOST_POINTS = 160
+MOST_POINTS = 120
 # All lines of a figure together, so that many variants do not make a page of many megabytes.
 MOST_POINTS_IN_ALL = 3_000
 FEW = 6

@@ -105,7 +105,9 @@ def panels(
         "transform": [SHOWN, *transform],
         "facet": nominal("panel", names, header={"labelLimit": max(least, 200), "title": None}),
         "spec": {"height": height, **spec},
-        "usermeta": {"panels": len(names), "least": least, "between": between},
+        # Axes of each panel's own stand between panels.
+        "usermeta": {"panels": len(names), "least": least, "between": between}
+        | {"beside": 12 if "y" in apart else 62},
         **({"resolve": {"axis": apart, "scale": apart}} if apart else {}),
     }
 

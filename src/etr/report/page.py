@@ -146,8 +146,8 @@ def _pages() -> Environment:
 
 
 def data_link(numbers: Numbers) -> str:
-    """The numbers of a figure as a link that holds them: CSV, compressed."""
-    return f"data:application/gzip;base64,{_packed(numbers.csv())}"
+    """The numbers of a figure as a link that holds them: columns of CSV, compressed."""
+    return f"data:application/gzip;base64,{_packed(numbers.csv(by_columns=True))}"
 
 
 def _charts(drawn: Sequence[Drawing]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 MOST_TEXTS = 3
-MOST_TOKENS = 240
+MOST_TOKENS = 160
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,12 +28,14 @@ class Numbers:
     """One tuple per line; None and values that are not finite are written as nothing, and a text
     that a spreadsheet would take for a formula with an apostrophe before it."""
 
-    def csv(self) -> str:
-        """The table as comma-separated values, headings first."""
+    def csv(self, *, by_columns: bool = False) -> str:
+        """The table as comma-separated values, headings first; or a line for each column, which
+        packs into half."""
         target = io.StringIO()
         writer = csv.writer(target, lineterminator="\n")
-        writer.writerow(map(_written, self.columns))
-        writer.writerows([_written(value) for value in row] for row in self.rows)
+        rows = [self.columns, *self.rows]
+        lines = zip(*rows, strict=True) if by_columns else rows
+        writer.writerows([_written(value) for value in line] for line in lines)
         return target.getvalue()
 
 

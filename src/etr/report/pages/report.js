@@ -26,10 +26,10 @@
   // Also in etr.report.chart.sized: what fills the room that there is.
   function sized(spec, width) {
     if (spec.facet) {
-      const {panels, least, between} = spec.usermeta;
+      const {panels, least, between, beside} = spec.usermeta;
       const rows = Math.ceil(panels / Math.max(1, Math.floor((width - 40) / least)));
       spec.columns = Math.ceil(panels / rows);
-      spec.spec.width = Math.floor((width - 62) / spec.columns) - between;
+      spec.spec.width = Math.floor((width - beside) / spec.columns) - between;
       return spec;
     }
     const label = (spec.layer || []).find(layer => layer.mark.type === "text" && layer.mark.dx);
@@ -138,9 +138,21 @@
     button.addEventListener("click", () => copy(button));
   }
 
-  // The links hold compressed tables; where a script runs they give plain ones.
+  // A line for each column becomes a line for each row; what is quoted stays so.
+  function turned(text) {
+    const lines = [[]];
+    for (const [, cell, end] of text.matchAll(/("(?:[^"]|"")*"|[^",\n]*)([,\n])/g)) {
+      lines.at(-1).push(cell);
+      if (end === "\n") lines.push([]);
+    }
+    lines.pop();
+    return lines[0].map((_, row) => lines.map(line => line[row]).join() + "\n").join("");
+  }
+
+  // The links hold compressed columns; where a script runs they give plain tables.
   async function download(link) {
-    const anchor = document.createElement("a"), text = await unpacked(link.href.split(",")[1]);
+    const anchor = document.createElement("a");
+    const text = turned(await unpacked(link.href.split(",")[1]));
     anchor.href = URL.createObjectURL(new Blob([text], {type: "text/csv"}));
     anchor.download = link.download.replace(/\.gz$/, "");
     anchor.click();
