@@ -111,6 +111,9 @@ def test_prediction_of_a_step_by_hand():
     timed = {"shape": "2x2", "rows": rows.tolist(), "row_bytes": 100}
     # Four exchanges of 0.1 MB at 25 MB/s, a millisecond each.
     assert predict(config, timed, CURVE, "all_to_all") == pytest.approx(4 * (1e-3 + 4e-3))
+    # Each chunk has a latency of its own; without compute there is nothing to overlap.
+    chunked = predict(config, timed, CURVE, "chunked:all_to_all,chunks=3")
+    assert chunked == pytest.approx(4 * (3e-3 + 4e-3))
 
 
 def invented(config: BenchConfig) -> dict:

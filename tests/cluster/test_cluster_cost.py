@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -52,6 +54,44 @@ LINKS = Links(latency_seconds=0.5, within_bytes_per_second=100.0, between_bytes_
 )
 def test_the_busiest_link_decides(traffic, seconds):
     assert LINKS.exchange_seconds(traffic, (0, 0, 1, 1)) == pytest.approx(seconds)
+
+
+APART = torch.tensor([[0, 400, 0, 0], [0, 0, 0, 0], [0, 0, 0, 300], [0, 0, 400, 0]])
+TO_ALL = torch.tensor([[9, 20, 10, 10], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("traffic", "links", "options", "seconds"),
+    [
+        (APART, {}, {}, 0.5 + 7.0),  # the second node's ranks share their link
+        (APART, {"within_is_shared": False}, {}, 0.5 + 4.0),
+        (APART, {}, {"groups_per_node": 2}, 0.5 + 14.0),
+        (APART, {"within_is_shared": False}, {"groups_per_node": 2}, 0.5 + 4.0),
+        (TO_ALL, {}, {"groups_per_node": 2}, 0.5 + 4.0),  # the uplink is shared in any case
+        (TO_ALL, {"message_seconds": 0.1}, {}, 0.5 + 3 * 0.1 + 2.0),
+        (TO_ALL, {"message_seconds": 0.1}, {"chunks": 4}, 4 * (0.5 + 3 * 0.1) + 2.0),
+    ],
+)
+def test_what_shares_a_link_and_what_each_message_takes(traffic, links, options, seconds):
+    found = dataclasses.replace(LINKS, **links).exchange_seconds(traffic, (0, 0, 1, 1), **options)
+    assert found == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("shared", "size", "per_node", "groups", "seconds"),
+    [
+        (True, 1, 1, 4, 0.0),
+        (False, 4, 4, 2, 3 * (0.5 + 0.1 + 1.0)),  # 400 bytes in four parts, each link its own
+        (True, 4, 4, 2, 3 * (0.5 + 0.1 + 8.0)),  # four ranks of two rings on one link
+        (False, 4, 2, 3, 3 * (0.5 + 0.1 + 30.0)),  # three rings on one uplink
+        (True, 4, 2, 1, 3 * (0.5 + 0.1 + 10.0)),
+    ],
+)
+def test_rings_pass_parts_on_over_the_links_that_they_share(
+    shared, size, per_node, groups, seconds
+):
+    links = dataclasses.replace(LINKS, within_is_shared=shared, message_seconds=0.1)
+    assert links.ring_seconds(400.0, size, per_node, groups) == pytest.approx(seconds)
 
 
 def test_chunks_overlap_all_but_the_ends():

@@ -133,6 +133,9 @@ def test_files_that_are_not_there_or_not_readable(tmp_path):
         ({"local_share": 1.5}, "local_share=1.5 must be a share between 0 and 1"),
         ({"load": (0.0, 0.0)}, "load="),
         ({"dispatch": "pigeons"}, "pigeons"),
+        ({"top_k": 0}, "top_k=0 must be a whole number of at least 1"),
+        ({"top_k": True}, "top_k=True must be an integer, or None"),
+        ({"local_share": float("nan")}, "local_share=nan must be a number, in a share"),
     ],
 )
 def test_a_routing_is_checked(values, said):

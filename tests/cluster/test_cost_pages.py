@@ -11,19 +11,29 @@ import pytest
 
 from etr.cli import main
 from etr.cluster import paper, scale
-from etr.cluster.bench.plan import BenchConfig
+from etr.cluster.bench.plan import ROWS, BenchConfig
 from etr.cluster.calibration import (
     MOST_MEAN,
     MOST_WORST,
+    Calibration,
     Fitted,
     calibrate,
     fit,
     predicted_seconds,
     timings_of,
 )
-from etr.cluster.cost import Cluster, Layout, ModelShape, RoutingShape, known, read_described
+from etr.cluster.cost import (
+    Cluster,
+    Layout,
+    ModelShape,
+    RoutingShape,
+    known,
+    read_described,
+    routing_of_trace,
+)
 from etr.cluster.plan import PlanConfig, plan, progress_of
 from etr.cluster.scale import Observed, ScaleConfig, Way, simulate, slope
+from etr.trace import LayerRouting, TokenRows, TraceInfo, TraceWriter
 
 DOCS = Path(__file__).parents[2] / "docs"
 RESULTS = json.loads((DOCS / "results/cluster.json").read_text())
@@ -42,6 +52,13 @@ def test_layouts_of_the_paper_take_its_devices():
     for devices, layout in paper.LAYOUTS.items():
         assert layout.num_devices == devices
         assert paper.BATCH % layout.data == model.num_experts % layout.expert == 0
+
+
+def test_the_paper_router_is_compared_by_tokens_that_experts_keep():
+    """A padded buffer with room for all keeps as many as choose an expert, not its places."""
+    found = paper.outcomes({**paper.base(), "baseline_factor": 8.0, "hottest": 4.0})
+    assert [one["baseline"].kept for one in found.values()] == pytest.approx([1.0] * 3)
+    assert all(one["ETR"].kept < 1 for one in found.values())
 
 
 # --- calibration ----------------------------------------------------------------------------------
@@ -63,7 +80,7 @@ def test_a_fit_finds_the_values_that_made_the_times():
         between_bytes_per_second=2e7,
         compute_ratio=1.1,
         start_seconds=3e-3,
-        layer_seconds=4e-3,
+        rest_seconds=4e-3,
     )
     timings = [
         dataclasses.replace(timing, seconds=predicted_seconds(timing, true))
@@ -71,6 +88,36 @@ def test_a_fit_finds_the_values_that_made_the_times():
     ]
     found = fit(timings, BenchConfig())
     np.testing.assert_allclose(list(vars(found).values()), list(vars(true).values()), rtol=1e-3)
+
+
+def test_orders_and_signs_of_what_is_kept_out():
+    found = calibrate(RESULTS, BenchConfig())
+    cells = {(t.group, t.variant): t for t in found.kept_out if t.shape == "4x1"}
+    some = sorted(list(cells.values())[:3], key=lambda t: predicted_seconds(t, found.fitted))
+    told = [predicted_seconds(timing, found.fitted) for timing in some]
+    assert told == sorted(set(told))
+
+    def measured(*seconds: float) -> Calibration:
+        pairs = zip(some, seconds, strict=True)
+        kept_out = [dataclasses.replace(timing, seconds=s) for timing, s in pairs]
+        return dataclasses.replace(found, kept_out=kept_out)
+
+    exact = measured(*told)
+    assert exact.orders() == (3, 3, [])
+    assert exact.by_shape()["4x1"].tolist() == [0.0] * 3
+    longer = measured(*(2 * seconds for seconds in told))
+    assert longer.by_shape()["4x1"].tolist() == pytest.approx([-0.5] * 3)
+    swapped, apart = measured(told[0], told[2], told[1]), told[2] / told[1] - 1
+    names = f"{some[1].variant} and {some[2].variant}"
+    said = f"{names} ({some[0].group}; measured {apart:.1%} apart)"
+    assert swapped.orders() == (3, 2, [said])
+    # What is predicted equal is not in any order.
+    sent = ROWS[some[0].variant].dispatch
+    name = next(n for n, row in ROWS.items() if n != some[0].variant and row.dispatch == sent)
+    twin = dataclasses.replace(some[0], variant=name, seconds=2 * told[0])
+    same = dataclasses.replace(found, kept_out=[exact.kept_out[0], twin])
+    assert same.orders()[:2] == (1, 0)
+    assert same.orders()[2][0].endswith("measured 50.0% apart, predicted equal)")
 
 
 # --- scale ----------------------------------------------------------------------------------------
@@ -99,6 +146,21 @@ def test_simulated_groups_without_a_network_or_chance():
         assert found.seconds == pytest.approx(3 * float(want) * 64 / ranks)
         assert found.network_seconds == 0
         assert found.imbalance == 1
+
+
+def test_ranks_that_share_a_link_inside_a_node_wait_for_each_other():
+    config = ScaleConfig(devices=8, experts=64, straggler_sigma=0.0, tokens=1 << 10, layers=1)
+    model = dataclasses.replace(read_described(ModelShape, config.model), num_experts=64)
+    cluster = read_described(Cluster, config.cluster)
+    observed = Observed(loads=np.ones(3), odds=4.0)
+    times = []
+    for shared in (False, True):
+        links = dataclasses.replace(
+            cluster.links, latency_seconds=0.0, message_seconds=0.0, within_is_shared=shared
+        )
+        found = simulate(config, model, dataclasses.replace(cluster, links=links), observed, 8)
+        times.append(found["padded 1.1"].network_seconds)
+    assert times[1] == pytest.approx(8 * times[0])
 
 
 def test_copies_of_hot_experts_even_the_ranks():
@@ -141,6 +203,46 @@ def test_the_fastest_layout_that_fits(tmp_path, capsys, monkeypatch):
     assert "stage  3" in text
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert {event["pid"] for event in events} == {0, 1}
+
+
+def test_a_plan_takes_load_and_shares_off_a_trace(tmp_path):
+    info = TraceInfo(
+        num_experts=4, num_layers=2, top_k=1, router="etr", selection="threshold",
+        affinity="score", source="x",
+    )  # fmt: skip
+    tokens = TokenRows(
+        sequence=np.array([0, 0, 1, 1]),
+        position=np.array([0, 1, 0, 1]),
+        token_id=np.arange(4),
+        text=["a"] * 4,
+        domain=["prose"] * 4,
+    )
+
+    def layer(experts: list[int], kept: list[bool]) -> LayerRouting:
+        return LayerRouting(
+            counts=np.ones(4, dtype=np.int64),
+            experts=np.array(experts),
+            weights=np.ones(4, dtype=np.float32),
+            affinities=None,
+            kept=np.array(kept),
+        )
+
+    path = tmp_path / "trace.parquet"
+    with TraceWriter(path, info) as writer:
+        writer.write(
+            tokens,
+            [layer([0, 0, 0, 3], [True, True, False, True]), layer([2, 2, 2, 1], [True] * 4)],
+        )
+    base = read_described(RoutingShape, "unpadded")
+    found = routing_of_trace(path, base, num_nodes=2)
+    # Each layer gives 0, 0, 1, 3 by rank of the load, whichever experts these are.
+    assert found.load == (0.0, 0.0, 1.0, 3.0)
+    assert found.kept_share == ((0.0, 7 / 8),)
+    # Kept and near: tokens 0, 1 and 3 of the first layer, 2 of the second.
+    assert found.local_share == 4 / 7
+    assert (found.name, found.dispatch) == (base.name, base.dispatch)
+    assert routing_of_trace(path, base).local_share is None
+    assert sorted(found.load_of(4)) == [0.0, 0.0, 0.25, 0.75]
 
 
 def test_no_faster_layout_was_passed_over():

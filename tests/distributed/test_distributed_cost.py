@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from layouts import LAYOUTS, E, Layout, parallel
 
-from etr.cluster.cost import count_rows, journey
+from etr.cluster.cost import Rows, journey
 from etr.moe import DISPATCHERS, ExpertParallel, MoE, MoEConfig, RoutingContext
 from etr.moe.capacity import Factor
 from etr.moe.dispatch import parse_dispatcher
@@ -54,6 +54,39 @@ def counted(dispatch: str, layout: Layout) -> dict[str, Any]:
     }
 
 
+def count_rows(
+    experts: list[np.ndarray], kept: list[np.ndarray], node_size: int, slots: list[int]
+) -> Rows:
+    """The rows of a routing that is known, choice by choice.
+
+    Args:
+        experts: of each rank's tokens, int [T, K], negative where a token has fewer.
+        kept: bool [T, K].
+        node_size: ranks of a node.
+        slots: places of each rank's buffer for an expert.
+    """
+    num_ranks = len(experts)
+    pairs, places, nodes, singles = [], [], [], []
+    for chosen, keep in zip(experts, kept, strict=True):
+        used = keep & (chosen >= 0)
+        to = np.where(used, chosen, E) // (E // num_ranks)
+        hit = (to[..., None] == np.arange(num_ranks)).sum(1)  # [T, N]
+        grid = hit.reshape(len(hit), num_ranks // node_size, node_size)
+        pairs.append(hit.sum(0))
+        singles.append(np.bincount(chosen[used], minlength=E))
+        places.append(grid.any(1).sum(0))
+        nodes.append(grid.any(2).sum(0))
+    return Rows(
+        tokens=np.array([len(chosen) for chosen in experts]),
+        pairs=np.array(pairs),
+        by_place=np.array(places),
+        by_node=np.array(nodes),
+        to_expert=np.array(singles),
+        slots=np.array(slots),
+        experts_per_rank=E // num_ranks,
+    )
+
+
 def on_rank(world: int) -> dict[str, Any]:
     if world != 4:
         return {}
@@ -76,7 +109,6 @@ def test_bytes_are_those_that_a_layer_counts(ranks: Any, case: tuple[str, str]) 
         rows = count_rows(
             [expert[r][s] for r, s in zip(group, own, strict=True)],
             [kept[r][s] for r, s in zip(group, own, strict=True)],
-            num_experts=E,
             node_size=1 if twins else 2,
             slots=[parts[r]["slot"] for r in group],
         )

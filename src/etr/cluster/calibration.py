@@ -1,4 +1,4 @@
-"""The cost model fitted to measured steps of the emulated cluster, and what it says of others."""
+"""Exchange and overlap fitted to measured steps of the emulated cluster, and tested on others."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from etr.cluster.bench.plan import EMULATED, REAL, ROWS, BenchConfig, nodes_of
-from etr.cluster.cost import Links, layer_seconds
+from etr.cluster.bench.prediction import busiest_seconds, chunks_of, step_seconds
+from etr.cluster.cost import Links
 from etr.cluster.network import parse_rate
-from etr.moe.dispatch import parse_dispatcher
 from etr.sheet import table
 
 MOST_MEAN, MOST_WORST = 0.10, 0.20
-"""Errors that the model is held to on timings that were kept out of its fit."""
+"""The project's goals for errors on timings that were kept out of the fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Fitted:
     """Time that the experts take over what they were told to sleep."""
     start_seconds: float
     """Of starting the experts, once a chunk."""
-    layer_seconds: float
+    rest_seconds: float
     """Of the rest of a layer, in each direction."""
 
 
@@ -58,9 +58,9 @@ class Timing:
     """What the busiest rank's experts of each layer sleep in the forward pass."""
 
     @property
-    def chunks(self) -> int:
-        """Parts that travel one behind the other."""
-        return getattr(parse_dispatcher(ROWS[self.variant].dispatch), "chunks", 1)
+    def shape(self) -> str:
+        """Nodes x ranks per node."""
+        return self.group.split(",")[0]
 
 
 def timings_of(results: Mapping[str, Any], config: BenchConfig) -> list[Timing]:
@@ -72,7 +72,6 @@ def timings_of(results: Mapping[str, Any], config: BenchConfig) -> list[Timing]:
         at = timed["compute"].removeprefix(EMULATED)
         ratio = float(at.removeprefix("-at-")) if at else config.compute_ratio
         rows = np.array(timed["rows"], dtype=np.float64)
-        per_row = config.seconds_per_row(ratio)
         found.append(
             Timing(
                 group=f"{timed['shape']}, {timed['run']['text']} text, ratio {ratio:g}",
@@ -82,7 +81,7 @@ def timings_of(results: Mapping[str, Any], config: BenchConfig) -> list[Timing]:
                 layers=tuple(rows * timed["row_bytes"]),
                 nodes=nodes_of(timed["shape"]),
                 within_bytes_per_second=parse_rate(config.intra) / 8,
-                sleep_seconds=tuple((rows.sum(1).max(1) * per_row).tolist()),
+                sleep_seconds=tuple(busiest_seconds(rows, config.seconds_per_row(ratio))),
             )
         )
     return found
@@ -91,19 +90,19 @@ def timings_of(results: Mapping[str, Any], config: BenchConfig) -> list[Timing]:
 def predicted_seconds(timing: Timing, fitted: Fitted) -> float:
     """A step by the model: forward and backward of every layer."""
     links = Links(
-        latency_seconds=fitted.latency_seconds * timing.chunks,
+        latency_seconds=fitted.latency_seconds,
         within_bytes_per_second=timing.within_bytes_per_second,
         between_bytes_per_second=fitted.between_bytes_per_second,
     )
-    total, start = 0.0, fitted.start_seconds * timing.chunks
-    for traffic, sleep in zip(timing.layers, timing.sleep_seconds, strict=True):
-        there = links.exchange_seconds(traffic, timing.nodes)
-        back = links.exchange_seconds(traffic.T, timing.nodes)
-        for factor, ways in ((1, (there, back)), (2, (back, there))):
-            compute = factor * sleep * fitted.compute_ratio + start
-            total += layer_seconds(ways[0], compute, ways[1], timing.chunks)
-            total += fitted.layer_seconds
-    return total
+    return step_seconds(
+        timing.layers,
+        [fitted.compute_ratio * sleep for sleep in timing.sleep_seconds],
+        timing.nodes,
+        links,
+        chunks=chunks_of(ROWS[timing.variant].dispatch),
+        start_seconds=fitted.start_seconds,
+        rest_seconds=fitted.rest_seconds,
+    )
 
 
 def fit(timings: Sequence[Timing], config: BenchConfig) -> Fitted:
@@ -115,7 +114,7 @@ def fit(timings: Sequence[Timing], config: BenchConfig) -> Fitted:
         between_bytes_per_second=parse_rate(config.inter) / 8,
         compute_ratio=1.0,
         start_seconds=1e-3,
-        layer_seconds=5e-3,
+        rest_seconds=5e-3,
     )
 
     def errors(logs: np.ndarray) -> list[float]:
@@ -138,6 +137,11 @@ class Calibration:
         """Relative error of each prediction."""
         return np.array([predicted_seconds(t, self.fitted) / t.seconds - 1 for t in timings])
 
+    def by_shape(self) -> dict[str, np.ndarray]:
+        """Signed relative errors of the timings kept out, of each shape."""
+        shapes = dict.fromkeys(timing.shape for timing in self.kept_out)
+        return {s: self.errors([t for t in self.kept_out if t.shape == s]) for s in shapes}
+
     def cells(self) -> dict[tuple[str, str], tuple[float, float]]:
         """(group, variant) kept out: predicted and measured seconds, means over seeds."""
         found: dict[tuple[str, str], list[tuple[float, float]]] = {}
@@ -147,19 +151,17 @@ class Calibration:
         return {key: tuple(np.mean(both, axis=0)) for key, both in found.items()}
 
     def orders(self) -> tuple[int, int, list[str]]:
-        """Pairs of variants of a group: all; those in the measured order; the others, in words.
-
-        Pairs whose measured means lie within 5 % of each other have no order.
-        """
+        """Pairs of variants of a group: all; those in the measured order; the others, in words."""
         cells, right, wrong = self.cells(), 0, []
         for (a, x), (b, y) in itertools.combinations(cells.items(), 2):
-            if a[0] != b[0] or abs(x[1] / y[1] - 1) < 0.05:
+            if a[0] != b[0]:
                 continue
             if (x[0] < y[0], x[0] > y[0]) == (x[1] < y[1], x[1] > y[1]):
                 right += 1
             else:
                 how = ", predicted equal" if x[0] == y[0] else ""
-                wrong.append(f"{a[1]} and {b[1]} ({a[0]}{how})")
+                apart = abs(x[1] / y[1] - 1)
+                wrong.append(f"{a[1]} and {b[1]} ({a[0]}; measured {apart:.1%} apart{how})")
         return right + len(wrong), right, wrong
 
 
@@ -187,7 +189,7 @@ def section(found: Calibration) -> str:
         ("uplink of a node", f"{fitted.between_bytes_per_second * 8e-6:.0f} Mbit/s"),
         ("experts' time over what they sleep", f"{fitted.compute_ratio:.2f}"),
         ("starting a chunk's experts", f"{fitted.start_seconds * 1e3:.1f} ms"),
-        ("the rest of a layer, each direction", f"{fitted.layer_seconds * 1e3:.1f} ms"),
+        ("the rest of a layer, each direction", f"{fitted.rest_seconds * 1e3:.1f} ms"),
     ]
     rows = [
         (*key, f"{both[0]:.3f}", f"{both[1]:.3f}", f"{both[0] / both[1] - 1:+.0%}")
@@ -198,13 +200,29 @@ def section(found: Calibration) -> str:
         f"**Measured** on the emulated network, with emulated compute ([cluster.md](cluster.md)). "
         f"Five values are fitted to the {len(found.used)} timings of {found.used[0].group}; the "
         f"{len(found.kept_out)} of other numbers of nodes, other text and other ratios are kept "
-        f"out of it.\n\n{table(('fitted', 'value'), values)}\n"
+        "out of it. What these steps test is two formulas that a plan uses too: the time of an "
+        "exchange from the bytes of the busiest link, and the overlap of chunks. They do not test "
+        "a plan: its matrix products, tensor ranks, pipeline, reduction of gradients, optimizer "
+        "and memory are not in these steps. Experts sleep, and two of the fitted terms, starting "
+        "a chunk's experts and the rest of a layer, stand for what these steps do besides; no "
+        "plan uses them. Which terms are fitted was chosen after such errors were seen, so what "
+        f"is kept out is not a blind test.\n\n{table(('fitted', 'value'), values)}\n"
         f"On the timings of the fit the mean absolute error is {np.abs(inside).mean():.1%}, the "
-        f"worst {np.abs(inside).max():.1%}. On those kept out it is {average:.1%} (asked: under "
-        f"{MOST_MEAN:.0%}), the worst {worst:.1%} (asked: under {MOST_WORST:.0%}), and {right} of "
-        f"{pairs} pairs of variants whose measured means differ by 5 % or more are in the measured "
-        f"order (asked: all). {'All three hold.' if holds else 'Not all three hold.'}"
+        f"worst {np.abs(inside).max():.1%}. On those kept out it is {average:.1%} (the project's "
+        f"goal: under {MOST_MEAN:.0%}), the worst {worst:.1%} (goal: under {MOST_WORST:.0%}), and "
+        f"{right} of {pairs} pairs of variants are in the order of their measured means (goal: "
+        f"all). {'All three goals are met.' if holds else 'Not all three goals are met.'}"
         + (f" Out of order: {'; '.join(wrong)}." if wrong else "")
-        + "\n\nKept out, means over seeds:\n\n"
+        + f"\n\n{_signed(found)}\n\nKept out, means over seeds:\n\n"
         + table(("timed in", "variant", "predicted (s)", "measured (s)", "error"), rows)
     )
+
+
+def _signed(found: Calibration) -> str:
+    """On which shapes the model says too little."""
+    said = [
+        f"{errors.mean():+.1%} on {shape} ({(errors < 0).sum()} of {len(errors)} timings are "
+        "predicted too short)"
+        for shape, errors in found.by_shape().items()
+    ]
+    return f"The mean signed error of those kept out is {' and '.join(said)}."

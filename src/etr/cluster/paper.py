@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from etr.cluster.cost import (
-    Cluster,
-    Device,
-    Layout,
-    Links,
-    ModelShape,
-    RoutingShape,
-    peak_memory,
-    read_described,
-    step_of,
-)
+from etr.cluster.cost import Cluster, Layout, ModelShape, RoutingShape, read_described
+from etr.cluster.plan import Planned, fullest, planned
 from etr.sheet import table
 
 BATCH = 128
 """Sequences of a step."""
+MODEL = read_described(ModelShape, "mixtral-8x7b")
+CLUSTER = read_described(Cluster, "ascend-910b3")
 LAYOUTS = {
     32: Layout(tensor=4, pipeline=4, data=2, expert=2, expert_tensor=4, sequence_length=32768),
     64: Layout(tensor=8, pipeline=4, data=2, expert=2, expert_tensor=8, sequence_length=32768),
@@ -57,23 +50,47 @@ ASSUMED = {
     "local": Assumption(0.78, 0.5, 1.0, "ETR's share of tokens on their node, of two", "emulated"),
     "chunks": Assumption(4, 1, 16, "chunks of ETR that overlap exchange and experts", "assumed"),
     "efficiency": Assumption(0.5, 0.2, 0.8, "share of the peak that a product reaches", "assumed"),
-    "within": Assumption(196e9, 28e9, 392e9, "rate inside a server, bytes per second", "assumed"),
-    "between": Assumption(200e9, 12.5e9, 400e9, "uplink of a server, bytes per second", "assumed"),
-    "latency": Assumption(30e-6, 5e-6, 1e-3, "latency of an exchange, seconds", "assumed"),
+    "within": Assumption(
+        CLUSTER.links.within_bytes_per_second,
+        28e9,
+        392e9,
+        "rate inside a server, bytes per second",
+        "assumed",
+    ),
+    "between": Assumption(
+        CLUSTER.links.between_bytes_per_second,
+        12.5e9,
+        400e9,
+        "uplink of a server, bytes per second",
+        "assumed",
+    ),
+    "latency": Assumption(
+        CLUSTER.links.latency_seconds, 5e-6, 1e-3, "latency of an exchange, seconds", "assumed"
+    ),
     "recompute": Assumption(1, 0, 1, "whether layers are computed again (1: yes)", "assumed"),
 }
 """All assumptions by name; their ranges are what is searched."""
 GIVEN = (
     ("model, sequence of 32,768 tokens, 128 sequences a step, top-1, layouts", "the paper"),
-    ("313 TFLOP/s in 16 bits, 64 GB and 1.6 TB/s a device, 8 a server", "the paper"),
+    (
+        f"{CLUSTER.device.flops_per_second / 1e12:g} TFLOP/s in 16 bits, "
+        f"{CLUSTER.device.memory_bytes / 1e9:g} GB and "
+        f"{CLUSTER.device.memory_bytes_per_second / 1e12:g} TB/s a device, "
+        f"{CLUSTER.devices_per_node} a server",
+        "the paper",
+    ),
+    (
+        f"{CLUSTER.device.kernel_seconds * 1e6:g} µs to start a product, "
+        f"{CLUSTER.links.message_seconds * 1e6:g} µs for each message of a rank",
+        "assumed",
+    ),
     ("16-bit weights and activations, float32 gradients, 12 bytes of sharded optimizer", "assumed"),
     ("one sequence a micro-batch; pipeline of one forward, one backward in turn", "assumed"),
+    ("a step as the mean of the begin, middle and end of training, memory the most", "assumed"),
     ("an even load but for the hottest expert, the same in training from start to end", "assumed"),
 )
 POINTS = 12
 """Points of the ranges that are tried at random, beside their ends one by one."""
-PROGRESS = (0.25, 0.75)
-"""Moments of training whose mean is a step; memory is the most of its two ends."""
 
 
 class Outcome(NamedTuple):
@@ -87,8 +104,26 @@ class Outcome(NamedTuple):
     """All its products."""
     memory_bytes: float
     """The fullest device's, at the fullest moment."""
-    rows: float
-    """Kept rows of an expert over the mean number of tokens, at the end of training."""
+    kept: float
+    """Tokens that an expert keeps at the end of training over the mean of those that choose one."""
+
+    @classmethod
+    def of(cls, one: Planned) -> Outcome:
+        """What the numbers of the paper are compared with."""
+        parts = one.parts()
+        return cls(
+            seconds=one.seconds,
+            expert_seconds=parts["experts"],
+            product_seconds=parts["experts"] + parts["attention"] + parts["dense"],
+            memory_bytes=one.memory.total_bytes,
+            kept=float(one.routing.kept_at(1.0, MODEL.num_experts).sum()),
+        )
+
+
+Found = dict[str, Outcome]
+"""By router."""
+Everywhere = dict[int, Found]
+"""By number of devices."""
 
 
 def base() -> dict[str, float]:
@@ -122,93 +157,62 @@ def routings(values: dict[str, float]) -> dict[str, RoutingShape]:
     }
 
 
-def outcomes(devices: int, values: dict[str, float]) -> dict[str, Outcome]:
-    """Predict the three routers on one of the paper's clusters."""
-    model = read_described(ModelShape, "mixtral-8x7b")
-    layout = LAYOUTS[devices]
-    layout = replace(
-        layout, micro_batches=BATCH // layout.data, recompute=bool(round(values["recompute"]))
+def outcomes(values: dict[str, float]) -> Everywhere:
+    """Predict the three routers on each of the paper's clusters."""
+    device = replace(CLUSTER.device, efficiency=((1.0, values["efficiency"]),))
+    links = replace(
+        CLUSTER.links,
+        latency_seconds=values["latency"],
+        within_bytes_per_second=values["within"],
+        between_bytes_per_second=values["between"],
     )
-    cluster = Cluster(
-        name="the paper's",
-        num_nodes=devices // 8,
-        devices_per_node=8,
-        device=Device(
-            flops_per_second=313e12,
-            memory_bytes=64e9,
-            memory_bytes_per_second=1.6e12,
-            efficiency=((1.0, values["efficiency"]),),
-        ),
-        links=Links(
-            latency_seconds=values["latency"],
-            within_bytes_per_second=values["within"],
-            within_is_shared=False,
-            between_bytes_per_second=values["between"],
-        ),
-    )
-    return {
-        name: _outcome(model, cluster, layout, routing)
-        for name, routing in routings(values).items()
-    }
-
-
-def _outcome(model: ModelShape, cluster: Cluster, layout: Layout, routing: RoutingShape) -> Outcome:
-    changes = len(routing.capacity) > 1
-    moments = PROGRESS if changes else (1.0,)
-    steps = [step_of(model, cluster, layout, routing, progress=p) for p in moments]
-    parts = [step.parts for step in steps]
-    ends = (0.0, 1.0) if changes else (1.0,)
-    memory = max(peak_memory(model, layout, routing, p).total_bytes for p in ends)
-    kept = routing.factor_at(1.0) if routing.padded else routing.kept_at(1.0, 8).sum()
-    return Outcome(
-        seconds=float(np.mean([step.seconds for step in steps])),
-        expert_seconds=float(np.mean([p["experts"] for p in parts])),
-        product_seconds=float(np.mean([p["experts"] + p["attention"] + p["dense"] for p in parts])),
-        memory_bytes=memory,
-        rows=float(kept),
-    )
-
-
-Found = dict[str, Outcome]
+    found: Everywhere = {}
+    for devices, given in LAYOUTS.items():
+        nodes = devices // CLUSTER.devices_per_node
+        cluster = replace(CLUSTER, num_nodes=nodes, device=device, links=links)
+        again, count = bool(round(values["recompute"])), BATCH // given.data
+        layout = replace(given, micro_batches=count, recompute=again)
+        found[devices] = {
+            name: Outcome.of(
+                planned(MODEL, cluster, layout, routing, fullest(MODEL, layout, routing))
+            )
+            for name, routing in routings(values).items()
+        }
+    return found
 
 
 class Claim(NamedTuple):
     """A number of the paper that time and memory decide."""
 
     words: str
+    field: str
+    """Of an `Outcome`."""
+    other: str
+    """The router that ETR is compared with."""
     low: float
     high: float
-    text: str
-    of: Callable[[Found], float]
+    ratio: bool = False
+    """Whether it is the other's over ETR's, or how far ETR's is below the other's, in percent."""
 
+    def of(self, found: Found) -> float:
+        """The number as predicted."""
+        ours, theirs = (getattr(found[name], self.field) for name in ("ETR", self.other))
+        return theirs / ours if self.ratio else 100 * (1 - ours / theirs)
 
-def _below(field: str, other: str) -> Callable[[Found], float]:
-    return lambda found: 100 * (1 - getattr(found["ETR"], field) / getattr(found[other], field))
-
-
-def _times(field: str, other: str) -> Callable[[Found], float]:
-    return lambda found: getattr(found[other], field) / getattr(found["ETR"], field)
+    def text(self, value: float) -> str:
+        """As the page shows it."""
+        return f"{value:.2f}" if self.ratio else f"{value:.1f}"
 
 
 CLAIMS = (
-    Claim("step below baseline (%)", 5.4, 46.6, "{:.1f}", _below("seconds", "baseline")),
-    Claim("step below LocMoE (%)", 2.9, 13.3, "{:.1f}", _below("seconds", "LocMoE")),
-    Claim(
-        "experts' products, baseline over ETR",
-        17,
-        17,
-        "{:.2f}",
-        _times("expert_seconds", "baseline"),
-    ),
-    Claim(
-        "experts' products, LocMoE over ETR", 2.6, 2.6, "{:.2f}", _times("expert_seconds", "LocMoE")
-    ),
-    Claim(
-        "all products, baseline over ETR", 2.8, 2.8, "{:.2f}", _times("product_seconds", "baseline")
-    ),
-    Claim("memory below baseline (%)", 4.57, 16.27, "{:.1f}", _below("memory_bytes", "baseline")),
-    Claim("memory below LocMoE (%)", 2.86, 10.5, "{:.1f}", _below("memory_bytes", "LocMoE")),
-    Claim("tokens of an expert below baseline (%)", 40, 40, "{:.1f}", _below("rows", "baseline")),
+    Claim("step below baseline (%)", "seconds", "baseline", 5.4, 46.6),
+    Claim("step below LocMoE (%)", "seconds", "LocMoE", 2.9, 13.3),
+    Claim("experts' products, baseline over ETR", "expert_seconds", "baseline", 17, 17, True),
+    Claim("experts' products, LocMoE over ETR", "expert_seconds", "LocMoE", 2.6, 2.6, True),
+    Claim("all products, baseline over ETR", "product_seconds", "baseline", 2.8, 2.8, True),
+    Claim("memory below baseline (%)", "memory_bytes", "baseline", 4.57, 16.27),
+    Claim("memory below LocMoE (%)", "memory_bytes", "LocMoE", 2.86, 10.5),
+    Claim("kept tokens of an expert below baseline (%)", "kept", "baseline", 40, 40),
 )
 NOT_PREDICTED = (
     "equal perplexity at 40 % fewer tokens; GDAD 52.8 to 61.5, TeleQnA 62.1 to 68.8, GPQA 29.2 to "
@@ -218,50 +222,68 @@ NOT_PREDICTED = (
 )
 
 
-def searched() -> dict[int, list[dict[str, float]]]:
-    """Points that are tried on each cluster: the base, the ends one by one, and random ones."""
-    draw = np.random.default_rng(0)
-    tried = [base()]
-    for name, assumption in ASSUMED.items():
-        tried += [{**base(), name: end} for end in (assumption.low, assumption.high)]
-    for place in draw.random((POINTS, len(ASSUMED))):
-        ends = ASSUMED.items()
-        tried.append(
-            {n: a.low + p * (a.high - a.low) for (n, a), p in zip(ends, place, strict=True)}
-        )
-    # The most that speaks for ETR, at once.
-    most = {
-        "baseline_factor": 8.0,
-        "etr_start": 0.6,
-        "etr_end": 0.4,
-        "local": 1.0,
-        "recompute": 0.0,
+class Tried(NamedTuple):
+    """Predictions at every point that is tried."""
+
+    base: Everywhere
+    """What is taken."""
+    alone: dict[str, tuple[Everywhere, Everywhere]]
+    """The least and the most of each assumption, the others as taken."""
+    chance: list[Everywhere]
+    """Points at random."""
+    favoured: Everywhere
+    """Each assumption at that of its values which alone favours ETR most."""
+
+    @property
+    def every(self) -> list[Everywhere]:
+        """All of them."""
+        ends = [end for pair in self.alone.values() for end in pair]
+        return [self.base, *ends, *self.chance, self.favoured]
+
+
+def saving(found: Everywhere) -> float:
+    """How far ETR's step is below the baseline's, percent, mean over clusters."""
+    return float(np.mean([CLAIMS[0].of(one) for one in found.values()]))
+
+
+def tried() -> Tried:
+    """Predict all points."""
+    taken, draw = base(), np.random.default_rng(0)
+    first = outcomes(taken)
+    alone = {
+        name: (outcomes({**taken, name: a.low}), outcomes({**taken, name: a.high}))
+        for name, a in ASSUMED.items()
     }
-    tried += [
-        {**base(), **most, "between": rate, "hottest": hottest}
-        for rate in (12.5e9, 400e9)
-        for hottest in (1.0, 4.0)
+    best = {
+        name: max(
+            ((a.base, first), (a.low, alone[name][0]), (a.high, alone[name][1])),
+            key=lambda end: saving(end[1]),
+        )[0]
+        for name, a in ASSUMED.items()
+    }
+    chance = [
+        outcomes(
+            {n: a.low + p * (a.high - a.low) for (n, a), p in zip(ASSUMED.items(), at, strict=True)}
+        )
+        for at in draw.random((POINTS, len(ASSUMED)))
     ]
-    return dict.fromkeys(LAYOUTS, tried)
+    return Tried(first, alone, chance, outcomes(best))
 
 
 def page() -> str:
     """docs/results/paper-clusters.md."""
-    found = {
-        devices: [outcomes(devices, values) for values in points]
-        for devices, points in searched().items()
-    }
-    at_base = {devices: all_found[0] for devices, all_found in found.items()}
+    found = tried()
+    at_base = found.base
     rows, missed = [], []
     for claim in CLAIMS:
-        values = [claim.of(one) for every in found.values() for one in every]
+        values = [claim.of(one) for every in found.every for one in every.values()]
         low, high = min(values), max(values)
         reached = any(claim.low <= value <= claim.high for value in values) or (
             claim.low == claim.high and low <= claim.low <= high
         )
         told = f"{claim.low:g}" if claim.low == claim.high else f"{claim.low:g} to {claim.high:g}"
-        here = [claim.text.format(claim.of(at_base[devices])) for devices in LAYOUTS]
-        span = f"{claim.text.format(low)} to {claim.text.format(high)}"
+        here = [claim.text(claim.of(at_base[devices])) for devices in LAYOUTS]
+        span = f"{claim.text(low)} to {claim.text(high)}"
         rows.append((claim.words, told, *here, span, "yes" if reached else "no"))
         if not reached:
             missed.append(claim.words)
@@ -272,7 +294,7 @@ def page() -> str:
             name,
             f"{one.seconds:.2f}",
             f"{one.memory_bytes / 1e9:.1f}",
-            "yes" if one.memory_bytes <= 64e9 else "no",
+            "yes" if one.memory_bytes <= CLUSTER.device.memory_bytes else "no",
         )
         for devices, every in at_base.items()
         for name, one in every.items()
@@ -288,43 +310,43 @@ def page() -> str:
             "cost model (`etr.cluster.cost`) from sizes and assumed rates; nothing was measured on "
             "such a cluster. The paper gives ranges over its clusters.\n",
             f"## Beside each number of the paper\n\n{table(head, rows)}",
-            _reached(found, missed),
+            _reached(found.every, missed),
             f"Not a matter of time or memory, so not predicted: {NOT_PREDICTED}.\n",
             "## Steps\n\n"
             + table(("devices", "layout", "router", "step (s)", "memory (GB)", "fits"), steps),
             "## What goes in\n\n" + table(("what", "source"), GIVEN),
             table(("assumption", "taken", "tried", "source"), assumed),
-            f"## What moves the saving of a step most\n\n{_tornado(found[64])}",
+            f"## What moves the saving of a step most\n\n{_tornado(found)}",
         ]
     )
 
 
-def _reached(found: dict[int, list[Found]], missed: list[str]) -> str:
+def _reached(found: Sequence[Everywhere], missed: list[str]) -> str:
     """Which numbers no point reproduces, and how many points reproduce all ranges at once."""
     ranges = [claim for claim in CLAIMS if claim.low < claim.high]
     together = sum(
-        all(c.low <= c.of(one) <= c.high for one in point for c in ranges)
-        for point in zip(*found.values(), strict=True)
+        all(c.low <= c.of(one) <= c.high for one in point.values() for c in ranges)
+        for point in found
     )
     said = f"No tried point of the listed ranges reproduces: {'; '.join(missed)}."
     if not missed:
         said = "Each number is reached at some tried point of the listed ranges."
     return (
         f"{said} A single number counts as reached where it lies between the least and the "
-        f"greatest prediction. Tried are {len(found[64])} points on each cluster: what is taken, "
-        f"each end of a range alone, {POINTS} at random, and the ends that favour ETR most, "
-        f"together. At {together} of them all ranges of steps and memory hold on all clusters at "
-        "once.\n"
+        f"greatest prediction. Tried are {len(found)} points on each cluster: what is taken, each "
+        f"end of a range alone, {POINTS} at random, and one with every assumption at that of its "
+        "values (taken, least, most) which alone saves ETR most of the baseline's step, mean over "
+        f"the clusters. At {together} of them all ranges of steps and memory hold on all clusters "
+        "at once.\n"
     )
 
 
-def _tornado(found: list[Found]) -> str:
+def _tornado(found: Tried) -> str:
     """The ends of each range, one by one, on 64 devices."""
-    claim = CLAIMS[0]
-    rows = []
-    for number, assumption in enumerate(ASSUMED.values()):
-        low, high = (claim.of(found[1 + 2 * number + end]) for end in (0, 1))
-        rows.append((abs(high - low), assumption, low, high))
+    of, rows = CLAIMS[0].of, []
+    for name, ends in found.alone.items():
+        low, high = (of(end[64]) for end in ends)
+        rows.append((abs(high - low), ASSUMED[name], low, high))
     rows.sort(key=lambda row: -row[0])
     cells = [
         (a.words, f"{a.low:g}: {low:.1f}", f"{a.high:g}: {high:.1f}", f"{width:.1f}")
@@ -332,6 +354,6 @@ def _tornado(found: list[Found]) -> str:
     ]
     return (
         "A tornado table: 64 devices, step of ETR below the baseline's in percent, "
-        f"{claim.of(found[0]):.1f} as taken; one assumption moved at a time.\n\n"
+        f"{of(found.base[64]):.1f} as taken; one assumption moved at a time.\n\n"
         + table(("assumption", "at its least", "at its most", "width"), cells)
     )

@@ -94,8 +94,28 @@ def progress_of(routing: RoutingShape) -> tuple[float, ...]:
     return (0.0, 0.5, 1.0) if changes else (1.0,)
 
 
+def fullest(model: ModelShape, layout: Layout, routing: RoutingShape) -> Memory:
+    """Of the fullest device at the fullest moment of training."""
+    held = [peak_memory(model, layout, routing, p) for p in progress_of(routing)]
+    return max(held, key=lambda memory: memory.total_bytes)
+
+
+def planned(
+    model: ModelShape, cluster: Cluster, layout: Layout, routing: RoutingShape, memory: Memory
+) -> Planned:
+    """Predict a routing on a layout whose memory is known."""
+    moments = progress_of(routing)
+    steps = tuple(step_of(model, cluster, layout, routing, progress=p) for p in moments)
+    return Planned(routing=routing, layout=layout, steps=steps, memory=memory)
+
+
 def layouts(config: PlanConfig, model: ModelShape, cluster: Cluster) -> Iterator[Layout]:
-    """Every layout in powers of two that takes all devices and divides the model."""
+    """Layouts that take all devices and divide the model.
+
+    What is not given: tensor ranks, on one node, stages and expert ranks are powers of two and
+    replicas what these leave; an expert is whole or shared by all tensor ranks; layers are computed
+    again or not. A micro-batch is one sequence.
+    """
     devices = cluster.num_devices
 
     def sizes(given: int | None, most: int) -> list[int]:
@@ -149,14 +169,11 @@ def _fastest(
             layout.check(model, cluster)
         except ValueError:
             continue
-        moments = progress_of(routing)
-        held = [peak_memory(model, layout, routing, p) for p in moments]
-        memory = max(held, key=lambda m: m.total_bytes)
+        memory = fullest(model, layout, routing)
         least = min(least, memory.total_bytes)
         if memory.total_bytes > cluster.device.memory_bytes:
             continue
-        steps = tuple(step_of(model, cluster, layout, routing, progress=p) for p in moments)
-        tried = Planned(routing=routing, layout=layout, steps=steps, memory=memory)
+        tried = planned(model, cluster, layout, routing, memory)
         if best is None or tried.seconds < best.seconds:
             best = tried
     if best is None and least == math.inf:

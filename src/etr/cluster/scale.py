@@ -139,7 +139,7 @@ def simulate(
     experts, groups = config.experts, config.devices // ranks
     node = min(ranks, cluster.devices_per_node)
     speed = np.exp(draw.normal(0, config.straggler_sigma, (groups, ranks)))
-    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in WAYS}
+    found: dict[str, list[Point]] = {name: [] for name in WAYS}
     for _ in range(config.layers):
         load = draw.choice(observed.loads, experts)
         mean = ranks * config.tokens * model.top_k / experts
@@ -152,9 +152,10 @@ def simulate(
             if way.replicated:
                 held = _replicated(rows, load, ranks)
             found[name].append(_layer(model, cluster, way, observed, held, speed, node))
+    fields = Point.__dataclass_fields__
     return {
-        name: Point(**dict(zip(Point.__dataclass_fields__, np.mean(values, axis=0), strict=True)))
-        for name, values in found.items()
+        name: Point(**{key: float(np.mean([getattr(p, key) for p in points])) for key in fields})
+        for name, points in found.items()
     }
 
 
@@ -183,14 +184,13 @@ def _layer(
     rows: np.ndarray,
     speed: np.ndarray,
     node: int,
-) -> tuple[float, float, float, float]:
-    """Seconds of forward and backward of the slowest group; mean compute; network; imbalance.
+) -> Point:
+    """A layer's forward and backward; times are those of the slowest group.
 
     Every rank sends alike, so an exchange is decided by the node, or the rank, that gets most.
     """
     hidden, width, itemsize = model.hidden_size, model.expert_size, 2
-    seconds = cluster.device.product_seconds(rows, 2 * width, hidden, itemsize)
-    seconds = seconds + cluster.device.product_seconds(rows, hidden, width, itemsize)
+    seconds = cluster.device.feed_forward_seconds(rows, hidden, width, itemsize)
     compute = seconds.sum(2) * speed  # [groups, ranks]
     groups, ranks = compute.shape
     nodes = ranks // node
@@ -198,23 +198,24 @@ def _layer(
     on_node = 1 / nodes
     if way.local and nodes > 1:
         on_node = observed.share_on_node(nodes)
-    to_node = got.reshape(groups, nodes, node).sum(2).max(1) * (1 - on_node)
-    inside = got.max(1) * on_node * (node - 1) / node
-    if nodes == 1:
-        to_node, inside = np.zeros(groups), got.max(1) * (ranks - 1) / ranks
-    row_bytes, links = hidden * itemsize, cluster.links
-    start = links.latency_seconds + (ranks - 1) * links.message_seconds
-    exchange = way.chunks * start + row_bytes * np.maximum(
-        to_node / links.between_bytes_per_second, inside / links.within_bytes_per_second
-    )
+    on_nodes = got.reshape(groups, nodes, node).sum(2).max(1)
+    busiest = on_nodes if cluster.links.within_is_shared else got.max(1)
+    row_bytes = hidden * itemsize
+    between = row_bytes * on_nodes * (1 - on_node)
+    within = row_bytes * busiest * on_node * (node - 1) / node
+    exchange = cluster.links.seconds(ranks - 1, between, within, way.chunks)
     slowest = compute.max(1)
     total = [
         sum(layer_seconds(e, factor * c, e, way.chunks) for factor in (1, 2))
         for e, c in zip(exchange, slowest, strict=True)
     ]
     last = int(np.argmax(total))
-    imbalance = float((got.max(1) / got.mean(1)).mean())
-    return total[last], 3 * float(compute.mean()), 4 * float(exchange[last]), imbalance
+    return Point(
+        seconds=total[last],
+        compute_seconds=3 * float(compute.mean()),
+        network_seconds=4 * float(exchange[last]),
+        imbalance=float((got.max(1) / got.mean(1)).mean()),
+    )
 
 
 def slope(sizes: list[int], seconds: list[float]) -> float:
@@ -270,8 +271,7 @@ def section(config: ScaleConfig, results: Mapping[str, Any]) -> str:
         "models, top-1); every group has the same popular experts and counts of its own. Speeds of "
         f"devices are drawn from a log-normal of {config.straggler_sigma:g}, assumed. The slowest "
         "group decides. Milliseconds; the last column is the slope of their logarithm over that of "
-        f"the size.\n\n{table((*head, 'slope'), times)}\n{table(head, shares)}\n"
-        + _words(grid, config, observed)
+        f"the size.\n\n{table((*head, 'slope'), times)}\n{table(head, shares)}\n" + _words(observed)
     )
 
 
@@ -279,8 +279,6 @@ LOCAL_PAIRS = (
     ("unpadded 1.1, chunked", "the same, with locality"),
     ("factor 0.6, chunked", "factor 0.6, with locality"),
 )
-LEAST_SAVED = 0.02
-"""Share of a layer's time that locality must save to be said to help."""
 
 
 def _saved(grid: Mapping[str, list[Point]]) -> list[tuple[str, ...]]:
@@ -296,34 +294,19 @@ def _saved(grid: Mapping[str, list[Point]]) -> list[tuple[str, ...]]:
     ]
 
 
-def _words(grid: Mapping[str, list[Point]], config: ScaleConfig, observed: Observed) -> str:
-    said = [
+def _words(observed: Observed) -> str:
+    return (
         f"Locality is carried over by the odds that the locality loss has on the emulated cluster, "
         f"{observed.odds:.1f} times those of placement: a local share of "
         + ", ".join(f"{observed.share_on_node(n):.2f} on {n} nodes" for n in (2, 16, 128))
-        + "."
-    ]
-    for without, with_it in LOCAL_PAIRS:
-        saved = {
-            size: 1 - b.seconds / a.seconds
-            for size, a, b in zip(config.groups, grid[without], grid[with_it], strict=True)
-        }
-        helps = [size for size, share in saved.items() if share >= LEAST_SAVED]
-        if not helps:
-            said.append(f"For {without} it saves {LEAST_SAVED:.0%} of a layer at no size.")
-        elif helps[-1] == config.groups[-1]:
-            said.append(f"For {without} it still saves {LEAST_SAVED:.0%} at {helps[-1]:,}.")
-        else:
-            said.append(
-                f"For {without} it last saves {LEAST_SAVED:.0%} of a layer at {helps[-1]:,}."
-            )
-    return " ".join(said) + "\n"
+        + ".\n"
+    )
 
 
 def page(config: ScaleConfig, results: Mapping[str, Any]) -> str:
     """docs/results/cost-model.md."""
     return (
-        "# The cost model: how far it is from measured steps, and what it says of scale\n\n"
+        "# The cost model: two formulas against measured steps, and what it says of scale\n\n"
         "Generated by `etr cluster scale`; nothing here is typed by hand. "
         "[paper-clusters.md](paper-clusters.md) has the clusters of the paper, and "
         "[plan-a-cluster.md](../guides/plan-a-cluster.md) says how to plan one's own.\n\n"

@@ -62,7 +62,7 @@ def spill(
 
 
 @dataclass(frozen=True)
-class _Moves:
+class Moves:
     """Who sends what to whom, known to every rank; numbers on the host.
 
     Args:
@@ -76,7 +76,7 @@ class _Moves:
     block: int
 
     @classmethod
-    def of(cls, counts: Tensor, plan: list[list[int]]) -> _Moves:
+    def of(cls, counts: Tensor, plan: list[list[int]]) -> Moves:
         """Divide every expert's tokens, in the order of source ranks, among who runs it.
 
         Args:
@@ -158,7 +158,7 @@ class LeastLoaded(Dispatcher):
         own = selection.num_tokens_per_expert.expand(peers.size, -1)
         counts = exchange_evenly(own, peers, traffic).cpu()
         loads = counts.sum(0).tolist()
-        moves = _Moves.of(counts, spill(loads, peers.size, self.alpha, self.chunk))
+        moves = Moves.of(counts, spill(loads, peers.size, self.alpha, self.chunk))
         yield
         if any(moves.guests):
             there = depart(*lent(moves, params, peers, x), peers, traffic)
@@ -184,7 +184,7 @@ def _numbers(order: Tensor) -> Tensor:
 
 
 def lent(
-    moves: _Moves, params: ExpertParams, peers: Peers, x: Tensor
+    moves: Moves, params: ExpertParams, peers: Peers, x: Tensor
 ) -> tuple[Tensor, list[int], list[int]]:
     """Weights of this rank's experts that are guests elsewhere, a row each, by rank they go to.
 

@@ -4,7 +4,7 @@ from etr.cluster.cost.described import known, read_described
 from etr.cluster.cost.links import Line, Links, fit_line, layer_seconds
 from etr.cluster.cost.memory import Memory, memory_of, peak_memory
 from etr.cluster.cost.pipeline import chrome_trace, draw
-from etr.cluster.cost.routing import RoutingShape, Rows, count_rows, expected_rows, routing_of_trace
+from etr.cluster.cost.routing import RoutingShape, Rows, expected_rows, routing_of_trace
 from etr.cluster.cost.shapes import Cluster, Device, Layout, ModelShape
 from etr.cluster.cost.step import Step, layer_time, step_of
 from etr.cluster.cost.travel import Journey, journey
@@ -22,7 +22,6 @@ __all__ = [
     "Rows",
     "Step",
     "chrome_trace",
-    "count_rows",
     "draw",
     "expected_rows",
     "fit_line",

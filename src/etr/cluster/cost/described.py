@@ -6,7 +6,6 @@ The unit is read off the end of a field's name: `memory_bytes`, `latency_seconds
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import tomllib
@@ -14,6 +13,8 @@ import types
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
+
+from etr.moe.checked import check_types
 
 T = TypeVar("T")
 KNOWN = Path(__file__).with_name("known")
@@ -40,30 +41,24 @@ def unit_of(name: str) -> str:
     return next((unit for end, unit in UNITS.items() if f"_{name}".endswith(end)), "a number")
 
 
-@functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
-
-
 def check_units(described: Any) -> None:
     """Refuse values that their unit does not allow; a dataclass's `__post_init__` calls it.
 
     Raises:
         ValueError: names the field, its value and its unit.
     """
-    hints = _hints(typing.cast(Any, type(described)))
+    check_types(described)
     for field in dataclasses.fields(described):
-        value, hint = getattr(described, field.name), hints[field.name]
-        if hint is int and (type(value) is not int or value < (not field.metadata)):
-            least = 0 if field.metadata else 1
+        value, least = getattr(described, field.name), 0 if field.metadata else 1
+        if "int" in str(field.type) and value is not None and value < least:
             raise ValueError(f"{field.name}={value!r} must be a whole number of at least {least}")
-        if hint is float or (hint == float | None and value is not None):
+        if "float" in str(field.type) and isinstance(value, int | float):
             _check_number(field.name, value)
 
 
-def _check_number(name: str, value: Any) -> None:
+def _check_number(name: str, value: float) -> None:
     unit = unit_of(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+    if math.isnan(value):
         raise ValueError(f"{name}={value!r} must be a number, in {unit}")
     rate = name.endswith("_per_second")
     if value < 0 or (rate and value == 0) or (name.endswith("_share") and value > 1):
@@ -114,7 +109,7 @@ def described(kind: type[T], values: Any, where: str) -> T:
     """
     if not isinstance(values, dict):
         raise ValueError(f"{where} must be a table of keys, not {values!r}")
-    hints = _hints(typing.cast(Any, kind))
+    hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, kind))}
     unknown = sorted(set(values) - set(fields))
     if unknown:

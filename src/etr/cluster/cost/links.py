@@ -70,15 +70,30 @@ class Links:
     def __post_init__(self) -> None:
         check_units(self)
 
-    def exchange_seconds(
-        self, traffic: Any, node_of_rank: Any, groups_per_node: float = 1
-    ) -> float:
-        """Time of an exchange: the latency, each rank's messages, and the busiest link.
+    def seconds(self, messages: Any, between_bytes: Any, within_bytes: Any, chunks: int = 1) -> Any:
+        """Time of an exchange: the latency, a rank's messages, and the busiest link.
 
         Args:
-            traffic: bytes from each rank (row) to each rank (column), [N, N].
+            messages: of the rank that sends most of them, one after the other.
+            between_bytes, within_bytes: over the busiest uplink, and over the busiest link inside.
+            chunks: parts that it is sent in, each with a latency and messages of its own.
+        """
+        start = self.latency_seconds + messages * self.message_seconds
+        return chunks * start + np.maximum(
+            between_bytes / self.between_bytes_per_second,
+            within_bytes / self.within_bytes_per_second,
+        )
+
+    def exchange_seconds(
+        self, traffic: Any, node_of_rank: Any, groups_per_node: float = 1, chunks: int = 1
+    ) -> float:
+        """Time of an exchange among ranks; see `seconds`.
+
+        Args:
+            traffic: bytes from each rank (row) to each rank (column), [N, N], of all chunks.
             node_of_rank: node of each rank.
             groups_per_node: such exchanges that share a node's links at the same time.
+            chunks: parts that it is sent in.
         """
         node = np.asarray(node_of_rank)
         moved = np.asarray(traffic, dtype=np.float64).copy()
@@ -94,15 +109,8 @@ class Links:
             within = groups_per_node * (member.T @ near.sum(1)).max()
         else:
             within = max(near.sum(0).max(), near.sum(1).max())
-        messages = float((moved > 0).sum(1).max())
-        return (
-            self.latency_seconds
-            + messages * self.message_seconds
-            + max(
-                groups_per_node * float(between.max()) / self.between_bytes_per_second,
-                float(within) / self.within_bytes_per_second,
-            )
-        )
+        messages = (moved > 0).sum(1).max()
+        return float(self.seconds(messages, groups_per_node * between.max(), within, chunks))
 
     def ring_seconds(
         self, num_bytes: float, size: int, per_node: int, groups_per_node: int
@@ -117,16 +125,10 @@ class Links:
         """
         if size == 1:
             return 0.0
-        steps, part = size - 1, num_bytes / size
-        within = self.within_bytes_per_second
-        if self.within_is_shared:
-            within /= per_node * groups_per_node
-        rate = (
-            within
-            if size <= per_node
-            else min(within, self.between_bytes_per_second / groups_per_node)
-        )
-        return steps * (self.latency_seconds + self.message_seconds + part / rate)
+        part = num_bytes / size
+        within = part * (per_node * groups_per_node if self.within_is_shared else 1)
+        between = part * groups_per_node if size > per_node else 0.0
+        return float((size - 1) * self.seconds(1, between, within))
 
 
 def layer_seconds(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from etr.cluster.cost.routing import RoutingShape, expected_rows
+from etr.cluster.cost.routing import RoutingShape
 from etr.cluster.cost.shapes import Layout, ModelShape
-from etr.methods.least_loaded import LeastLoaded
+from etr.cluster.cost.travel import layer_journey
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,38 +51,6 @@ def stage_parameters(model: ModelShape, layout: Layout, stage: int) -> tuple[flo
         dense += model.hidden_size + (table if not (first and model.tied_embeddings) else 0)
     experts = sparse * model.expert_parameters / (layout.expert * layout.expert_tensor)
     return dense / layout.tensor, experts
-
-
-def expert_tokens(routing: RoutingShape, layout: Layout) -> float:
-    """Tokens that a rank dispatches for a micro-batch."""
-    from etr.moe.dispatch.chunked import Chunked
-
-    dispatcher = routing.dispatcher
-    inner = dispatcher.wrapped if isinstance(dispatcher, Chunked) else dispatcher
-    divided = layout.sequence_parallel or inner.name == "group_wise"
-    return layout.tokens / (layout.tensor if divided else 1)
-
-
-def busiest_rows(
-    model: ModelShape, layout: Layout, routing: RoutingShape, progress: float = 1.0
-) -> float:
-    """Rows that the busiest rank's experts compute for a micro-batch, padded places too."""
-    tokens = expert_tokens(routing, layout)
-    _, computed = expected_rows(
-        routing,
-        num_experts=model.num_experts,
-        top_k=routing.top_k or model.top_k,
-        tokens_per_rank=tokens,
-        num_ranks=layout.expert,
-        node_size=1,
-        progress=progress,
-    )
-    divided = tokens < layout.tokens
-    shares = layout.expert_tensor if divided else 1  # these ranks gather their rows first
-    busiest = float(computed.reshape(layout.expert, -1).sum(1).max())
-    if isinstance(routing.dispatcher, LeastLoaded):
-        busiest = min(busiest, routing.dispatcher.alpha * float(computed.sum()) / layout.expert)
-    return busiest * shares
 
 
 def layer_numbers(
@@ -131,7 +99,8 @@ def memory_of(
     """
     dense, experts = stage_parameters(model, layout, stage)
     layers = stages_of(model, layout.pipeline)[stage]
-    rows = busiest_rows(model, layout, routing, progress)
+    computed = layer_journey(model, layout, routing, 1, progress).computed
+    rows = float(computed.sum(1).max())
     sent = rows if routing.dispatcher.needs_ranks else 0.0
     per_layer = [
         layer_numbers(model, layout, rows, sent, dense=layer < model.num_dense_layers)
@@ -140,7 +109,7 @@ def memory_of(
     in_flight = min(layout.micro_batches, layout.pipeline - stage)
     numbers = in_flight * sum(per_layer)
     if layout.recompute:
-        whole = Layout(**{**vars(layout), "recompute": False})
+        whole = replace(layout, recompute=False)
         numbers += max(
             layer_numbers(model, whole, rows, sent, dense=layer < model.num_dense_layers)
             for layer in layers

@@ -29,7 +29,8 @@ class RoutingShape:
     """Pairs of progress and the share of choices that is kept; without them what capacity leaves
     of the load."""
     local_share: float | None = None
-    """Share of kept choices whose expert is on the token's node; by placement where not given."""
+    """Share of kept choices whose expert is on the token's node; by placement where not given. It
+    changes who sends, not what experts get: an uneven load limits it, see `between_nodes`."""
     load: tuple[float, ...] = (1.0,)
     """Relative loads of experts, in any order and number: a distribution, which the model's experts
     take at equal quantiles, dealt to ranks at random but always alike."""
@@ -72,13 +73,10 @@ class RoutingShape:
 
     def load_of(self, num_experts: int) -> np.ndarray:
         """Share of the choices that each expert gets, [E]."""
-        given = np.array(self.load, dtype=np.float64)
-        if len(given) != num_experts:
-            place = (np.arange(num_experts) + 0.5) / num_experts
-            known = (np.arange(len(given)) + 0.5) / len(given)
-            given = np.interp(place, known, np.sort(given))
-            given = np.random.default_rng(0).permutation(given)
-        return given / given.sum()
+        place = (np.arange(num_experts) + 0.5) / num_experts
+        known = (np.arange(len(self.load)) + 0.5) / len(self.load)
+        dealt = np.random.default_rng(0).permutation(np.interp(place, known, np.sort(self.load)))
+        return dealt / dealt.sum()
 
     def kept_at(self, progress: float, num_experts: int) -> np.ndarray:
         """Share of all choices that each expert gets and keeps, [E]."""
@@ -121,6 +119,29 @@ class Rows:
         return self.by_place.shape[1]
 
 
+def between_nodes(share: np.ndarray, local_share: float | None) -> np.ndarray:
+    """What the tokens of each node keep on each node, [nodes, nodes], per choice.
+
+    The tokens of every node keep as much, and its experts get as much, as without a local share:
+    the answer lies on the line through placement and what stays as near as the load allows.
+
+    Args:
+        share: what the experts of each node keep of all choices, [nodes].
+        local_share: of what is kept, on the token's own node; the nearest on that line where it has
+            no such point.
+    """
+    nodes, total = len(share), share.sum()
+    even = np.tile(share, (nodes, 1))
+    stay = np.minimum(nodes * share, total)  # the most that can stay
+    freedom = stay.sum() - total
+    if local_share is None or freedom <= 0:
+        return even
+    leave, come = total - stay, nodes * share - stay
+    near = np.diag(stay) + np.outer(leave, come) / max(leave.sum(), 1e-300)
+    weight = total * (nodes * local_share - 1) / freedom
+    return even + np.clip(weight, -1 / (nodes - 1), 1) * (near - even)
+
+
 def expected_rows(
     routing: RoutingShape,
     *,
@@ -130,7 +151,7 @@ def expected_rows(
     num_ranks: int,
     node_size: int,
     progress: float = 1.0,
-) -> tuple[Rows, np.ndarray]:
+) -> Rows:
     """What a description gives on average, the same for each rank but for where nodes are near.
 
     A token's choices are taken as independent draws where those to one node or place are merged.
@@ -141,83 +162,30 @@ def expected_rows(
         tokens_per_rank: that a rank dispatches.
         num_ranks, node_size: ranks that hold experts, and how many of them stand on a node.
         progress: in training, 0 to 1.
-    Returns:
-        The rows between ranks, and those that each expert computes, [E]; padded places count.
     """
-    per_rank = num_experts // num_ranks
+    per_rank, nodes = num_experts // num_ranks, num_ranks // node_size
     kept = routing.kept_at(progress, num_experts)
-    node_of = np.arange(num_experts) // (per_rank * node_size)
-    nodes = num_ranks // node_size
     share = kept.reshape(nodes, -1).sum(1)  # [nodes]
-    near = np.eye(nodes)
-    local = near * share if routing.local_share is None else near * routing.local_share * kept.sum()
-    far_total = (share * (1 - near)).sum(1, keepdims=True)
-    far = (1 - near) * share
-    if routing.local_share is not None and nodes > 1:
-        wanted = (1 - routing.local_share) * kept.sum()
-        far = far * np.divide(wanted, far_total, where=far_total > 0, out=np.zeros_like(far_total))
-    scale = np.divide(local + far, share, where=share > 0, out=np.zeros((nodes, nodes)))
-    if nodes == 1:
-        scale = np.ones((1, 1))
+    scale = between_nodes(share, routing.local_share) / np.where(share > 0, share, 1)
+    node_of = np.arange(num_experts) // (per_rank * node_size)
     per_token = top_k * kept * scale[:, node_of]  # [nodes, E]: rows of a token, by the token's node
     own_node = np.arange(num_ranks) // node_size
-    pairs = tokens_per_rank * per_token.reshape(nodes, num_ranks, per_rank).sum(2)[own_node]
-    of_token = (pairs / max(tokens_per_rank, 1e-300)).reshape(num_ranks, nodes, node_size)
+    of_token = per_token.reshape(nodes, num_ranks, per_rank).sum(2)[own_node]
+    grid = of_token.reshape(num_ranks, nodes, node_size)
 
     def merged(rows: np.ndarray) -> np.ndarray:
         return tokens_per_rank * (1 - (1 - np.minimum(rows / top_k, 1)) ** top_k)
 
-    slot, computed = 0.0, tokens_per_rank * node_size * per_token.sum(0)
+    slot = 0.0
     if routing.padded:
         slot = np.ceil(routing.factor_at(progress) * tokens_per_rank * top_k / num_experts)
-        computed = np.full(num_experts, slot * num_ranks)
-    rows = Rows(
+    return Rows(
         tokens=np.full(num_ranks, tokens_per_rank),
-        pairs=pairs,
-        by_place=merged(of_token.sum(1)),
-        by_node=merged(of_token.sum(2)),
+        pairs=tokens_per_rank * of_token,
+        by_place=merged(grid.sum(1)),
+        by_node=merged(grid.sum(2)),
         to_expert=tokens_per_rank * per_token[own_node],
         slots=np.full(num_ranks, slot),
-        experts_per_rank=per_rank,
-    )
-    return rows, computed
-
-
-def count_rows(
-    experts: Sequence[np.ndarray],
-    kept: Sequence[np.ndarray],
-    *,
-    num_experts: int,
-    node_size: int,
-    slots: Sequence[int] | None = None,
-) -> Rows:
-    """The rows of a routing that is known, choice by choice.
-
-    Args:
-        experts: of each rank's tokens, int [T, K], negative where a token has fewer.
-        kept: bool [T, K].
-        num_experts: of the layer, in equal blocks on the ranks.
-        node_size: ranks of a node.
-        slots: places of each rank's buffer for an expert; needed where buffers are padded.
-    """
-    num_ranks = len(experts)
-    per_rank = num_experts // num_ranks
-    pairs, places, nodes, singles = [], [], [], []
-    for chosen, keep in zip(experts, kept, strict=True):
-        to = np.where(keep & (chosen >= 0), chosen, num_experts) // per_rank
-        hit = (to[..., None] == np.arange(num_ranks)).sum(1)  # [T, N]
-        grid = hit.reshape(len(hit), num_ranks // node_size, node_size)
-        pairs.append(hit.sum(0))
-        singles.append(np.bincount(chosen[keep & (chosen >= 0)], minlength=num_experts))
-        places.append(grid.any(1).sum(0))
-        nodes.append(grid.any(2).sum(0))
-    return Rows(
-        tokens=np.array([len(chosen) for chosen in experts]),
-        pairs=np.array(pairs),
-        by_place=np.array(places),
-        by_node=np.array(nodes),
-        to_expert=np.array(singles),
-        slots=np.zeros(num_ranks) if slots is None else np.array(slots),
         experts_per_rank=per_rank,
     )
 

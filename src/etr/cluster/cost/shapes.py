@@ -1,4 +1,4 @@
-"""What is trained, on what, and how it is divided: models, clusters and layouts, without torch."""
+"""What is trained, on what, and how it is divided: models, clusters and layouts."""
 
 from __future__ import annotations
 
@@ -154,6 +154,19 @@ class Device:
         busy = flops / (self.flops_per_second * reached)
         seconds = self.kernel_seconds + np.maximum(busy, moved / self.memory_bytes_per_second)
         return np.where(rows > 0, seconds, 0.0)
+
+    def feed_forward_seconds(
+        self, rows: np.ndarray, hidden: float, inner: float, itemsize: int
+    ) -> np.ndarray:
+        """Time of the products of gated feed-forwards: gate and up as one, and down.
+
+        Args:
+            rows: of each feed-forward.
+            hidden, inner: its widths.
+            itemsize: bytes of a number.
+        """
+        up = self.product_seconds(rows, 2 * inner, hidden, itemsize)
+        return up + self.product_seconds(rows, hidden, inner, itemsize)
 
 
 @dataclass(frozen=True, kw_only=True)

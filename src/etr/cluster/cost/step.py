@@ -2,47 +2,53 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from etr.cluster.cost.links import layer_seconds
-from etr.cluster.cost.memory import expert_tokens, stage_parameters, stages_of
+from etr.cluster.cost.memory import stage_parameters, stages_of
 from etr.cluster.cost.pipeline import Event, run_pipeline
-from etr.cluster.cost.routing import RoutingShape, expected_rows
+from etr.cluster.cost.routing import RoutingShape
 from etr.cluster.cost.shapes import Cluster, Layout, ModelShape
-from etr.cluster.cost.travel import Journey, journey
+from etr.cluster.cost.travel import layer_journey
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTime:
     """Seconds of one layer's forward pass of a micro-batch, on the busiest rank."""
 
-    attention_seconds: float
+    attention_seconds: float = 0.0
     """Projections and attention; the router too."""
-    tensor_seconds: float
+    tensor_seconds: float = 0.0
     """What tensor ranks gather and sum, rows of experts that they share included."""
-    dense_seconds: float
+    dense_seconds: float = 0.0
     """Dense feed-forward, or shared experts."""
     expert_seconds: float = 0.0
     """Products of the routed experts."""
-    dispatch_seconds: float = 0.0
-    """Exchanges: counts, rows to their experts and back."""
+    counts_seconds: float = 0.0
+    """Exchanges of counts, which the backward pass does not need again."""
+    rows_seconds: float = 0.0
+    """Exchanges of rows, to their experts and back."""
+    counts_far_bytes: float = 0.0
+    """Bytes of counts between nodes, of an expert group."""
+    rows_far_bytes: float = 0.0
+    """Bytes of rows between nodes, of an expert group."""
     num_chunks: int = 1
     """Parts that travel while others are computed."""
 
-    def total_seconds(self, compute_factor: float = 1.0) -> float:
-        """Forward; with a factor of 2, the backward pass, which sends the same rows."""
-        rest = compute_factor * (self.attention_seconds + self.dense_seconds) + self.tensor_seconds
-        half = self.dispatch_seconds / 2
-        experts = compute_factor * self.expert_seconds
-        return rest + layer_seconds(half, experts, half, self.num_chunks)
+    def total_seconds(self, *, backward: bool = False) -> float:
+        """A pass; the backward one computes twice as much."""
+        factor = 2 if backward else 1
+        products = self.attention_seconds + self.dense_seconds + self.expert_seconds
+        return factor * products + self.tensor_seconds + self.exposed_seconds(backward=backward)
 
-    def exposed_seconds(self, compute_factor: float = 1.0) -> float:
-        """Exchange that nothing hides."""
-        experts = compute_factor * self.expert_seconds
-        half = self.dispatch_seconds / 2
-        return layer_seconds(half, experts, half, self.num_chunks) - experts
+    def exposed_seconds(self, *, backward: bool = False) -> float:
+        """Exchange that nothing hides: counts go before any row, rows overlap with experts."""
+        experts = (2 if backward else 1) * self.expert_seconds
+        half = self.rows_seconds / 2
+        shown = layer_seconds(half, experts, half, self.num_chunks) - experts
+        return shown if backward else self.counts_seconds + shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,61 +60,56 @@ class Step:
     parts: dict[str, float]
     """Seconds of the slowest stage by what it does; they sum to `seconds`."""
     bytes_between_nodes: float
-    """Bytes of exchanges of rows between nodes, of all devices and all passes of the step."""
+    """Bytes of exchanges between nodes, of all devices and all passes of the step."""
     events: list[Event]
     """What each stage does."""
 
 
-def exchange_seconds(cluster: Cluster, layout: Layout, journeys: Journey) -> tuple[float, float]:
-    """Time of a layer's exchanges one way and back, and bytes between nodes of a group."""
+def _exchange(
+    cluster: Cluster, layout: Layout, parts: tuple[np.ndarray, ...], chunks: int
+) -> tuple[float, float]:
+    """Seconds of exchanges one after the other, and their bytes between nodes."""
     group = layout.ranks("expert", cluster.devices_per_node)
-    node_of_rank = np.arange(group.size) // group.per_node
-    every = (*journeys.counts, *journeys.there, *journeys.back)
-    far = node_of_rank[:, None] != node_of_rank
-    if group.size == 1 or not every:
+    if group.size == 1:
         return 0.0, 0.0
-    # Each chunk is a message of its own: its latency and messages count again.
-    start = cluster.links.latency_seconds + (group.size - 1) * cluster.links.message_seconds
-    seconds = (journeys.chunks - 1) * len(every) * start
-    for traffic in every:
-        seconds += cluster.links.exchange_seconds(traffic, node_of_rank, group.groups_per_node)
-    return seconds, float(sum((traffic * far).sum() for traffic in every))
-
-
-def expert_layer(
-    model: ModelShape, cluster: Cluster, layout: Layout, routing: RoutingShape, progress: float
-) -> tuple[float, float, float, float, int]:
-    """Seconds of experts, exchanges and tensor ranks' part of them; bytes between nodes; chunks."""
-    group = layout.ranks("expert", cluster.devices_per_node)
-    tokens = expert_tokens(routing, layout)
-    rows, computed = expected_rows(
-        routing,
-        num_experts=model.num_experts,
-        top_k=routing.top_k or model.top_k,
-        tokens_per_rank=tokens,
-        num_ranks=group.size,
-        node_size=group.per_node,
-        progress=progress,
+    node = np.arange(group.size) // group.per_node
+    seconds = sum(
+        cluster.links.exchange_seconds(traffic, node, group.groups_per_node, chunks)
+        for traffic in parts
     )
-    divided, share = tokens < layout.tokens, layout.expert_tensor
-    itemsize, hidden, width = layout.activation_bytes, model.hidden_size, model.expert_size / share
-    row_bytes = float(hidden * itemsize)
-    lent = 3 * hidden * width * layout.weight_bytes
-    found = journey(routing.dispatcher, rows, row_bytes, itemsize, lent)
-    by_rank = computed.reshape(group.size, -1) if found.computed is None else found.computed.T
-    by_rank = by_rank * (share if divided else 1)
-    device = cluster.device
-    products = device.product_seconds(by_rank, 2 * width, hidden, itemsize)
-    products = products + device.product_seconds(by_rank, hidden, width, itemsize)
-    experts = float(products.sum(1).max())
-    network, far = exchange_seconds(cluster, layout, found)
-    busiest = float(by_rank.sum(1).max())
-    shared = layout.ranks("expert_tensor", cluster.devices_per_node)
-    tensor = 2 * cluster.links.ring_seconds(busiest * row_bytes, *shared)
+    return seconds, float(sum(traffic[node[:, None] != node].sum() for traffic in parts))
+
+
+def _expert_time(
+    model: ModelShape, cluster: Cluster, layout: Layout, routing: RoutingShape, progress: float
+) -> LayerTime:
+    """The routed experts of a layer alone, with what their tensor ranks gather and sum."""
+    per_node, itemsize, hidden = (
+        cluster.devices_per_node,
+        layout.activation_bytes,
+        model.hidden_size,
+    )
+    node_size = layout.ranks("expert", per_node).per_node
+    found = layer_journey(model, layout, routing, node_size, progress)
+    width = model.expert_size / layout.expert_tensor
+    products = cluster.device.feed_forward_seconds(found.computed, hidden, width, itemsize)
+    counts, far_counts = _exchange(cluster, layout, found.counts, found.chunks)
+    rows, far_rows = _exchange(cluster, layout, (*found.there, *found.back), found.chunks)
+    busiest = float(found.computed.sum(1).max()) * hidden * itemsize
+    links = cluster.links
+    tensor = 2 * links.ring_seconds(busiest, *layout.ranks("expert_tensor", per_node))
     if found.gathered_tokens and not layout.sequence_parallel:
-        twins = layout.ranks("tensor", cluster.devices_per_node)
-        tensor += cluster.links.ring_seconds(layout.tokens * row_bytes, *twins)
-    return experts, network, tensor, far, found.chunks
+        gathered = float(layout.tokens * hidden * itemsize)
+        tensor += links.ring_seconds(gathered, *layout.ranks("tensor", per_node))
+    return LayerTime(
+        tensor_seconds=tensor,
+        expert_seconds=float(products.sum(1).max()),
+        counts_seconds=counts,
+        rows_seconds=rows,
+        counts_far_bytes=far_counts,
+        rows_far_bytes=far_rows,
+        num_chunks=found.chunks,
+    )
 
 
 def layer_time(
@@ -119,8 +120,8 @@ def layer_time(
     *,
     dense: bool = False,
     progress: float = 1.0,
-) -> tuple[LayerTime, float]:
-    """Forward pass of a micro-batch through one layer, and its group's bytes between nodes."""
+) -> LayerTime:
+    """Forward pass of a micro-batch through one layer."""
     device, tensor, tokens = cluster.device, layout.tensor, layout.tokens
     itemsize = layout.activation_bytes
 
@@ -135,26 +136,21 @@ def layer_time(
     )
     attention += float(per_head) * model.num_heads / tensor * layout.sequences
     size = model.dense_size if dense else model.shared_size
-    forward = product(2 * size / tensor, model.hidden_size) if size else 0.0
-    forward += product(model.hidden_size, size / tensor) if size else 0.0
+    shape = np.array(tokens), model.hidden_size, size / tensor, itemsize
+    forward = float(device.feed_forward_seconds(*shape)) if size else 0.0
     # A gather and a scatter of the tokens around attention, and around a feed-forward.
     ranks = layout.ranks("tensor", cluster.devices_per_node)
     ring = cluster.links.ring_seconds(tokens * float(model.hidden_size * itemsize), *ranks)
     shared = 2 * ring * (2 if size else 1)
-    if dense:
-        found = LayerTime(attention_seconds=attention, tensor_seconds=shared, dense_seconds=forward)
-        return found, 0.0
-    attention += product(model.num_experts, model.hidden_size) / tensor
-    experts, network, more, far, chunks = expert_layer(model, cluster, layout, routing, progress)
-    found = LayerTime(
+    found = LayerTime() if dense else _expert_time(model, cluster, layout, routing, progress)
+    if not dense:
+        attention += product(model.num_experts, model.hidden_size) / tensor
+    return replace(
+        found,
         attention_seconds=attention,
-        tensor_seconds=shared + more,
         dense_seconds=forward,
-        expert_seconds=experts,
-        dispatch_seconds=network,
-        num_chunks=chunks,
+        tensor_seconds=shared + found.tensor_seconds,
     )
-    return found, far
 
 
 def step_of(
@@ -174,15 +170,9 @@ def step_of(
         ValueError: they do not fit together.
     """
     layout.check(model, cluster)
-    sparse, far = layer_time(model, cluster, layout, routing, progress=progress)
-    first, _ = (
-        layer_time(model, cluster, layout, routing, dense=True)
-        if model.dense_size
-        else (
-            sparse,
-            0.0,
-        )
-    )
+    sparse = first = layer_time(model, cluster, layout, routing, progress=progress)
+    if model.dense_size:
+        first = layer_time(model, cluster, layout, routing, dense=True)
     stages = stages_of(model, layout.pipeline)
     by_stage = [
         [first if n < model.num_dense_layers else sparse for n in stage] for stage in stages
@@ -191,7 +181,7 @@ def step_of(
     forward = [sum(layer.total_seconds() for layer in layers) for layers in by_stage]
     again = 1 if layout.recompute else 0
     backward = [
-        sum(layer.total_seconds(2) + again * layer.total_seconds() for layer in layers)
+        sum(layer.total_seconds(backward=True) + again * layer.total_seconds() for layer in layers)
         for layers in by_stage
     ]
     forward[-1], backward[-1] = forward[-1] + head, backward[-1] + 2 * head
@@ -210,11 +200,12 @@ def step_of(
     parts["pipeline bubble"] = ended - busy[slowest]
     parts |= {"gradient reduction": reduction, "optimizer": optimizer}
     groups = layout.num_devices / layout.pipeline / layout.expert
-    sent = groups * (2 + again) * count * (model.num_layers - model.num_dense_layers)
+    passes = (1 + again) * sparse.counts_far_bytes + (2 + again) * sparse.rows_far_bytes
+    sent = groups * count * (model.num_layers - model.num_dense_layers)
     return Step(
         seconds=ended + reduction + optimizer,
         parts=parts,
-        bytes_between_nodes=far * sent,
+        bytes_between_nodes=passes * sent,
         events=events,
     )
 
@@ -228,7 +219,8 @@ def _parts(layers: list[LayerTime], layout: Layout, head: float) -> dict[str, fl
         "dense": times * sum(layer.dense_seconds for layer in layers) + 3 * head,
         "experts": times * sum(layer.expert_seconds for layer in layers),
         "exposed exchange": sum(
-            layer.exposed_seconds(2) + (passes - 1) * layer.exposed_seconds() for layer in layers
+            layer.exposed_seconds(backward=True) + (passes - 1) * layer.exposed_seconds()
+            for layer in layers
         ),
         "tensor ranks": passes * sum(layer.tensor_seconds for layer in layers),
     }
@@ -248,11 +240,10 @@ def _hop_seconds(model: ModelShape, cluster: Cluster, layout: Layout) -> float:
     if layout.pipeline == 1:
         return 0.0
     sent = layout.tokens * model.hidden_size * layout.activation_bytes / layout.tensor
-    links, per_node = cluster.links, cluster.devices_per_node
-    if layout.num_devices <= per_node:
-        return links.latency_seconds + sent / links.within_bytes_per_second
-    sharing = min(per_node, layout.tensor * layout.data)
-    return links.latency_seconds + sent * sharing / links.between_bytes_per_second
+    links, stage = cluster.links, layout.tensor * layout.data
+    if layout.num_devices <= cluster.devices_per_node:
+        return float(links.seconds(1, 0.0, sent * (stage if links.within_is_shared else 1)))
+    return float(links.seconds(1, sent * min(cluster.devices_per_node, stage), 0.0))
 
 
 def _ends(model: ModelShape, cluster: Cluster, layout: Layout, stage: int) -> tuple[float, float]:

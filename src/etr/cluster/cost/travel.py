@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from etr.cluster.cost.routing import Rows
-from etr.methods.least_loaded import LeastLoaded, _Moves, spill
+from etr.cluster.cost.routing import RoutingShape, Rows, expected_rows
+from etr.cluster.cost.shapes import Layout, ModelShape
+from etr.methods.least_loaded import LeastLoaded, Moves, spill
 from etr.moe.dispatch import Dispatcher
 from etr.moe.dispatch.all_to_all import AllToAll
 from etr.moe.dispatch.all_to_all_padded import AllToAllPadded
@@ -31,17 +32,18 @@ class Journey:
         counts: bytes of counts, [N, N] each, before any row.
         there: bytes of rows to their experts, [N, N] for each exchange, one after the other.
         back: bytes of results.
+        computed: rows of each expert that each rank runs, padded places too, [N, experts]: a rank's
+            own experts, or where ranks lend experts all of them.
         chunks: parts that travel one behind the other.
         gathered_tokens: tokens of each rank that its tensor group gathers afterwards.
-        computed: rows of each expert that each rank computes, [E, N], where ranks lend experts.
     """
 
     counts: tuple[np.ndarray, ...]
     there: tuple[np.ndarray, ...]
     back: tuple[np.ndarray, ...]
+    computed: np.ndarray
     chunks: int = 1
     gathered_tokens: float = 0.0
-    computed: np.ndarray | None = None
 
     def total_bytes(self) -> np.ndarray:
         """From each rank to each, without what stays on its rank, [N, N]."""
@@ -85,10 +87,11 @@ def journey(
         return _relay(dispatcher, rows, row_bytes, weight_bytes)
     if isinstance(dispatcher, LeastLoaded):
         return _least_loaded(dispatcher, rows, row_bytes, expert_bytes)
-    num_ranks = len(rows.tokens)
+    num_ranks, computed = len(rows.tokens), _own_rows(rows)
     if not dispatcher.needs_ranks:
-        return Journey(counts=(), there=(), back=())
+        return Journey(counts=(), there=(), back=(), computed=computed)
     if isinstance(dispatcher, AllToAllPadded):
+        computed = np.full_like(computed, rows.slots.sum())
         sent = np.repeat(rows.slots[:, None] * rows.experts_per_rank, num_ranks, axis=1)
         told = np.full((num_ranks, num_ranks), float(COUNT_BYTES))
     elif isinstance(dispatcher, AllToAll):
@@ -96,23 +99,67 @@ def journey(
         told = np.full((num_ranks, num_ranks), float(COUNT_BYTES * rows.experts_per_rank))
     else:
         raise ValueError(f"dispatch={dispatcher.name!r} is not one that the cost model knows")
-    return Journey(counts=(told,), there=(sent * row_bytes,), back=(sent.T * row_bytes,))
+    sent = sent * row_bytes
+    return Journey(counts=(told,), there=(sent,), back=(sent.T,), computed=computed)
+
+
+def _own_rows(rows: Rows) -> np.ndarray:
+    """Kept rows of the experts of each rank, [N, experts of a rank]."""
+    return rows.to_expert.sum(0).reshape(len(rows.tokens), -1).astype(np.float64)
+
+
+def expert_tokens(routing: RoutingShape, layout: Layout) -> float:
+    """Tokens that a rank dispatches for a micro-batch."""
+    dispatcher = routing.dispatcher
+    inner = dispatcher.wrapped if isinstance(dispatcher, Chunked) else dispatcher
+    divided = layout.sequence_parallel or isinstance(inner, GroupWise)
+    return layout.tokens / (layout.tensor if divided else 1)
+
+
+def layer_journey(
+    model: ModelShape, layout: Layout, routing: RoutingShape, node_size: int, progress: float
+) -> Journey:
+    """The exchanges of a layer for a micro-batch, and the rows that each device computes.
+
+    Args:
+        model, layout, routing: what is trained, and how.
+        node_size: ranks of an expert group that stand on one node; it changes no computed row.
+        progress: in training, 0 to 1.
+    """
+    tokens, itemsize = expert_tokens(routing, layout), layout.activation_bytes
+    rows = expected_rows(
+        routing,
+        num_experts=model.num_experts,
+        top_k=routing.top_k or model.top_k,
+        tokens_per_rank=tokens,
+        num_ranks=layout.expert,
+        node_size=node_size,
+        progress=progress,
+    )
+    row_bytes = float(model.hidden_size * itemsize)
+    lent = 3 * model.hidden_size * model.expert_size / layout.expert_tensor * layout.weight_bytes
+    found = journey(routing.dispatcher, rows, row_bytes, itemsize, lent)
+    # Ranks that share an expert gather their rows first, where each has tokens of its own.
+    gathered = layout.expert_tensor if tokens < layout.tokens else 1
+    return replace(found, computed=gathered * found.computed)
 
 
 def _chunked(rows: Rows, chunks: int) -> Rows:
     """The same with buffers that are no larger than a chunk, over all chunks."""
     ends = np.floor(rows.tokens[:, None] * np.arange(chunks + 1) / chunks)
     slots = np.minimum(rows.slots[:, None], np.diff(ends)).sum(1)
-    return Rows(**{**vars(rows), "slots": slots})
+    return replace(rows, slots=slots)
 
 
 def _least_loaded(
     dispatcher: LeastLoaded, rows: Rows, row_bytes: float, expert_bytes: float
 ) -> Journey:
     """Weights to whoever borrows them, then rows to who runs them."""
-    counts = torch.from_numpy(np.rint(rows.to_expert)).long()
+    # Whole rows whose sums are those of the experts, however they are spread over ranks.
+    ends = np.rint(rows.to_expert.cumsum(0))
+    counts = torch.from_numpy(np.diff(ends, axis=0, prepend=0)).long()
     plan = spill(counts.sum(0).tolist(), len(counts), dispatcher.alpha, dispatcher.chunk)
-    moves = _Moves.of(counts, plan)
+    moves = Moves.of(counts, plan)
     sent = moves.rows.sum(1).numpy().astype(np.float64)
     weights = np.zeros_like(sent)
     for rank, guests in enumerate(moves.guests):
@@ -123,7 +170,7 @@ def _least_loaded(
         counts=(np.full_like(sent, COUNT_BYTES * counts.shape[1]),),
         there=there,
         back=(sent.T * row_bytes,),
-        computed=moves.rows.sum(0).numpy(),
+        computed=np.array(plan, dtype=np.float64).T,
     )
 
 
@@ -155,6 +202,7 @@ def _relay(dispatcher: Dispatcher, rows: Rows, row_bytes: float, weight_bytes: f
         counts=counts,
         there=(tokens * row_bytes + onward, passed * row_bytes),
         back=(passed.T * row_bytes, tokens.T * row_bytes),
+        computed=_own_rows(rows),
     )
 
 
