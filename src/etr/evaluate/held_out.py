@@ -98,8 +98,7 @@ def evaluate(
     with selecting(model, selection):
         for number, batch in enumerate(batches, 1):
             log.info("held-out batch %d", number)
-            rows = torch.stack([batch.input_ids, batch.labels], 1)  # however many a batch has
-            digest.update(rows.cpu().numpy().tobytes())
+            digest.update(_ids(batch))
             own = _own_rows(len(batch.input_ids), ranks)
             example = objective.example(batch.to(weight.device).text(), draws("held out", number))
             example = example.rows(own)
@@ -115,11 +114,8 @@ def evaluate(
     parts = (nats_of_rows, tokens_of_rows, domain_of_rows)
     nats, tokens, domain = (torch.cat(ranks.gather(torch.cat(rows))) for rows in parts)
     kept, slots, choices = map(int, ranks.sum_numbers(pairs))
-    seen = {
-        name: mask
-        for number, name in enumerate(domains)
-        if int(tokens[mask := domain == number].sum())
-    }
+    masks = {name: domain == number for number, name in enumerate(domains)}
+    seen = {name: mask for name, mask in masks.items() if int(tokens[mask].sum())}
     return EvalResult(
         loss=float(nats.sum() / tokens.sum()),
         loss_by_domain={n: float(nats[m].sum() / tokens[m].sum()) for n, m in seen.items()},
@@ -132,6 +128,11 @@ def evaluate(
         rows=tuple(zip(nats.tolist(), tokens.tolist(), strict=True)),
         digest=digest.hexdigest(),
     )
+
+
+def _ids(batch: Batch) -> bytes:
+    """Token ids and labels row by row, which are the same however many rows a batch has."""
+    return torch.stack([batch.input_ids, batch.labels], 1).cpu().numpy().tobytes()
 
 
 def _pairs(layer: MoE, stats: dict[str, Tensor]) -> tuple[int, int, int]:
