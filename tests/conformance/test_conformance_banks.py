@@ -16,6 +16,7 @@ from etr.moe.experts import BankConfig
 from etr.moe.reference import expert_output
 from etr.moe.routing import Limit, Routing
 from etr.moe.select import select
+from etr.moe.state import GlobalState
 from etr.moe.table import config_to_dict
 
 E = 4
@@ -58,6 +59,8 @@ def layer_of(text: str, router: str = "token_choice", **options: Any) -> MoE:
     capacity = None if router == "expert_choice" else "factor:capacity_factor=0.6"
     if capacity is not None:
         sizes["capacity"] = parse_capacity(capacity)
+    if bank_of(text).of_gates is not None:
+        sizes["normalize"] = "none"
     return MoE(MoEConfig(**{**sizes, "router": router, "experts": text, **options})).double()
 
 
@@ -163,6 +166,28 @@ def test_what_was_saved_computes_the_same(text: str) -> None:
     other.load_state_dict(torch.load(file, weights_only=True))
     x, given = tokens(), context()
     assert torch.equal(other(x, given).hidden_states, layer(x, given).hidden_states)
+
+
+@pytest.mark.parametrize("text", HERE)
+def test_a_checkpoint_of_any_bank_without_state_starts_afresh(text: str) -> None:
+    """So does one of any of its weights; an adapter's, which has none, leaves the state alone."""
+    layer = layer_of(text)
+    train_steps(layer, 1)
+    learned = {
+        f"{path}.{name}"
+        for path, module in layer.named_modules()
+        if isinstance(module, GlobalState)
+        for name in module._buffers
+    }
+    weights = {n: v for n, v in layer.state_dict().items() if n not in learned}
+    layer.load_state_dict({}, strict=False)
+    assert int(layer.state.step) == 1
+    some = next(name for name in weights if name.startswith("experts."))
+    for given in (weights, {some: weights[some]}):
+        with pytest.warns(UserWarning, match="no routing state"):
+            layer.load_state_dict(given, strict=False)
+        assert int(layer.state.step) == 0
+        train_steps(layer, 1)
 
 
 @pytest.mark.parametrize("text", HERE)

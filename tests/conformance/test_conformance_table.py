@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from cells import ROUTER_CELLS, Cell, E, H, I, ids
+import torch
+from cells import ROUTER_CELLS, Cell, E, H, I, context, ids, tokens
 
 from etr.moe import CAPACITIES, EXPERT_BACKENDS, ROUTERS, MoE, MoEConfig, support_table
 from etr.moe.config import parse_capacity
@@ -50,6 +51,20 @@ def test_known_cells() -> None:
     supported |= {("etr", c) for c in CAPACITIES if c != "locmoe"}
     for cell in supported:
         assert table[cell] is None, cell
+
+
+@pytest.mark.parametrize("cell", ROUTER_CELLS, ids=ids)
+def test_what_a_router_says_of_its_gates_and_logits_is_so(cell: Cell) -> None:
+    layer, x = cell.layer(), tokens()
+    routing, router = layer.route(x, context())[0], layer.router
+    if routing.probs is not None:
+        used = routing.valid
+        probs = routing.probs[routing.token[used], routing.expert[used]]
+        assert torch.equal(routing.gate[used], probs) == cell.traits.gates_are_probs
+    if router.made_of_logits:
+        again = router.of_logits(routing.logits)
+        assert torch.equal(again.probs, routing.probs)
+        assert routing.scores is None or torch.equal(again.scores, routing.scores)
 
 
 @pytest.mark.parametrize("router", list(ROUTERS))

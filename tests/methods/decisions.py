@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from etr.methods import METHODS
 from etr.moe import Collector, MoE, MoEConfig, RoutingContext, after_step
@@ -34,6 +35,23 @@ def learn(layer: MoE, x: Tensor) -> dict[str, Tensor]:
         losses = layer(x).losses
     after_step(layer)
     return losses
+
+
+class FromHost(TorchDispatchMode):
+    """Counts tensors that are made of values of the host."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten.lift_fresh.default
+        return function(*args, **(kwargs or {}))
+
+
+def from_host(layer: MoE, x: Tensor) -> int:
+    """Tensors that a forward in training makes of the host's values, which a GPU waits for."""
+    with FromHost() as seen:
+        layer(x)
+    return seen.count
 
 
 def kept(view: LayerView) -> Tensor:

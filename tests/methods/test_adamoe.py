@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from decisions import decide, layer_of
+from decisions import decide, from_host, layer_of
 from torch import Tensor
 
 from etr.moe import MoE, reference
@@ -69,6 +69,10 @@ def test_nulls_leave_two_of_four() -> None:
     found, want = without(x), plain(x)
     assert torch.equal(found.hidden_states, want.hidden_states)
     assert torch.equal(found.losses["aux"], want.losses["aux"])
+
+
+def test_no_forward_waits_for_the_host() -> None:
+    assert from_host(layer_of("adamoe"), torch.randn(5, 16)) == 0
 
 
 def test_by_hand() -> None:

@@ -67,12 +67,8 @@ def test_steps_cost_what_one_step_of_twice_the_experts_does() -> None:
     """With 1 step it is the plain layer bit for bit; 2 steps have the same expert parameters, and
     at half the experts a step the same operations, and each router has a gradient."""
     x = torch.randn(32, 16, dtype=torch.float64)
-    plain, one, two = (
-        layer_of("token_choice", top_k=4, capacity="none").double(),
-        chain(1),
-        chain(2),
-    )
-    one = chain(1, top_k=4)
+    plain = layer_of("token_choice", top_k=4, capacity="none").double()
+    one, two = chain(1, top_k=4), chain(2)
     one.load_state_dict(plain.state_dict())
     found, want = one(x), plain(x)
     assert torch.equal(found.hidden_states, want.hidden_states)

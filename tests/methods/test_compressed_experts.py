@@ -13,6 +13,8 @@ from toy_lm import loss, made, same_weights, save, small, train, trained
 from etr.methods.compressed_experts import CompressExperts
 from etr.moe import MoE, MoEConfig, moe_layers, reference
 from etr.moe.config import parse_capacity
+from etr.moe.experts import Shared
+from etr.moe.experts.compressed import Compressed
 from etr.moe.watch import LayerView, watch
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
@@ -132,6 +134,11 @@ def test_what_it_does_not_take(options: dict, words: str) -> None:
         method.check(method.plan([], [layer]), [layer])
     with pytest.raises(ValueError, match="every token must choose 4 experts"):
         layer_of(2, 3, experts="compressed:main=2,of=4")(torch.randn(5, 8).double())
+    for name, value in (("backend", "bmm"), ("dispatch", "permute")):
+        with pytest.raises(ValueError, match=f"{name}='{value}': experts='compressed' runs the"):
+            layer_of(**{name: value})
+        with pytest.raises(ValueError, match=f"{name}='{value}': experts='shared' runs the"):
+            layer_of(experts=Shared(wrapped=Compressed(main=2, of=4)), **{name: value})
 
 
 @pytest.mark.criterion

@@ -10,7 +10,8 @@ from decisions import layer_of, learn
 from torch import Tensor
 from toys import E, Net, Toy, train
 
-from etr.moe import Collector, MoE, RoutingContext, after_step
+from etr.moe import Collector, MoE, RoutingContext, after_step, moe_layers
+from etr.moe.layers import tie_experts
 from etr.moe.learner import Step
 from etr.moe.reference import feed_forward
 
@@ -157,9 +158,59 @@ def test_a_later_token_changes_nothing_before() -> None:
         torch.testing.assert_close(y, z, rtol=1e-12, atol=1e-13)
 
 
-def test_a_router_without_probabilities_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"experts='defaults' weighs .*'remoe' has no prob"):
-        layer_of("default_moe", router="remoe")
+@pytest.mark.parametrize("how", ["layers", "inner steps"])
+def test_one_bank_moves_once_a_step_by_the_tokens_of_all_who_share_it(how: str) -> None:
+    """Not once for each of them: in the second step a mean keeps 0.9 of itself, not 0.81."""
+    model: torch.nn.Module = layer_of("default_moe", inner_steps=2).double()
+    if how == "layers":
+        config = layer_of("default_moe", experts="shared:defaults").config
+        model = torch.nn.ModuleList(MoE(config, place) for place in range(2)).double()
+        tie_experts(list(model))
+    layers, counts = moe_layers(model), []
+    means = layers[0].bank.default
+    sums = []
+    for x in torch.randn(2, 32, 16, dtype=torch.float64):
+        with Collector(model):
+            for layer in layers[: 1 if how == "inner steps" else 2]:
+                layer(x)
+        pending = [layer.pending for layer in layers]
+        sums.append(sum(stats["output_sums"] for stats in pending))
+        counts.append(sum(stats["num_tokens_per_expert"] for stats in pending))
+        assert counts[-1].sum() == 64
+        after_step(model)
+    assert min(count.min() for count in counts) > 0
+    first, second = (s / n[:, None] for s, n in zip(sums, counts, strict=True))
+    want = 0.9 * first + 0.1 * second
+    torch.testing.assert_close(means.mean.double(), want, rtol=1e-5, atol=1e-6)
+    assert means.known.tolist() == [2] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"router": "remoe"}, r"experts='defaults' weighs .*'remoe' has no prob"),
+        ({"router": "token_choice:gate=sigmoid"}, r"'token_choice' has no gates that are its prob"),
+        ({"router": "x_moe"}, r"'x_moe' has no gates that are its prob"),
+        ({"top_k": 2, "normalize": "chosen"}, "normalize='chosen' must be 'none'"),
+        ({"top_k": 2, "normalize": None, "experts": "shared:defaults"}, "normalize='chosen' must"),
+        ({"routed_scale": 2.0}, r"routed_scale=2\.0 must be 1"),
+    ],
+)
+def test_weights_that_are_no_probabilities_are_refused(
+    options: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        layer_of("default_moe", **options)
+
+
+def test_counters_without_tokens_are_refused() -> None:
+    layer, x = layer_of("default_moe"), torch.randn(4, 16)
+    routing, limit = layer.route(x, RoutingContext())
+    kept = layer.keep(routing, limit)
+    with pytest.raises(ValueError, match=r"experts='defaults' learns .*: give `stats` the tokens"):
+        layer.stats(routing, kept)
+    assert "output_sums" in layer.stats(routing, kept, x=x)
+    assert "output_sums" not in layer.stats(routing, kept, learns=False)
 
 
 def cosines(model: Net, toy: Toy, generator: torch.Generator) -> tuple[float, float]:

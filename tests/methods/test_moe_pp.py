@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
-from decisions import decide, layer_of
+from decisions import decide, from_host, layer_of
 from torch import Tensor, nn
 from toys import H, Toy, train
 
 from etr.methods import METHODS
 from etr.moe import Collector, MoE, MoEConfig, RoutingContext
 from etr.moe.context import Replay
+from etr.moe.notice import EtrWarning
 from etr.moe.reference import feed_forward
 
 
@@ -138,11 +141,20 @@ def test_the_layer_before_is_read_and_nothing_else() -> None:
     first(x, context)
     assert list(context.logits or {}) == [0]
     with_it = decide(second, x, context).routing.logits
-    alone = decide(second, x).routing.logits
+    with pytest.warns(EtrWarning, match=r"MoE layer 1 has a router .* RoutingContext\(logits={}\)"):
+        alone = decide(second, x).routing.logits
     want = alone + context.logits[0] @ second.router.residual.T
     torch.testing.assert_close(with_it, want)
     with pytest.raises(ValueError, match=r"has 8 experts for 4 tokens, .* are \[5, 8\]"):
         second(x[:4], context)
+
+
+def test_a_first_layer_says_nothing_and_no_forward_waits_for_the_host() -> None:
+    layer = layer_of("moe_pp")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EtrWarning)
+        layer(torch.randn(5, 16))
+    assert from_host(layer, torch.randn(5, 16)) == 0
 
 
 def test_a_residual_passes_checkpointing_and_no_later_token_leaks() -> None:

@@ -8,7 +8,7 @@ from decisions import decide, layer_of, learn
 from torch import Tensor
 
 from etr.methods.rexmoe import Lending, Widening
-from etr.moe import Collector, MoE, MoEConfig, moe_layers, set_progress
+from etr.moe import Collector, MoE, MoEConfig, RoutingContext, moe_layers, set_progress
 from etr.moe.layers import tie_experts
 
 
@@ -51,7 +51,8 @@ def test_how_many_experts_a_layer_has() -> None:
 def test_layers_have_their_own_experts_and_then_each_others() -> None:
     """A group of 1 is token choice bit for bit; until lending starts a group of 2 computes what two
     plain layers with its blocks of experts and router rows do; experts that a layer does not have
-    yet get weight 0 and no token, and of 8 it has 4, 5, 6, 7 and 8 as training goes."""
+    yet get weight 0 and no token, and of 8 it has 4, 5, 6, 7 and 8 as training goes. Four layers
+    have as many parameters of experts in groups of 1, 2 and 4."""
     x = torch.randn(64, 16, dtype=torch.float64)
     (alone,), whole = group(1), plain(8)
     whole.load_state_dict(alone.state_dict(), strict=False)
@@ -80,6 +81,23 @@ def test_layers_have_their_own_experts_and_then_each_others() -> None:
             assert not routing.routing_map()[:, closed].any()
         seen.append(8 - int(closed.sum()))
     assert seen == [4, 5, 6, 7, 8]
+
+    counts = set()
+    for size in (1, 2, 4):
+        four = torch.nn.ModuleList(
+            layer for _ in range(4 // size) for layer in group(size, num_experts=4 * size)
+        )
+        names = [name for name, _ in four.named_parameters() if ".experts." in name]
+        counts.add(sum(four.get_parameter(name).numel() for name in names))
+    assert counts == {4 * 4 * 3 * 16 * 8}
+
+
+def test_inner_steps_have_the_experts_of_their_layer() -> None:
+    for place, layer in enumerate(group(inner_steps=2)):
+        other = MoE(layer.config, place).double()
+        for step in moe_layers(other):
+            mass = step.route(torch.randn(5, 16).double(), RoutingContext())[0].probs.sum(0)
+            assert (mass > 0).nonzero().flatten().tolist() == list(range(4 * place, 4 * place + 4))
 
 
 def test_experts_stay_once_they_are_lent_and_layers_get_others() -> None:

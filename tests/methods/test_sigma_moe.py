@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from etr.methods import METHODS
 from etr.methods.sigma_moe import Sparsified
-from etr.moe import Collector, MoE, MoEConfig, attach, set_progress
+from etr.moe import Collector, MoE, MoEConfig, RoutingContext, attach, moe_layers, set_progress
 from etr.moe.losses.balance import balance_loss
 from etr.moe.stats import max_violation
 
@@ -44,6 +44,10 @@ def test_only_the_first_layers_do_and_what_was_saved_goes_on() -> None:
     layer = lower()
     upper = MoE(layer.config, 8).double()
     assert (taken(layer), taken(upper)) == (8, 1)
+    steps = MoE(lower(router="sparsified:lower=2", inner_steps=2).config, 1).double()
+    x = torch.randn(9, 16, dtype=torch.float64)
+    maps = [step.route(x, RoutingContext())[0].routing_map() for step in moe_layers(steps)]
+    assert [int(table.sum()) for table in maps] == [72, 72]  # inner steps are of their layer
     set_progress(layer, 0.2)
     other = lower()
     other.load_state_dict(layer.state_dict())

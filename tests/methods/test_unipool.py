@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from decisions import decide, layer_of, learn
@@ -22,13 +24,16 @@ class Layers(nn.Module):
         self.layers = nn.ModuleList(MoE(config, place) for place in range(count))
         tie_experts(list(self.layers))
 
-    def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, recompute: bool = False, order: Sequence[int] | None = None
+    ) -> Tensor:
         def call(x: Tensor, layer: MoE) -> Tensor:
             return layer(x).hidden_states
 
         with Collector(self) as collector:
             total = x.new_zeros(())
-            for rows, layer in zip(x, self.layers, strict=True):
+            for place in range(len(x)) if order is None else order:
+                rows, layer = x[place], self.layers[place]
                 if recompute:
                     y = torch.utils.checkpoint.checkpoint(call, rows, layer, use_reentrant=False)
                 else:
@@ -95,11 +100,13 @@ def of_pool(model: Layers, x: Tensor) -> Tensor:
     return len(f) * f @ p
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_the_layers_losses_are_that_of_the_pool(recompute: bool) -> None:
-    """Value and gradient, also where activations are computed again in the backward pass."""
+def test_the_layers_losses_are_that_of_the_pool(recompute: bool, order: tuple[int, ...]) -> None:
+    """Value and gradient, in whatever order they run, also where activations are computed again in
+    the backward pass."""
     model, x = Layers(3, top_k=2).double(), torch.randn(3, 24, 16, dtype=torch.float64)
-    found, want = model(x, recompute), of_pool(model, x)
+    found, want = model(x, recompute, order), of_pool(model, x)
     torch.testing.assert_close(found, want)
     values = [layer.router.weight for layer in model.layers]
     for got, right in zip(

@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import warnings
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -72,6 +73,9 @@ def limit_of(
         (0.7, 0, 2, 4, 0),
         (1.0, 7, 1, 2, 4),
         (1.1, 4096 * 1000, 2, 8, 1126400),
+        (1.0000004, 10**8, 1, 10, 10000004),
+        (1e-7, 10**9, 1, 10, 10),
+        (0.1234567890123, 10**12, 1, 1, 123456789013),
     ],
 )
 def test_the_capacity_formula(
@@ -80,6 +84,15 @@ def test_the_capacity_formula(
     assert capacity_tokens(factor, num_tokens, top_k, num_experts) == want
     assert capacity_tokens(factor, torch.tensor(num_tokens), top_k, num_experts).item() == want
     assert Ratio.of(factor).tokens(num_tokens, top_k, num_experts) == want
+
+
+@pytest.mark.parametrize("factor", [0.6, 1.1, 1.0000004, 1e-7, 3e-13, math.pi / 3, 12345.678901])
+def test_the_fraction_of_a_factor(factor: float) -> None:
+    """With the least denominator where that is small."""
+    ratio = Ratio.of(factor)
+    assert abs(Fraction(ratio.numerator, ratio.denominator) / Fraction(factor) - 1) <= 1e-12
+    assert Ratio.of(0.6)[1:] == (3, 5)
+    assert Ratio.of(1e-7)[1:] == (1, 10**7)
 
 
 def test_integer_and_tensor_capacity_agree() -> None:

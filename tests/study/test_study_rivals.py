@@ -88,6 +88,13 @@ def test_what_a_layer_does_with_tokens() -> None:
     share = torch.tensor([6, 2, 3, 2, 3]) / 16
     mean = views[0].routing.probs.mean(0)
     assert found["balance_loss"] == pytest.approx(float(5 * share @ mean.detach()), rel=1e-6)
+    mask = torch.arange(8) < 6  # padding has no probability
+    with watch(layer, lambda place, view: views.append(view)), torch.no_grad():
+        layer(torch.randn(8, 16), RoutingContext(replay=context.replay, valid_mask=mask))
+    share = torch.tensor([5, 2, 2, 1, 2]) / 12
+    mean = views[1].routing.probs[mask].mean(0)
+    found = of_view(layer, views[1])
+    assert found["balance_loss"] == pytest.approx(float(5 * share @ mean), rel=1e-6)
 
 
 def result(variant: str, seed: int, loss: float, flops: float = 2.0) -> dict[str, Any]:

@@ -51,6 +51,11 @@ def test_results_name_the_commit_of_a_checkout_alone(tmp_path, monkeypatch):
     subprocess.run([*git, "commit", "--quiet", "--allow-empty", "-m", "a"], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
     assert environment()["etr"] == f"{etr.__version__}, commit {head.stdout[:12]}"
+    subprocess.run([*git, "tag", "-m", "a", "v9"], check=True)  # the commit is named all the same
+    (package / "new.py").touch()  # in no commit yet, and no change of one
+    assert environment()["etr"] == f"{etr.__version__}, commit {head.stdout[:12]}"
+    subprocess.run([*git, "add", "."], check=True)
+    assert environment()["etr"] == f"{etr.__version__}, commit {head.stdout[:12]}-dirty"
 
 
 @pytest.fixture

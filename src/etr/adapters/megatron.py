@@ -74,7 +74,7 @@ class MegatronRouter(nn.Module):
 
     def set_layer_number(self, layer_number: int) -> None:
         """Number of the transformer layer, from 1; part of the seed of `hash` and `random`."""
-        self.router.moe.layer_index = layer_number - 1
+        self.router.moe.layer_index = self.router.moe.place = layer_number - 1
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route.

@@ -25,10 +25,8 @@ class NullBalance(Loss):
 
     def __call__(self, given: LossInput) -> Tensor:
         load = given.load("ranks").to(given.routing.gate.dtype)
-        null = [number is None for number in given.meant]
-        if any(null):
-            free = torch.tensor(null, device=load.device)
-            load = torch.where(free, (load * free).sum() / sum(null), load)
+        free = given.free
+        load = torch.where(free, (load * free).sum() / free.sum().clamp_min(1), load)
         return balance_loss(given.routing, load, given.context.data_group)
 
 

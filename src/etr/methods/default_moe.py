@@ -19,13 +19,15 @@ class Defaults(BankConfig):
     """Equal experts; where one does not run for a token, its running mean output is added instead.
 
     It is weighed by the router's probability, through which the router learns of experts that did
-    not run. The vectors have no gradient; they move once per optimizer step, for which training
-    runs the chosen experts a second time.
+    not run. The vectors have no gradient; they move once per optimizer step, by the tokens of all
+    layers and inner steps that share the bank, for which training runs the chosen experts a second
+    time.
     """
 
     name = "defaults"
     summary = "equal experts, whose mean outputs stand in where they do not run"
     undivided = "the mean outputs of all experts are taken where the tokens are"
+    of_gates = "weighs what does not run by probabilities, so that experts must weigh theirs"
 
     decay: float = 0.9
     """Part of a mean output that survives one optimizer step in which its expert ran."""
@@ -37,7 +39,8 @@ class Defaults(BankConfig):
 
     @property
     def needs(self) -> dict[str, str]:
-        return {"has_probs": "weighs experts that do not run by their probability"}
+        why = "weighs experts that do not run by their probability"
+        return dict.fromkeys(("has_probs", "gates_are_probs"), why)
 
     def build(self, sizes: ExpertSizes) -> DefaultExperts:
         return DefaultExperts(sizes, self.decay)
@@ -62,7 +65,11 @@ class MeanOutputs(Learner):
         self.register_state("known", (num_experts,), 0, torch.int64)
 
     def observe(self, seen: Seen) -> dict[str, Tensor]:
-        assert seen.output_sums is not None
+        if seen.output_sums is None:
+            raise ValueError(
+                "experts='defaults' learns from what experts make: give `stats` the tokens x, or "
+                "learns=False"
+            )
         return {"output_sums": seen.output_sums()}
 
     def after_step(self, step: Step) -> None:

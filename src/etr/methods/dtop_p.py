@@ -125,7 +125,7 @@ class _DTopPRouter(LinearRouter):
         table = self.preferences(scores)
         order = top_experts(table, self.num_experts)
         takes = until_mass(table.gather(1, order), self.controller.p.double())
-        return self.routing_of(scores, torch.where(takes, order, self.num_experts), inputs)
+        return self.taking(scores, order, takes, inputs)
 
 
 CARD = Card(

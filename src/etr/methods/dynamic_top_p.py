@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from etr.methods.card import Card, Row
@@ -52,7 +51,7 @@ class _TopPRouter(SoftmaxRouter):
         order = top_experts(table if inputs.bonus is None else table + inputs.bonus, table.shape[1])
         mass = math.inf if self.config.p >= 1 else self.config.p
         takes = until_mass(table.gather(1, order), mass)
-        return self.routing_of(scores, torch.where(takes, order, self.num_experts), inputs)
+        return self.taking(scores, order, takes, inputs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -135,7 +135,7 @@ class _PercentileRouter(SoftmaxRouter):
         takes[:, 0] = True
         if self.config.most is not None:
             takes[:, self.config.most :] = False
-        return self.routing_of(scores, torch.where(takes, order, self.num_experts), inputs)
+        return self.taking(scores, order, takes, inputs)
 
 
 SHAPES: dict[str, Callable[[float], float]] = {

@@ -96,9 +96,7 @@ class _CondenserRouter(SoftmaxRouter):
         self.usage = UsageBias(num_experts, config.rate)
 
     def scores(self, x: Tensor, inputs: RouterInput) -> Scores:
-        logits = self.logits(x) + self.usage.bias.to(x.dtype)
-        probs = logits.softmax(-1)
-        return Scores(scores=probs, logits=logits, gates=probs, probs=probs)
+        return self.of_logits(self.logits(x) + self.usage.bias.to(x.dtype))
 
     def choose_alone(self, scores: Scores, inputs: RouterInput) -> Routing:
         best = top_experts(self.preferences(scores), self.top_k)

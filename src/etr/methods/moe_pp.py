@@ -13,7 +13,7 @@ from etr.moe.experts import BANKS, BankConfig, ExpertSizes
 from etr.moe.experts.nulls import weights_from
 from etr.moe.experts.uniform import Experts
 from etr.moe.losses import LOSSES, Loss, LossInput
-from etr.moe.losses.means import mean_over_valid
+from etr.moe.losses.balance import shares
 from etr.moe.routers import ROUTERS, Router, RouterConfig, RouterTraits
 from etr.moe.routers.linear import SoftmaxRouter
 from etr.moe.routing import Routing, Scores, Selection
@@ -61,8 +61,7 @@ class _GatingResidualRouter(SoftmaxRouter):
                 f"and the logits of the layer before are {list(before.shape)}; layers must be alike"
             )
         logits = logits + before.to(x.dtype) @ self.residual.to(x.dtype).T
-        probs = logits.softmax(-1)
-        return Scores(scores=probs, logits=logits, gates=probs, probs=probs)
+        return self.of_logits(logits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,13 +137,9 @@ class UnevenBalance(Loss):
             raise ValueError(f"free={self.free} of loss {self.name!r} must be >= 0 and finite")
 
     def __call__(self, given: LossInput) -> Tensor:
-        probs = given.routing.probs
-        assert probs is not None
-        load = given.load("ranks").to(probs.dtype)
-        share = load / load.sum().clamp_min(1.0)
-        counts = probs.new_tensor([self.free if m is None else 1.0 for m in given.meant])
-        mean = mean_over_valid(probs, given.routing, given.context.data_group)
-        return len(given.meant) * (counts * share * mean).sum()
+        share, mean = shares(given.routing, given.load("ranks"), given.context.data_group)
+        counted = torch.where(given.free, self.free * share, share)
+        return len(given.meant) * (counted * mean).sum()
 
 
 CARD = Card(

@@ -104,11 +104,11 @@ class _LendingRouter(SoftmaxRouter):
     def num_open(self) -> Tensor:
         return self.widening.count
 
-    def is_open(self, layer_index: int) -> Tensor:
+    def is_open(self, place: int) -> Tensor:
         """Which experts a layer has, bool [E]: its own, then others in an order of its own."""
         count = self.widening.count
         number = torch.arange(self.num_experts, device=count.device)
-        place = layer_index % self.config.group
+        place = place % self.config.group
         own = number // (self.num_experts // self.config.group) == place
         order = mix(number, self.config.seed * 1000003 + place * 104729 + 1)
         turn = torch.where(own, number - self.num_experts, order).argsort().argsort()
@@ -116,9 +116,8 @@ class _LendingRouter(SoftmaxRouter):
 
     def scores(self, x: Tensor, inputs: RouterInput) -> Scores:
         logits = self.logits(x)
-        logits = torch.where(self.is_open(inputs.layer_index), logits, CLOSED)
-        probs = logits.softmax(-1)
-        return Scores(scores=probs, logits=logits, gates=probs, probs=probs)
+        logits = torch.where(self.is_open(inputs.place), logits, CLOSED)
+        return self.of_logits(logits)
 
     def preferences(self, scores: Scores) -> Tensor:
         """Closed experts come after open ones of probability 0 too."""
@@ -149,7 +148,8 @@ CARD = Card(
     claim=(
         "A group of 1 is token choice bit for bit; until lending starts a group of 2 computes what "
         "two plain layers with its blocks of experts and router rows do; experts that a layer does "
-        "not have yet get weight 0 and no token, and of 8 it has 4, 5, 6, 7 and 8 as training goes."
+        "not have yet get weight 0 and no token, and of 8 it has 4, 5, 6, 7 and 8 as training "
+        "goes. Four layers have as many parameters of experts in groups of 1, 2 and 4."
     ),
     departs=(
         "num_experts are those of the group, so a layer owns num_experts / group. The order in "

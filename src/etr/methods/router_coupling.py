@@ -107,7 +107,11 @@ CARD = Card(
     claim=(
         "The loss is 0 where no answer exceeds alpha times the expert's own, and 0.75 for 4 "
         "experts that answer every row alike at alpha = 0.5; it is the same for every batch, and "
-        "training on it alone brings it below a tenth of what it was."
+        "training on it alone lowers it, at alpha = 0.5 and at 1."
     ),
-    departs="With block vectors, which are fixed, those are the rows, and experts alone learn.",
+    departs=(
+        "With block vectors, which are fixed, those are the rows, and experts alone learn. In 40 "
+        "steps on it alone the loss fell from 0.48 to 0.65 to 0 at alpha = 0.5, and from 0.16 to "
+        "0.22 to 0 at 1 (3 seeds)."
+    ),
 )

@@ -20,8 +20,9 @@ from etr.moe.select import top_experts
 class Sparsified(RouterConfig):
     """Token choice in which the first layers take more than `top_k` experts for a while.
 
-    Their number is halved, in stages of equal length, until it is `top_k`. There, weights are
-    divided by the sum of a token's chosen ones, through which no gradient goes.
+    Their number is halved, in stages that divide the steps before `until` evenly; in the last of
+    them it is `top_k` already, which stays. Unless `lower` is 0, weights are divided in every layer
+    by the sum of a token's chosen ones, through which no gradient goes.
     """
 
     name = "sparsified"
@@ -33,7 +34,7 @@ class Sparsified(RouterConfig):
     start: int = 8
     """Experts a token takes there at first."""
     until: float = 0.5
-    """Fraction of optimizer steps after which they take top_k."""
+    """Fraction of optimizer steps at which the stages end; the last one, of top_k, goes on."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,6 +50,7 @@ class Sparsified(RouterConfig):
         return RouterTraits(
             fixed_k=self.lower == 0,
             normalize="none" if self.lower else None,
+            gates_are_probs=self.lower == 0,
             has_scores=False,
             rank_by=("position",),
             default_capacity="none",
@@ -70,7 +72,7 @@ class Narrowing(Learner):
 
     Args:
         stages: numbers, of which the first holds at first.
-        until: fraction of optimizer steps at which the last one holds.
+        until: fraction of optimizer steps before which they are equally long; the last goes on.
     """
 
     count: Tensor
@@ -102,11 +104,11 @@ class _SparsifiedRouter(SoftmaxRouter):
         if self.narrowing is None:
             return super().choose_alone(scores, inputs)
         count = self.narrowing.count
-        if inputs.layer_index >= self.config.lower:
+        if inputs.place >= self.config.lower:
             count = torch.full_like(count, self.top_k)
         order = top_experts(self.preferences(scores), self.narrowing.stages[0])
         takes = torch.arange(order.shape[1], device=order.device) < count
-        return self.routing_of(scores, torch.where(takes, order, self.num_experts), inputs)
+        return self.taking(scores, order, takes, inputs)
 
     def routing_of(
         self, scores: Scores, expert: Tensor, inputs: RouterInput, *, all_used: bool = False
@@ -137,6 +139,8 @@ CARD = Card(
     ),
     departs=(
         "The numbers of the published schedule were not found; these halve. No gain in balance is "
-        "claimed, for none was seen: MaxVio and the balance loss must be read together."
+        "claimed, for none was seen: over the last 50 steps the first layer's balance loss and "
+        "MaxVio, which must be read together, are 1.08 and 1.22 with 1 expert from the start, and "
+        "1.06 and 1.23 with steps."
     ),
 )

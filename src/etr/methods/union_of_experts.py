@@ -77,8 +77,9 @@ CARD = Card(
     against="token_choice/top_k=4/capacity=none",
     moves=("loss", "load"),
     claim=(
-        "All slices on with even gates are the dense feed-forward within 1e-5, its output bias "
-        "once; k of E slices cost k / E of its operations, and for k >= 2 the gate has a gradient."
+        "All slices on with even gates are the dense feed-forward within 1e-12 in float64, its "
+        "output bias once; k of E slices cost k / E of its operations, and for k >= 2 the gate has "
+        "a gradient."
     ),
     departs=(
         "The feed-forward alone, routed by token, which is causal. A chosen slice weighs p k / "

@@ -28,7 +28,7 @@ class NormRouter(RouterConfig):
 
     @property
     def traits(self) -> RouterTraits:
-        return RouterTraits(normalize="none", default_capacity="none")
+        return RouterTraits(normalize="none", default_capacity="none", gates_are_probs=False)
 
     def build(self, hidden_size: int, num_experts: int, top_k: int) -> Router:
         return _NormRouter(self, hidden_size, num_experts, top_k)
@@ -36,6 +36,8 @@ class NormRouter(RouterConfig):
 
 class _NormRouter(LinearRouter):
     """``scale`` [1] starts where the weights of a token of random logits sum to 1."""
+
+    made_of_logits = True
 
     def __init__(
         self, config: RouterConfig, hidden_size: int, num_experts: int, top_k: int
@@ -54,15 +56,16 @@ class _NormRouter(LinearRouter):
             self.scale.copy_(1 / best.sum(-1).mean())
 
     def scores(self, x: Tensor, inputs: RouterInput) -> Scores:
-        logits = self.logits(x)
+        return self.of_logits(self.logits(x))
+
+    def of_logits(self, logits: Tensor) -> Scores:
         scores = F.normalize(logits, dim=-1)
         found = scores.relu()
         total = found.sum(-1, keepdim=True)
         probs = (found / total.clamp_min(1e-12)).where(total > 0, 1 / self.num_experts)
         # Ranked before the ReLU, so that experts of weight 0 are not ties.
-        return Scores(
-            scores=scores, logits=logits, gates=found * self.scale.to(x.dtype), probs=probs
-        )
+        gates = found * self.scale.to(logits.dtype)
+        return Scores(scores=scores, logits=logits, gates=gates, probs=probs)
 
 
 CARD = Card(

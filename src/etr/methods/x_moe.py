@@ -49,7 +49,12 @@ class XMoE(RouterConfig):
 
     @property
     def traits(self) -> RouterTraits:
-        return RouterTraits(has_cosine=True, rank_by=("position",), default_capacity="none")
+        return RouterTraits(
+            has_cosine=True,
+            gates_are_probs=False,  # another temperature
+            rank_by=("position",),
+            default_capacity="none",
+        )
 
     def build(self, hidden_size: int, num_experts: int, top_k: int) -> Router:
         return _XMoERouter(self, hidden_size, num_experts, top_k)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -56,13 +57,14 @@ class Pool:
     notes: dict[str, dict[int, Any]] = field(default_factory=dict)
 
     def before(self, name: str, value: T) -> list[T]:
-        """What loss `name` noted of the layers before this one; `value` is for those after it.
+        """What loss `name` noted of layers that ran before this one; `value` is for those after it.
 
-        The same in the forward and where activations are computed again in the backward pass.
+        The same in the forward and where activations are computed again in the backward pass: a
+        layer keeps its turn.
         """
         known = self.notes.setdefault(name, {})
         known.setdefault(self.place, value)
-        return [known[place] for place in range(self.place) if place in known]
+        return [known[place] for place in takewhile(lambda place: place != self.place, known)]
 
 
 class Collector:

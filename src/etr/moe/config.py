@@ -9,6 +9,7 @@ from etr.moe.capacity import CAPACITIES
 from etr.moe.moved import moved
 from etr.moe.options import LayerOptions
 from etr.moe.routers import ROUTERS
+from etr.moe.rules import unsupported_weights
 from etr.moe.select import Normalize
 
 __getattr__ = moved(
@@ -55,8 +56,14 @@ class MoEConfig(LayerOptions):
                 "gets no gradient; use normalize='none'"
             )
         self.router_config.check(self.hidden_size, self.num_choices, self.top_k)
+        reason = unsupported_weights(
+            self.bank_config, self.router_config, self.resolved_normalize, self.routed_scale
+        )
+        if reason is not None:
+            raise ValueError(reason)
         made, traits = self.bank_config.choices_of_a_token, self.router_config.traits
-        if made is not None and (self.top_k, traits.fixed_k, traits.tokens_choose) != (made, 1, 1):
+        fixed = traits.fixed_k and traits.tokens_choose
+        if made is not None and not (fixed and self.top_k == made):
             raise ValueError(
                 f"experts={self.bank_config.name!r}: every token must choose {made} experts, and "
                 f"with router {self.router_config.name!r} and top_k={self.top_k} it does not"

@@ -223,7 +223,8 @@ class RouterInput:
         token_index: global index of each token, int64 [T]; None for a router that is
             `position_free`, which does not ask.
         step: optimizer steps done, int64 [] on the device.
-        layer_index: number of the MoE layer in the model.
+        layer_index: number of the MoE layer in the model, inner steps counted.
+        place: the same without inner steps, which have that of their layer.
         bonus: added to the selection score of each expert, float [E], or None.
         replay: recorded choices for this layer, or None.
         logit_delta: added to this layer's logits, float [E] or [T, E], or None.
@@ -239,6 +240,7 @@ class RouterInput:
     token_index: Tensor | None
     step: Tensor
     layer_index: int
+    place: int = 0
     bonus: Tensor | None = None
     replay: Replay | None = None
     logit_delta: Tensor | None = None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from etr.moe.context import RouterInput, RoutingContext
 from etr.moe.exchange import Traffic, exchange_evenly, meet, rows_of_all
+from etr.moe.notice import warn
 
 
 def check_input(hidden_states: Tensor, context: RoutingContext, hidden_size: int) -> None:
@@ -65,6 +66,7 @@ def router_input(
     position_free: bool,
     step: Tensor,
     layer_index: int,
+    place: int,
     bonus: Tensor | None,
 ) -> RouterInput:
     """What a router sees of the context, for tokens x [T, H].
@@ -91,6 +93,7 @@ def router_input(
         token_index=index,
         step=step,
         layer_index=layer_index,
+        place=place,
         bonus=bonus,
         replay=(context.replay and context.replay.get(layer_index)) or None,
         logit_delta=None if context.logit_delta is None else context.logit_delta.get(layer_index),
@@ -98,6 +101,19 @@ def router_input(
         all_valid=context.valid_mask is None,
         before=(context.logits or {}).get(layer_index - 1),
     )
+
+
+def leave_logits(logits: Tensor | None, context: RoutingContext, layer_index: int) -> None:
+    """Let the layer after this one read its logits [T, E]; warn of a context that keeps none."""
+    if context.logits is None:
+        if layer_index and not torch.compiler.is_compiling():
+            warn(
+                f"MoE layer {layer_index} has a router that reads the logits of the layer before, "
+                "and sees none: give all layers one RoutingContext(logits={}), a new one for each "
+                "forward of the model"
+            )
+    elif logits is not None:
+        context.logits[layer_index] = logits
 
 
 def _flat(value: Tensor | None) -> Tensor | None:

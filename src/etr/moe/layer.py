@@ -23,12 +23,9 @@ from etr.moe.collector import Collector, Pool
 from etr.moe.config import MoEConfig
 from etr.moe.context import RoutingContext
 from etr.moe.exchange import Traffic
-from etr.moe.experts import (
-    ExpertParams,
-    run_shared,
-)
+from etr.moe.experts import ExpertParams, run_shared
 from etr.moe.inner_steps import in_steps
-from etr.moe.inputs import check_finite, check_input, local_bonus, router_input
+from etr.moe.inputs import check_finite, check_input, leave_logits, local_bonus, router_input
 from etr.moe.keep import Order, keep
 from etr.moe.learner import Seen
 from etr.moe.losses import Loss, LossInput, scaled_losses
@@ -59,6 +56,7 @@ class MoE(ArrangedParts):
             steps = [MoE(one, self.layer_index + n) for n in range(1, config.inner_steps)]
             for step in steps:
                 step.take_experts(self)
+                step.place = layer_index
             self.later = nn.ModuleList(steps)
 
     def forward(self, hidden_states: Tensor, context: RoutingContext | None = None) -> MoEOutput:
@@ -142,6 +140,7 @@ class MoE(ArrangedParts):
             position_free=self.traits.position_free,
             step=self.state.step,
             layer_index=self.layer_index,
+            place=self.place,
             bonus=local_bonus(x, context, bonus, self.num_choices) if learns else None,
         )
         if learns:
@@ -149,8 +148,8 @@ class MoE(ArrangedParts):
         else:
             serving = self.serving_for(context)
             routing, limit = serving.route(self.router, x, inputs, self.calibration)
-        if self.traits.reads_before and context.logits is not None and routing.logits is not None:
-            context.logits[self.layer_index] = routing.logits
+        if self.traits.reads_before:
+            leave_logits(routing.logits, context, self.layer_index)
         return routing if context.ranks is None else run_ranks(routing, context.ranks), limit
 
     def keep(

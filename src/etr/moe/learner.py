@@ -33,7 +33,8 @@ class Step:
     """One optimizer step.
 
     Args:
-        counters: of the layer, by name, summed over micro-batches and ranks.
+        counters: of the layer, by name, summed over micro-batches and ranks; those of all layers
+            that hold the learner.
         layers: those of every layer of the model that ran, in its order, for what layers share.
         affinity_p99: 99th percentile of the step's chosen scores, float32 [].
         number: optimizer steps that the layer has done, with this one, int64 [].

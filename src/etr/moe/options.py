@@ -13,7 +13,7 @@ from etr.moe.experts import BANKS, EXPERT_BACKENDS, Activation, BankConfig
 from etr.moe.losses import Loss, LossConfig, Losses, loss_rows
 from etr.moe.losses.rows import check_losses, losses_from_plain, losses_to_plain
 from etr.moe.routers import ROUTERS, RouterConfig
-from etr.moe.rules import resolve_rank_by, unsupported, unsupported_bank
+from etr.moe.rules import resolve_rank_by, unsupported, unsupported_bank, unsupported_run
 from etr.moe.select import Normalize, RankBy
 from etr.moe.serving import serving_of
 from etr.moe.table import check_name, config_to_dict
@@ -106,6 +106,8 @@ class LayerOptions:
             raise ValueError(reason)
         check_losses(self.losses, router)
         reason = unsupported_bank(self.bank_config, router, self.loss_rows)
+        engines = {"backend": self.backend, "dispatch": self.dispatch}
+        reason = reason or unsupported_run(self.bank_config, **engines)
         if reason is not None:
             raise ValueError(reason)
         if self.local_bonus and not router.traits.has_scores:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from etr.moe.affinity import without_autocast
 from etr.moe.calibration import Calibration
 from etr.moe.collector import Collected, Collector
 from etr.moe.config import MoEConfig
@@ -36,6 +38,7 @@ class LayerParts(Collected):
         if not isinstance(config, MoEConfig):
             raise TypeError(f"config is {type(config).__name__}; it must be a MoEConfig")
         super().__init__(layer_index * config.inner_steps)
+        self.place = layer_index
         self.take_choices(config)
         size = (config.hidden_size, config.num_choices, config.top_k)
         self.router = config.router_config.build(*size)
@@ -44,7 +47,13 @@ class LayerParts(Collected):
         self.state = LayerState(config.num_choices)
         self.add_experts()
         self.serving = serving_of(config.eval_selection, "eval_selection")
-        self.register_load_state_dict_pre_hook(keep_state)
+        weights = frozenset(
+            name
+            for module in self.modules()
+            if isinstance(module, Bank | ExpertWeights)
+            for name in (*module._parameters, *module._buffers)
+        )
+        self.register_load_state_dict_pre_hook(partial(keep_state, weights=weights))
 
     def take_choices(self, config: MoEConfig) -> None:
         """Follow a config in all that has neither parameters nor state."""
@@ -111,7 +120,7 @@ class LayerParts(Collected):
         def run(x: Tensor, *params: ExpertParams) -> Tensor:
             return self.bank.output_sums(x, routing, selection, params)
 
-        with torch.autocast(device_type=x.device.type, enabled=False):
+        with without_autocast(x):
             sums: Tensor = self.experts(x, torch.promote_types(x.dtype, torch.float32), run)
         return sums
 

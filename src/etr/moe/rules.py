@@ -8,7 +8,7 @@ from etr.moe.capacity import CAPACITIES, CapacityConfig
 from etr.moe.experts import BankConfig
 from etr.moe.losses import Loss
 from etr.moe.routers import ROUTERS, RouterConfig
-from etr.moe.select import RankBy
+from etr.moe.select import Normalize, RankBy
 
 
 def unsupported(
@@ -53,12 +53,18 @@ def unsupported(
 
 def unsupported_bank(bank: BankConfig, router: RouterConfig, losses: Iterable[Loss]) -> str | None:
     """Why a bank cannot go with a router or with losses, or None."""
+    own, asked = _bare(bank).ternary, router.traits.ternary
+    if None not in (own, asked) and own != asked:
+        return (
+            f"experts={bank.name!r} has nulls={own} choices without weights, and router "
+            f"{router.name!r} has nulls={asked}; they must have as many"
+        )
     for fact, why in bank.needs.items():
         if not getattr(router.traits, fact):
             what = _WORDS.get(fact, fact)
             return (
                 f"experts={bank.name!r} {why}, and router {router.name!r} has no {what}; use one "
-                "that has, such as 'token_choice'"
+                "that has, such as 'token_choice' with softmax gates"
             )
     for row in losses:
         if row.needs_experts and not bank.one_width and row.weight_for(router.traits):
@@ -69,7 +75,43 @@ def unsupported_bank(bank: BankConfig, router: RouterConfig, losses: Iterable[Lo
     return None
 
 
-_WORDS = {"has_probs": "probabilities"}
+_WORDS = {"has_probs": "probabilities", "gates_are_probs": "gates that are its probabilities"}
+
+
+def unsupported_weights(
+    bank: BankConfig, router: RouterConfig, normalize: Normalize | None, scale: float
+) -> str | None:
+    """Why combine weights cannot be made so of a router's gates, or None.
+
+    Args:
+        normalize, scale: options of these names, as they are resolved.
+    """
+    if router.traits.ternary is not None and normalize not in (None, "none"):
+        return (
+            f"normalize={normalize!r}: weights of router {router.name!r} have signs and are "
+            "divided by a sum of their own; use normalize='none'"
+        )
+    why = _bare(bank).of_gates
+    if why is not None and (normalize, scale) != ("none", 1.0):
+        return (
+            f"experts={bank.name!r} {why}: normalize={normalize!r} must be 'none', and "
+            f"routed_scale={scale} must be 1"
+        )
+    return None
+
+
+def unsupported_run(bank: BankConfig, **engines: str) -> str | None:
+    """Why a bank cannot be run by a backend or a dispatcher that is asked for, or None."""
+    why = _bare(bank).runs_itself
+    for name, value in engines.items():
+        if why is not None and value != "auto":
+            return f"{name}={value!r}: experts={bank.name!r} {why}; use 'auto'"
+    return None
+
+
+def _bare(bank: BankConfig) -> BankConfig:
+    """The bank that layers share, where they do."""
+    return getattr(bank, "wrapped", bank)
 
 
 def resolve_rank_by(

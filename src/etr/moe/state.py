@@ -149,15 +149,17 @@ def _trace(value: Tensor | None) -> tuple[int, int] | None:
     return value.data_ptr(), value._version
 
 
-def keep_state(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def keep_state(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any, weights: frozenset[str]
+) -> None:
     """Let the state inside `module` be, while a state dict without the module's weights is loaded.
 
     A hook for `register_load_state_dict_pre_hook`. Adapters' weights come that way.
+
+    Args:
+        weights: their names, each the last part of a key.
     """
-    if any(
-        key.startswith(prefix) and key.endswith(("down_proj", ".codes", ".down_base"))
-        for key in state_dict
-    ):
+    if any(key.startswith(prefix) and key.rpartition(".")[2] in weights for key in state_dict):
         return
     for path, child in module.named_modules(prefix=prefix.removesuffix(".")):
         if isinstance(child, GlobalState):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from etr.moe.collector import Collector
-from etr.moe.layer import MoE
 from etr.moe.layers import moe_layers
-from etr.moe.learner import Step
+from etr.moe.learner import Learner, Step
 from etr.moe.loss_scale import Attached, LossScale
 from etr.moe.notice import warn
+from etr.moe.stats import add_stats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -52,10 +54,17 @@ def after_step(model: nn.Module, group: ProcessGroup | None = None) -> list[dict
     """
     layers, found = moe_layers(model), _taken(model, group)
     ran = [stats for stats in found if stats]
+    learned: dict[Learner, list[Step]] = {}  # layers that share experts share what these learn
     for layer, stats in zip(layers, found, strict=True):
         layer.unlearned.learned()
         if stats:
-            _learn(layer, stats, ran)
+            p99, number = layer.calibration.affinity_p99, layer.state.step + 1
+            step = Step(counters=stats, layers=ran, affinity_p99=p99, number=number)
+            for learner in layer.learners():
+                learned.setdefault(learner, []).append(step)
+    for learner, steps in learned.items():
+        counters = reduce(add_stats, [step.counters for step in steps])
+        learner.after_step(replace(steps[0], counters=counters))
     return found
 
 
@@ -210,13 +219,6 @@ def _add_dimensions(optimizer: Optimizer) -> None:
         for name in shaped & state.keys() if parameter.shape == (1,) else ():
             if state[name].dim() == 0:
                 state[name] = state[name].reshape(1)
-
-
-def _learn(layer: MoE, stats: dict[str, Tensor], ran: list[dict[str, Tensor]]) -> None:
-    p99, number = layer.calibration.affinity_p99, layer.state.step + 1
-    step = Step(counters=stats, layers=ran, affinity_p99=p99, number=number)
-    for learner in layer.learners():
-        learner.after_step(step)
 
 
 @torch.no_grad()

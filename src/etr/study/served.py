@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from etr.moe import MoE, RoutingContext, moe_layers, selecting
+from etr.moe.losses import balance_loss
 from etr.moe.stats import max_violation
 from etr.moe.watch import LayerView, watch
 from etr.study.run import Run
@@ -78,10 +79,8 @@ def of_view(layer: MoE, view: LayerView) -> dict[str, float]:
         "bytes_between_nodes": 2 * 4 * view.x.shape[1] * float(away.sum()) / count,
         "max_violation": float(max_violation(chosen)),
     }
-    probs = view.routing.probs
-    if probs is not None:
-        share = chosen.double() / chosen.sum().clamp_min(1)
-        found["balance_loss"] = float(len(share) * share @ probs.detach().double().mean(0))
+    if view.routing.probs is not None:
+        found["balance_loss"] = float(balance_loss(view.routing, chosen).detach())
     return found
 
 
@@ -106,6 +105,6 @@ def router_share(layer: MoE, x: Tensor) -> float:
             taken.append(time.process_time() - began)
         return min(taken)
 
-    context = RoutingContext()
+    context = RoutingContext(logits={})  # a layer by itself has none before it
     whole = least(lambda: layer.walk(x, context))
     return least(lambda: layer.route(x, context)) / max(whole, 1e-9)

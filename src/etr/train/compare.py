@@ -128,11 +128,12 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The commit of the checkout that this code runs from; nothing where it is installed."""
+    """The commit of the checkout that this code runs from, "-dirty" where tracked files are not as
+    in it; nothing where it is installed."""
     root = Path(etr.__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""
-    git = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         found = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

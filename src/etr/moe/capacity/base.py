@@ -51,14 +51,19 @@ class Ratio(NamedTuple):
 
     @classmethod
     def of(cls, factor: float) -> Ratio:
-        """The simplest fraction within 1e-12 or so of a factor."""
-        return cls(factor, *Fraction(factor).limit_denominator(10**6).as_integer_ratio())
+        """A fraction within 1e-12 of a factor, relative to it, with a small denominator if any is.
+
+        Denominators are up to 10**6, else 10**9, else those of the floating-point number itself.
+        """
+        exact = Fraction(factor)
+        found = (exact.limit_denominator(most) for most in (10**6, 10**9))
+        near = (one for one in found if abs(one - exact) <= exact / 10**12)
+        return cls(factor, *next(near, exact).as_integer_ratio())
 
     def tokens(self, num_tokens: int, top_k: int, num_experts: int) -> int:
         """`capacity_tokens` of a number that the host knows."""
-        whole = self.denominator * num_experts * 10**6
-        slack = self.denominator * num_experts
-        return -((slack - self.numerator * num_tokens * top_k * 10**6) // whole)
+        whole = self.denominator * num_experts
+        return -((whole // 10**6 - self.numerator * num_tokens * top_k) // whole)
 
 
 MEAN_LOAD = Ratio.of(1.0)

@@ -43,6 +43,12 @@ class BankConfig:
     summary: ClassVar[str]
     undivided: ClassVar[str | None] = None
     """Why ranks cannot divide it among them; completes a sentence. None: they can."""
+    of_gates: ClassVar[str | None] = None
+    """Why combine weights must be the router's gates, as they are; completes a sentence. None:
+    they may be normalised and scaled."""
+    runs_itself: ClassVar[str | None] = None
+    """Why neither a backend nor a dispatcher has a part in it; completes a sentence. None: they
+    have."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -56,7 +62,10 @@ class BankConfig:
         return None
 
     def meant(self, num_experts: int) -> tuple[int | None, ...]:
-        """Number of the expert that each choice means; None where it has no weights."""
+        """Number of the expert that each choice means; None where it has no weights, at the end.
+
+        Those that mean something go through all experts in order, perhaps several times.
+        """
         choices = range(self.num_choices(num_experts))
         return tuple(number if number < num_experts else None for number in choices)
 
@@ -64,6 +73,11 @@ class BankConfig:
     def needs(self) -> dict[str, str]:
         """Facts of `RouterTraits` without which it does not work, and what it does with each."""
         return {}
+
+    @property
+    def ternary(self) -> int | None:
+        """Null choices, where every expert has two choices before them, one of each sign."""
+        return None
 
     @property
     def choices_of_a_token(self) -> int | None:

@@ -26,6 +26,7 @@ class Compressed(BankConfig):
     name = "compressed"
     summary = "equal experts; a token's first choices run, the others scale them by a vector"
     undivided = "choices of one token work together"
+    runs_itself = "runs the tokens of each expert by itself"
 
     main: int = 1
     """Choices that run, the first ones of each token."""

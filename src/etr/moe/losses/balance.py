@@ -58,8 +58,20 @@ def balance_loss(routing: Routing, load: Tensor, group: ProcessGroup | None = No
     Raises:
         ValueError: the router has no probabilities.
     """
-    if routing.probs is None:
+    share, mean = shares(routing, load, group)
+    return routing.num_experts * (share * mean).sum()
+
+
+def shares(
+    routing: Routing, load: Tensor, group: ProcessGroup | None, probs: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The share of the load and the mean probability of each expert, f and P of `balance_loss`.
+
+    Args: as `balance_loss`.
+        probs: in the place of the routing's, [T, N], for a load of N.
+    """
+    probs = routing.probs if probs is None else probs
+    if probs is None:
         raise ValueError("the balance loss needs probabilities, and this router has none")
-    share = load.detach().to(routing.probs.dtype)
-    share = share / share.sum().clamp_min(1.0)
-    return routing.num_experts * (share * mean_over_valid(routing.probs, routing, group)).sum()
+    share = load.detach().to(probs.dtype)
+    return share / share.sum().clamp_min(1.0), mean_over_valid(probs, routing, group)

@@ -81,6 +81,12 @@ class LossInput:
         return len(set(self.meant) - {None})
 
     @property
+    def free(self) -> Tensor:
+        """Which choices have no weights, bool [N]; they are the last ones."""
+        known = sum(number is not None for number in self.meant)
+        return torch.arange(len(self.meant), device=self.choices.device) >= known
+
+    @property
     def num_open(self) -> Tensor | int:
         """Of how many choices a token may take; fewer than all where the router closes some."""
         found: Tensor | int = self.router.num_open  # type: ignore[assignment]

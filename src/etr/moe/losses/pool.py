@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from etr.moe.losses.balance import shares
 from etr.moe.losses.base import Loss, LossInput
-from etr.moe.losses.means import mean_over_valid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +25,11 @@ class PoolBalance(Loss):
     one_when_even = True
 
     def __call__(self, given: LossInput) -> Tensor:
-        probs = given.routing.probs
-        assert probs is not None
-        load = given.load("ranks").to(probs.dtype)
-        share = load / load.sum().clamp_min(1.0)
-        mean = mean_over_valid(probs, given.routing, given.context.data_group)
+        share, mean = shares(given.routing, given.load("ranks"), given.context.data_group)
         found = share @ mean
         pool = given.pool()
-        for earlier_share, earlier_mean in pool.before(self.label, (share, mean)):
-            found = found + share @ earlier_mean + earlier_share @ mean
+        for other_share, other_mean in pool.before(self.label, (share, mean)):
+            found = found + share @ other_mean + other_share @ mean
         # Layers that are closed to some experts share the others out among them.
         reached = torch.as_tensor(given.num_open * pool.count).clamp_max(len(share))
         return found * reached / pool.count

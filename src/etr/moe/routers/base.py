@@ -32,6 +32,7 @@ class RouterTraits:
             `LayerOptions.normalize` has it.
         has_scores: gives selection scores, so choosers can be ranked and thresholds calibrated.
         has_probs: gives a distribution over experts, so a balance loss is defined.
+        gates_are_probs: what weighs a chosen expert is its probability, before any normalisation.
         has_directions: has a direction of every choice in the space of tokens.
         has_cosine: scores are cosines, so the capacity lower bound applies.
         sparse_gates: gates are 0 where a token does not take the expert, and a loss on them, which
@@ -44,6 +45,8 @@ class RouterTraits:
         padded: the preset pads its buffers, so backend "auto" picks a padded one.
         numbered: an expert's number decides what comes to it, so experts cannot change numbers.
         num_groups: equal groups of neighbouring experts that tokens choose among first.
+        ternary: null choices, the last, after one of each sign for every expert; None: no gate is
+            negative.
     """
 
     causal: bool = True
@@ -53,6 +56,7 @@ class RouterTraits:
     normalize: Normalize | None = None
     has_scores: bool = True
     has_probs: bool = True
+    gates_are_probs: bool = True
     has_directions: bool = False
     has_cosine: bool = False
     sparse_gates: bool = False
@@ -64,6 +68,7 @@ class RouterTraits:
     padded: bool = False
     numbered: bool = False
     num_groups: int = 1
+    ternary: int | None = None
 
     @property
     def can_balance(self) -> bool:
@@ -100,9 +105,6 @@ class RouterConfig:
         raise NotImplementedError
 
 
-PAIR = ("of_logits", "scores")
-"""What a router must define together: who redefines `scores` alone is made of more than logits."""
-
 if TYPE_CHECKING:
     _KeptFromDecay = nn.Module
 else:
@@ -130,6 +132,8 @@ class Router(_KeptFromDecay):
     """Places the bins of the threshold calibration where the router's scores crowd."""
     takes_any_dtype: bool = False
     """`scores` converts the tokens itself, so that no full copy of them is made."""
+    made_of_logits: bool = False
+    """Whether `of_logits` of the logits of `scores` is `scores` once more."""
 
     def __init__(
         self, config: RouterConfig, hidden_size: int, num_experts: int, top_k: int
@@ -173,7 +177,7 @@ class Router(_KeptFromDecay):
         if delta is None:
             return scores
         logits, shape = scores.logits, ((self.num_experts,), scores.gates.shape)
-        if logits is None or not self.made_of_logits():
+        if logits is None or not self.made_of_logits:
             raise ValueError(
                 f"context.logit_delta: router {self.config.name!r}, as it is set, is not made of "
                 "its logits alone; use token_choice, or etr with score=prob"
@@ -188,12 +192,6 @@ class Router(_KeptFromDecay):
     def of_logits(self, logits: Tensor) -> Scores:
         """`scores` of other logits [T, E], for routers that are made of nothing else."""
         raise NotImplementedError
-
-    def made_of_logits(self) -> bool:
-        """Whether `of_logits` of the logits of `scores` is `scores` once more."""
-        kinds = type(self).__mro__
-        first = [next(i for i, kind in enumerate(kinds) if name in vars(kind)) for name in PAIR]
-        return first[0] <= first[1] and kinds[first[0]] is not Router
 
     def _choose_where(self, tokens_choose: Tensor, scores: Scores, inputs: RouterInput) -> Routing:
         routing = self.choose(scores, inputs)
@@ -281,6 +279,17 @@ class Router(_KeptFromDecay):
             fixed_k=self.traits.fixed_k,
         )
         return routing.known(full=full, unbiased=inputs.bonus is None)
+
+    def taking(self, scores: Scores, order: Tensor, takes: Tensor, inputs: RouterInput) -> Routing:
+        """Routing of those of a token's experts that it takes.
+
+        Args:
+            scores: the full tables.
+            order: experts, int64 [T, k], best first.
+            takes: which of them, bool [T, k] or [k].
+            inputs: as of `routing_of`.
+        """
+        return self.routing_of(scores, torch.where(takes, order, self.num_experts), inputs)
 
     def all_pairs(self, scores: Scores, inputs: RouterInput) -> Routing:
         """Routing in which every expert may pick every valid token, pairs [T * E]."""

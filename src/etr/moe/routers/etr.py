@@ -92,6 +92,7 @@ class EtrRouter(RouterConfig):
             causal=self.choice != "expert",
             fixed_load=self.choice == "expert",
             tokens_choose=self.choice != "expert",
+            gates_are_probs=self.gate == "softmax",
             has_cosine=self.score == "cosine",
             rank_by=("position",) if self.choice == "token" else ("score",),
             expert_pool=self.expert_pool,
@@ -118,6 +119,7 @@ class _EtrRouter(Router):
 
     def __init__(self, config: EtrRouter, hidden_size: int, num_experts: int, top_k: int) -> None:
         super().__init__(config, hidden_size, num_experts, top_k)
+        self.made_of_logits = config.score != "cosine"
         self.score_scale: ScoreScale = CosineScale(hidden_size)
         if config.score == "prob":
             self.score_scale = OddsScale(1 / num_experts)
@@ -201,9 +203,6 @@ class _EtrRouter(Router):
         if self.offset is not None:
             gates = (logits + self.offset.squeeze().to(logits.dtype)).sigmoid()
         return Scores(scores=probs, logits=logits, gates=gates, probs=probs)
-
-    def made_of_logits(self) -> bool:
-        return self.config.score != "cosine"
 
     def choose(self, scores: Scores, inputs: RouterInput) -> Routing:
         if self.config.choice == "expert":

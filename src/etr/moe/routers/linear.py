@@ -35,8 +35,12 @@ class LinearRouter(Router):
 class SoftmaxRouter(LinearRouter):
     """Scores ``softmax(x W^T)``, which rank and weigh alike.
 
+    Who makes more of the logits than that says that it is not `made_of_logits`.
+
     Args: as `Router`.
     """
+
+    made_of_logits = True
 
     def __init__(
         self, config: RouterConfig, hidden_size: int, num_experts: int, top_k: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -82,7 +82,10 @@ class TokenChoice(RouterConfig):
     @property
     def traits(self) -> RouterTraits:
         return RouterTraits(
-            has_directions=True, rank_by=("position", "score"), num_groups=self.num_groups
+            has_directions=True,
+            gates_are_probs=self.gate == "softmax",
+            rank_by=("position", "score"),
+            num_groups=self.num_groups,
         )
 
     def build(self, hidden_size: int, num_experts: int, top_k: int) -> Router:
@@ -99,9 +102,7 @@ class Baseline(TokenChoice):
 
     @property
     def traits(self) -> RouterTraits:
-        return RouterTraits(
-            has_directions=True, rank_by=("position",), padded=True, num_groups=self.num_groups
-        )
+        return replace(super().traits, rank_by=("position",), padded=True)
 
     def check(self, hidden_size: int, num_experts: int, top_k: int) -> None:
         super().check(hidden_size, num_experts, top_k)
@@ -144,6 +145,7 @@ class LinearRouter(Router):
 
     config: TokenChoice
     takes_any_dtype = True
+    made_of_logits = True
 
     def __init__(self, config: TokenChoice, hidden_size: int, num_experts: int, top_k: int) -> None:
         super().__init__(config, hidden_size, num_experts, top_k)
