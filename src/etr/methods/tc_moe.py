@@ -76,11 +76,10 @@ class _TernaryRouter(SoftmaxRouter):
     config: TernaryChoice
 
     def scores(self, x: Tensor, inputs: RouterInput) -> Scores:
-        config, logits = self.config, self.logits(x)
-        signed = self.num_experts - config.nulls
-        number = torch.arange(self.num_experts, device=x.device)
-        others = torch.where(number < signed, logits + config.negative, logits + config.null)
-        return self.of_logits(torch.where(number < signed // 2, logits, others))
+        config, half = self.config, (self.num_experts - self.config.nulls) // 2
+        plus, minus, null = self.logits(x).split((half, half, config.nulls), dim=-1)
+        logits = torch.cat((plus, minus + config.negative, null + config.null), dim=-1)
+        return self.of_logits(logits)
 
     def routing_of(
         self, scores: Scores, expert: Tensor, inputs: RouterInput, *, all_used: bool = False
