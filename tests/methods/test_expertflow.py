@@ -66,7 +66,7 @@ def test_predictions_close_half_of_the_way() -> None:
     text = Topics(experts=16, length=24)
     past, (held_out, tokens) = text.draw(240), text.draw(32)
     forecast = ExpertFlow().learn(*past)
-    expected = forecast(tokens, held_out.sequence)
+    expected = forecast(held_out, tokens)
     lru, ours = hits(held_out, "lru", 4), hits(held_out, "expertflow", 4, expected)
     best = hits(held_out, "oracle", 4)
     assert lru + (best - lru) / 2 <= ours <= best
@@ -118,12 +118,11 @@ def test_what_it_cannot_predict_is_refused() -> None:
 def test_unknown_tokens_are_predicted_too() -> None:
     demand = some(1)
     forecast = ExpertFlow(steps=1).learn(demand, torch.arange(40))
-    found = forecast(torch.tensor([3, 10**6]), torch.zeros(2).long())
+    two = Demand.of(torch.zeros(3, 2, 2).long(), torch.zeros(2).long(), 4)
+    found = forecast(two, torch.tensor([3, 10**6]))
     assert found.shape == (3, 2, 2)
     again = ExpertFlow(steps=1).learn(demand, torch.arange(40))
-    assert torch.equal(
-        again(torch.arange(40), demand.sequence), forecast(torch.arange(40), demand.sequence)
-    )
+    assert torch.equal(again(demand, torch.arange(40)), forecast(demand, torch.arange(40)))
 
 
 @pytest.mark.parametrize("option", ["width=0", "steps=0", "learning_rate=0", "seed=x"])

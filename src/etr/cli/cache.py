@@ -99,9 +99,13 @@ def _expected(cache: Cache, learn_from: str | None, trace: Trace) -> torch.Tenso
         return None
     past = same_model(learn_from, trace.info, "learn_from")
     ids = [torch.from_numpy(one.layer(0).token_id.astype("int64")) for one in (past, trace)]
-    choices, sequence = map(torch.tensor, past.choices(kept=True))
-    forecast = cache.learn(Demand.of(choices, sequence, past.info.num_experts), ids[0])
-    return forecast(ids[1], torch.tensor(trace.layer(0).sequence))
+    before, now = (_demand(one) for one in (past, trace))
+    return cache.learn(before, ids[0])(now, ids[1])
+
+
+def _demand(trace: Trace) -> Demand:
+    choices, sequence = map(torch.tensor, trace.choices(kept=True))
+    return Demand.of(choices, sequence, trace.info.num_experts)
 
 
 def _moved(config: CacheConfig, found: Replayed | None) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ def measure(model: EtrForCausalLM, method: Transform, batches: Batches) -> list[
     """
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     found: list[Stats] = [{} for _ in layers]
+    batches = list(batches) if method.probes else batches
 
     def see(place: int, view: LayerView) -> None:
         with torch.no_grad():
@@ -61,6 +62,10 @@ def measure(model: EtrForCausalLM, method: Transform, batches: Batches) -> list[
             with torch.no_grad():
                 for place, layer in enumerate(layers):
                     found[place] = {**found[place], **method.inspect(layer, found[place])}
+    if method.probes:
+        with torch.no_grad():
+            more = method.probe(layers, lambda: mean_loss(model, batches), found)
+        found = [{**one, **other} for one, other in zip(found, more, strict=True)]
     return found
 
 
@@ -68,12 +73,22 @@ def _nothing(place: int, view: LayerView) -> None:
     """For a method that looks at weights alone."""
 
 
+def _labels(batch: Mapping[str, Tensor]) -> Tensor:
+    """The token after each but the last, [B, S - 1]; -100 on padding."""
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    return (ids if mask is None else ids.masked_fill(mask == 0, -100))[:, 1:]
+
+
 def _summed_loss(model: EtrForCausalLM, batch: Mapping[str, Tensor]) -> Tensor:
     """Cross-entropy of the next token, summed over tokens, without what routers add."""
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
     logits = model(**batch).logits[:, :-1]
-    return cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    return cross_entropy(logits.flatten(0, 1), _labels(batch).flatten(), reduction="sum")
+
+
+def mean_loss(model: EtrForCausalLM, batches: Batches) -> float:
+    """The same over all batches, by token."""
+    each = [(float(_summed_loss(model, one)), int((_labels(one) >= 0).sum())) for one in batches]
+    return sum(loss for loss, _ in each) / max(1, sum(count for _, count in each))
 
 
 @contextmanager

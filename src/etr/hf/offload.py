@@ -53,8 +53,8 @@ class Offload:
         kind = CACHES.parse(self.cache)
         if kind.foresees or kind.predicts:
             raise ValueError(
-                f"cache={self.cache!r} goes by what a text will use, which is not known while it "
-                "is written"
+                f"cache={self.cache!r} goes by what a text will use, or by what it learned of "
+                "another trace: neither is there while a text is written"
             )
 
 

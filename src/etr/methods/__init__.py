@@ -46,6 +46,7 @@ SHELF = (
     "quantmoe",
     "eaquant",
     "d2moe",
+    "edgemoe",
     "adamoe",
     "router_coupling",
     "deepseek_moe",

@@ -57,8 +57,11 @@ class ExpertFlow(Cache):
         assert past.choices is not None  # or it could not be fitted
         most = past.choices.shape[-1]
 
-        def forecast(tokens: Tensor, sequence: Tensor) -> Tensor:
-            return predictor(tokens, sequence).detach().topk(most, -1).indices.transpose(0, 1)
+        def forecast(demand: Demand, tokens: Tensor) -> Tensor:
+            assert demand.sequence is not None
+            return (
+                predictor(tokens, demand.sequence).detach().topk(most, -1).indices.transpose(0, 1)
+            )
 
         return forecast
 

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from etr.methods.card import Card, Row
-from etr.model import TRANSFORMS, LayerTensors
-from etr.model.bits import matrices, with_bits
-from etr.model.experts import OfExperts, best, lists_of
+from etr.model import TRANSFORMS
+from etr.model.bits import FewBits, bits_a_weight, matrices
+from etr.model.experts import best
 from etr.model.transform import Stats
 from etr.moe.collector import Collected
 from etr.moe.config import MoEConfig
-from etr.moe.experts.activation import GATED
-from etr.moe.experts.packed import BITS, WHOLE, Packed
-from etr.moe.experts.runs import text_of
+from etr.moe.experts.packed import WHOLE
 from etr.moe.layer import MoE
 
 Score = Literal["outlier", "lowest", "random"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantMoe(OfExperts):
+class QuantMoe(FewBits):
     """Rounds the experts' matrices to few bits, more of them where weights stand out.
 
     A matrix's score is the highest, over the columns of its inputs, of the largest weight over the
@@ -44,30 +42,18 @@ class QuantMoe(OfExperts):
     """Bits of a weight on average, scales apart."""
     score: Score = "outlier"
     """Who gets more bits. lowest and random are there to compare with."""
-    store: Literal["packed", "plain"] = "packed"
-    """packed: codes in bytes. plain: weights that were rounded, which families of transformers can
-    hold, but are not smaller."""
     seed: int = 0
     """Of random scores."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("low", "high"):
-            if getattr(self, name) not in self._known:
-                words = ", ".join(map(str, self._known))
-                raise ValueError(f"{name}={getattr(self, name)} must be one of {words} bits")
+        self.check_bits("low", "high")
         if not self.low <= self.average <= self.high:
             raise ValueError(
                 f"average={self.average} must lie between low={self.low} and high={self.high}"
             )
         if self.score not in ("outlier", "lowest", "random"):
             raise ValueError(f"score={self.score!r} must be one of outlier, lowest, random")
-        if self.store not in ("packed", "plain"):
-            raise ValueError(f"store={self.store!r} must be packed or plain")
-
-    @property
-    def _known(self) -> tuple[int, ...]:
-        return (*BITS, WHOLE) if self.store == "packed" else (2, 3, 4, 8, WHOLE)
 
     def changes_function(self) -> str | None:
         return None if self.low == WHOLE else f"weights have {self.average} bits on average"
@@ -111,38 +97,8 @@ class QuantMoe(OfExperts):
         return [self.high if more else self.low for more in best(score, fits).tolist()]
 
     def describe(self, plan: Any, layers: Sequence[MoEConfig]) -> str:
-        total = bits = 0
-        for widths, layer in zip(plan["bits"], layers, strict=True):
-            total += len(widths) * layer.hidden_size * layer.intermediate_size
-            bits += sum(widths) * layer.hidden_size * layer.intermediate_size
-        return f"{bits / total:.4g} bits a weight of the experts, and 64 for the scale of each row"
-
-    def check(self, plan: Any, layers: Sequence[MoEConfig]) -> None:
-        super().check(plan, layers)
-        for place, (bits, layer) in enumerate(
-            zip(lists_of(plan, "bits", layers), layers, strict=True)
-        ):
-            if layer.expert_bias:
-                raise ValueError("expert_bias=True: experts with biases are not taken")
-            count = layer.num_experts * (3 if layer.activation in GATED else 2)
-            fine = isinstance(bits, list) and len(bits) == count
-            if not fine or not all(type(width) is int and width in self._known for width in bits):
-                raise ValueError(
-                    f"the plan's bits of layer {place} must be {count} of "
-                    f"{', '.join(map(str, self._known))}: {bits!r}"
-                )
-
-    def apply(self, tensors: LayerTensors, plan: Any, place: int) -> LayerTensors:
-        bits = plan["bits"][place]
-        if set(bits) == {WHOLE}:
-            return tensors
-        return with_bits(tensors, bits, self.store == "packed")
-
-    def options(self, layer: MoEConfig, plan: Any, place: int) -> MoEConfig:
-        bits = plan["bits"][place]
-        if self.store == "plain" or set(bits) == {WHOLE}:
-            return layer
-        return replace(layer, experts=Packed(bits=text_of(bits)))
+        bits = bits_a_weight(plan, layers)
+        return f"{bits:.4g} bits a weight of the experts, and 64 for the scale of each row"
 
 
 def scores_of(weight: Tensor) -> float:

@@ -88,12 +88,17 @@ class Transform:
     def measures(self) -> bool:
         """Whether text must be run through the model before planning."""
         observes = type(self).observe is not Transform.observe
-        return observes or "weight_gradients" in self.needs
+        return observes or self.probes or "weight_gradients" in self.needs
 
     @property
     def inspects(self) -> bool:
         """Whether the model must be read before planning, with text or without."""
         return type(self).inspect is not Transform.inspect
+
+    @property
+    def probes(self) -> bool:
+        """Whether the loss of the text is measured with other weights before planning."""
+        return type(self).probe is not Transform.probe
 
     def changes_function(self) -> str | None:
         """Why the result computes something else, dropless; None where it must compute the same."""
@@ -115,6 +120,18 @@ class Transform:
         Args:
             layer: of the model.
             stats: what was gathered of it.
+        """
+        raise NotImplementedError
+
+    def probe(
+        self, layers: Sequence[Collected], loss: Callable[[], float], stats: Sequence[Stats]
+    ) -> list[Stats]:
+        """What the loss of the text says of layers whose weights are changed in place.
+
+        Args:
+            layers: of the model, which is thrown away afterwards.
+            loss: of the text as the layers stand, nats a token; runs the model over all of it.
+            stats: what was gathered of each.
         """
         raise NotImplementedError
 

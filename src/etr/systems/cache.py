@@ -19,8 +19,10 @@ from torch import Tensor
 from etr.systems.plan import Demand
 from etr.table import Table
 
-Forecast = Callable[[Tensor, Tensor], Tensor]
-"""Token ids and sequences, [N] each, to the experts that they should use, int64 [L, N, K]."""
+Forecast = Callable[[Demand, Tensor], Tensor]
+"""A trace and ids of its tokens [N] to the experts that they should use, int64 [L, N, K].
+
+Of a token's own choices it may look at those in earlier layers."""
 
 
 class FastMemory:
@@ -28,6 +30,12 @@ class FastMemory:
 
     Experts are numbers; where layers share a memory, ``layer * num_experts + expert``.
     """
+
+    num_layers = num_experts = 1
+
+    def shared_by(self, num_layers: int, num_experts: int) -> None:
+        """Told before the first step: layers that share the memory, and experts of each."""
+        self.num_layers, self.num_experts = num_layers, num_experts
 
     def prepare(self, step: int, experts: Sequence[int]) -> Iterable[int]:
         """Experts to bring in before a step, in order.
@@ -61,6 +69,9 @@ class Cache:
     """Whether it knows what will be used: a bound, which no policy of a running model reaches."""
     predicts: ClassVar[bool] = False
     """Whether it predicts what will be used, and must `learn` how."""
+    prefetches: ClassVar[bool] = False
+    """Whether it may bring in experts before they are asked for, and so have hits over the bound
+    of those who load misses alone."""
 
     def start(self, uses: Sequence[int], expected: Sequence[Sequence[int]] = ()) -> FastMemory:
         """An empty memory.
@@ -290,7 +301,9 @@ def replay(
     memories = []
     for memory_steps, guess in zip(steps, guesses, strict=True):
         flat = [expert for step in memory_steps for expert in step]
-        memory = Memory(cache.start(flat, guess), size)
+        policy = cache.start(flat, guess)
+        policy.shared_by(len(choices) if shared else 1, num_experts)
+        memory = Memory(policy, size)
         for step in memory_steps:
             memory.begin(step)
             for expert in step:
