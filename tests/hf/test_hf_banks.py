@@ -39,7 +39,9 @@ FAMILIES = ["mixtral", "qwen3_moe"]
 def test_a_saved_model_computes_the_same_and_trains_on(
     text: str, family: str, tmp_path: Path
 ) -> None:
-    model = make_model("token_choice", family, experts=text)
+    # These families divide weights by their sum over the chosen, which some banks refuse.
+    weighs = {"normalize": "none"} if BANKS.parse(text).of_gates else {}
+    model = make_model("token_choice", family, experts=text, **weighs)
     train_steps(model, torch.optim.SGD(model.parameters(), lr=0.1), 0, 2)
     model.save_pretrained(tmp_path)
     loaded, info = EtrForCausalLM.from_pretrained(

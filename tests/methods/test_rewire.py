@@ -128,7 +128,7 @@ def test_a_gradient_reaches_what_is_added() -> None:
     assert reached == sorted(chosen.tolist())
 
 
-@pytest.mark.parametrize("router", ["hash", "expert_condenser", "remoe", "etr:score=cosine"])
+@pytest.mark.parametrize("router", ["hash", "remoe", "etr:score=cosine"])
 def test_routers_that_are_made_of_more_are_refused(router: str) -> None:
     one, x = layer(4, router=router, rank_by=None), torch.randn(2, 16, dtype=torch.float64)
     context = RoutingContext(logit_delta={0: torch.zeros(4)}, token_ids=torch.arange(2))
