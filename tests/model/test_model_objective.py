@@ -26,7 +26,7 @@ def a_text(valid: bool = True) -> Text:
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("valid", [True, False])
 def test_every_objective_makes_examples_that_its_losses_fit(name, valid):
-    objective = OBJECTIVES.parse(name)
+    objective = OBJECTIVES.parse(name).masked_by(V - 1)
     assert OBJECTIVES.from_dict(config_to_dict(objective)) == objective
     text = a_text(valid)
     example, again = (objective.example(text, draws(7, 3)) for _ in range(2))

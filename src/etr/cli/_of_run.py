@@ -11,16 +11,20 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
 from etr.cli._options import parse
-from etr.data import DataConfig
+from etr.data import DataConfig, mask_token
+from etr.model import OBJECTIVES, Objective
 from etr.parallel import is_launched
 from etr.train import TrainConfig
 from etr.train.checkpoint_folder import changed_options, list_checkpoints, run_of
 from etr.train.config import stored_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
 
@@ -102,6 +106,12 @@ def run_at(path: str) -> Path | None:
     """The run of a path to it or to a checkpoint in it; None for another model."""
     folder = Path(path)
     return folder if list_checkpoints(folder) else run_of(folder)
+
+
+def objective_for(text: str | None, path: str, tokenizer: PreTrainedTokenizerBase) -> Objective:
+    """What a text names, or else what the model of a path was trained on, with its mask."""
+    found: Objective = OBJECTIVES.parse(objective_of(path) if text is None else text)
+    return found.masked_by(mask_token(tokenizer))
 
 
 def objective_of(path: str) -> str:

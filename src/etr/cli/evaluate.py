@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from etr.cli._model import open_any_model
-from etr.cli._of_run import objective_of, parse_with_text
+from etr.cli._of_run import objective_for, parse_with_text
 from etr.cli._options import WithImports
 from etr.cli._tables import make_table
 from etr.data import DataConfig, held_out_batches, open_data
@@ -32,7 +32,7 @@ from etr.evaluate.comparison import columns, held_out_result, paired, score_rows
 from etr.evaluate.harness import check_named, run_named
 from etr.evaluate.tasks import HELD_OUT
 from etr.files import write_json, write_text
-from etr.model import OBJECTIVES
+from etr.model import OBJECTIVES, Objective
 from etr.moe.serving import serving_of
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ def run(arguments: list[str]) -> int:
 def evaluate_model(config: EvaluateConfig, path: str, name: str, tasks: list[Exam]) -> ModelResult:
     """All tasks on one model."""
     model, tokenizer, folder = open_any_model(path)
+    objective = objective_for(config.objective, path, tokenizer)
     options: dict[str, Any] = {
         "batch_size": config.data.batch_size,
         "chat": config.tasks.chat,
@@ -118,7 +119,7 @@ def evaluate_model(config: EvaluateConfig, path: str, name: str, tasks: list[Exa
     found: list[TaskResult] = []
     measured: EvalResult | None = None
     if HELD_OUT in config.tasks.tasks:
-        task, measured = held_out(config, path, model, tokenizer, folder)
+        task, measured = held_out(config, objective, model, tokenizer, folder)
         found.append(task)
     found += run_tasks(model, tokenizer, tasks, **options)
     found += run_named(
@@ -133,16 +134,17 @@ def evaluate_model(config: EvaluateConfig, path: str, name: str, tasks: list[Exa
     return ModelResult(
         model=name,
         folder=str(folder),
-        selection=describe_selection(model, config.selection),
+        selection=describe_selection(model, config.selection, objective),
         tasks=sorted(found, key=lambda result: order.get(result.task, len(order))),
         rows=measured.rows if measured else (),
         digest=measured.digest if measured else "",
+        bound=objective.bound,
     )
 
 
 def held_out(
     config: EvaluateConfig,
-    path: str,
+    objective: Objective,
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
@@ -160,7 +162,6 @@ def held_out(
         config.data.batch_size,
         config.max_tokens_per_domain,
     )
-    objective = OBJECTIVES.parse(config.objective or objective_of(path))
     domains = data.dataset.domains
     result = evaluate(model, batches, domains, config.selection, objective=objective)
     return held_out_result(result, data.dataset.bytes_per_token, data.corpus), result

@@ -10,13 +10,14 @@ import torch
 import tyro
 
 from etr.cli._model import open_model
-from etr.cli._of_run import say_which
+from etr.cli._of_run import objective_for, say_which
 from etr.cli._options import WithImports, parse
 from etr.data import encode_prompt
 from etr.hf import EtrForCausalLM, load_pretrained
 from etr.hf.decode import generate
+from etr.hf.fill import fill, sampler
 from etr.hf.offload import Offload, banks, load_offloaded, resident_bytes, usage
-from etr.model import DECODINGS
+from etr.model import DECODINGS, OBJECTIVES, UNMASKINGS, BlockDiffusion, Causal, Objective
 from etr.moe import set_eval_selection
 from etr.moe.serving import serving_of
 
@@ -45,6 +46,12 @@ class GenerateConfig(WithImports):
     options."""
     decoding: str = "plain"
     """How logits become a choice, perhaps with options: plain."""
+    objective: str | None = None
+    """What the model was trained on, perhaps with options; by default what its run says. With
+    block_diffusion it fills block after block."""
+    unmasking: str = "quota"
+    """Which places of a block a step fills, for models that fill blocks: quota, perhaps with
+    options."""
     offload: Literal["disk", "cpu"] | None = None
     """Keep the experts on disk, in the model's folder, or in host memory, and read each when it is
     needed. None: all of them are on the model's device."""
@@ -62,6 +69,9 @@ class GenerateConfig(WithImports):
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
         DECODINGS.parse(self.decoding)
+        UNMASKINGS.parse(self.unmasking)
+        if self.objective is not None:
+            OBJECTIVES.parse(self.objective)
         self.offloaded()
 
     def offloaded(self) -> Offload | None:
@@ -78,7 +88,8 @@ def run(arguments: list[str]) -> int:
     load = load_pretrained if offload is None else partial(load_offloaded, offload=offload)
     model, tokenizer, folder = open_model(config.model, load)
     say_which(folder)
-    print(continue_text(model, tokenizer, config))
+    objective = objective_for(config.objective, config.model, tokenizer)
+    print(continue_text(model, tokenizer, config, objective))
     if offload is not None:
         print(said_of_experts(model))
     return 0
@@ -97,13 +108,41 @@ def said_of_experts(model: EtrForCausalLM) -> str:
 
 
 def continue_text(
-    model: EtrForCausalLM, tokenizer: PreTrainedTokenizerBase, config: GenerateConfig
+    model: EtrForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    config: GenerateConfig,
+    objective: Objective | None = None,
 ) -> str:
-    """Prompt and continuation as text."""
+    """Prompt and continuation as text.
+
+    Args:
+        model, tokenizer: go together.
+        config: what to continue and how.
+        objective: what the model was trained on; None for the next token.
+    Raises:
+        ValueError: a decoding of next tokens, for a model that fills blocks.
+    """
     model.eval()
-    set_eval_selection(model, config.selection)
+    set_eval_selection(model, (objective or Causal()).served_by(config.selection)[0])
     prompt = torch.tensor([encode_prompt(tokenizer, config.prompt)], device=model.device)
     torch.manual_seed(config.seed)
+    if isinstance(objective, BlockDiffusion):
+        if config.decoding != "plain":
+            raise ValueError(
+                f"decoding={config.decoding!r} chooses next tokens; a model that was trained on "
+                f"{objective.name} fills blocks: leave it out"
+            )
+        filled = fill(
+            model,
+            objective,
+            prompt,
+            max_new_tokens=config.max_new_tokens,
+            unmasking=UNMASKINGS.parse(config.unmasking),
+            propose=sampler(config.temperature, config.top_p),
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        return str(tokenizer.decode(filled[0], skip_special_tokens=True))
     sampling = (
         {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
         if config.temperature > 0

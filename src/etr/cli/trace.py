@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from etr.cli._model import open_any_model
-from etr.cli._of_run import parse_with_text
+from etr.cli._of_run import objective_for, parse_with_text
 from etr.cli._options import WithImports
 from etr.cli._progress import track
 from etr.cli._tables import make_table
 from etr.data import DataConfig, open_data
 from etr.hf import FAMILIES
+from etr.model import OBJECTIVES
 from etr.moe.serving import serving_of
 from etr.moe.stats import max_violation
 from etr.systems import MEASURES
@@ -42,6 +43,9 @@ class TraceConfig(WithImports):
     selection: str = "threshold"
     """How experts select: threshold, dropless, batch or another name in SERVING, perhaps with
     options; layers of this library only."""
+    objective: str | None = None
+    """What the model was trained on, e.g. causal; by default what its run says. With
+    block_diffusion each row is two sequences: its noised blocks, and the clean text."""
     segment: int = 16
     """Window of the routing consistency (SRP, SCH) that is printed, tokens."""
     measures: tuple[str, ...] = ()
@@ -55,6 +59,8 @@ class TraceConfig(WithImports):
 
     def __post_init__(self) -> None:
         serving_of(self.selection, "selection")
+        if self.objective is not None:
+            OBJECTIVES.parse(self.objective)
         for text in self.measures:
             MEASURES.parse(text)
         for name in ("max_tokens", "segment"):
@@ -90,6 +96,7 @@ def run(arguments: list[str]) -> int:
         tokenizer=tokenizer,
         selection=config.selection,
         source=str(folder),
+        objective=objective_for(config.objective, config.model, tokenizer),
     )
     trace = read_trace(out)
     Console().print(summary(trace, config.segment, config.measures))

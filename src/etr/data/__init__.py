@@ -20,6 +20,7 @@ from etr.data.tokenizer import (
     encode_documents,
     encode_prompt,
     load_tokenizer,
+    mask_token,
     train_bpe,
 )
 
@@ -41,6 +42,7 @@ __all__ = [
     "held_out_batches",
     "load_corpus",
     "load_tokenizer",
+    "mask_token",
     "merge",
     "open_data",
     "train_bpe",

@@ -21,18 +21,19 @@ BYTE_VOCAB_SIZE = 264
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
 """Padding, beginning and end of a document."""
+_UNUSED = "<unused_{}>"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer whose token ids 0 to 255 are the UTF-8 bytes of the text.
 
-    256 is `<pad>`, 257 `<bos>`, 258 `<eos>`, the rest up to `BYTE_VOCAB_SIZE` unused. Nothing
-    is added when encoding, and the specials' names in a text are ordinary text, so that
+    256 is `<pad>`, 257 `<bos>`, 258 `<eos>`, the rest up to `BYTE_VOCAB_SIZE` unused, for masks.
+    Nothing is added when encoding, and the specials' names in a text are ordinary text, so that
     `decode(encode(text)) == text` for every text. Saves and loads like any other tokenizer.
     """
     from tokenizers import Tokenizer, models
 
-    unused = [f"<unused_{i}>" for i in range(BYTE_VOCAB_SIZE - 256 - len(SPECIAL_TOKENS))]
+    unused = [_UNUSED.format(i) for i in range(BYTE_VOCAB_SIZE - 256 - len(SPECIAL_TOKENS))]
     vocab = {character: byte for byte, character in enumerate(_byte_characters())}
     return _wrap(Tokenizer(models.BPE(vocab=vocab, merges=[])), [*SPECIAL_TOKENS, *unused])
 
@@ -156,6 +157,13 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     if ids[: len(start)] != start:
         ids = start + ids
     return ids or [tokenizer.eos_token_id]
+
+
+def mask_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Id of the tokenizer's mask token, else of the first token that it holds unused; or None."""
+    own: int | None = getattr(tokenizer, "mask_token_id", None)
+    found: int | None = tokenizer.get_vocab().get(_UNUSED.format(0)) if own is None else own
+    return found
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool) -> list[int]:

@@ -31,6 +31,8 @@ class ModelResult:
     """Nats and tokens of each row of held-out text, where that was asked for."""
     digest: str = ""
     """Of these rows' token ids; empty in results of a version that wrote none."""
+    bound: bool = False
+    """Whether those are upper bounds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,22 +64,25 @@ def held_out_result(
     tokens = result.tokens_by_domain
     count = sum(tokens.values())
     mean_bytes = sum(n * bytes_per_token[name] for name, n in tokens.items()) / count
-    scores: Scores = {ALL: _nats_and_bits(result.loss, result.error, count, mean_bytes)}
+    suffix = " (upper bound)" if result.bound else ""
+    scores: Scores = {ALL: _nats_and_bits(result.loss, result.error, count, mean_bytes, suffix)}
+    if result.asked_loss is not None:
+        scores[ALL]["nats/token to find"] = Score(value=result.asked_loss, error=None, count=count)
     scores[ALL]["kept share"] = Score(value=result.kept_fraction, error=None, count=count)
     for name, loss in result.loss_by_domain.items():
         error = result.error_by_domain[name]
-        scores[name] = _nats_and_bits(loss, error, tokens[name], bytes_per_token[name])
+        scores[name] = _nats_and_bits(loss, error, tokens[name], bytes_per_token[name], suffix)
     return TaskResult(task=HELD_OUT, label=f"held-out text of corpus {corpus}", scores=scores)
 
 
 def _nats_and_bits(
-    loss: float, error: float | None, count: int, bytes_per_token: float
+    loss: float, error: float | None, count: int, bytes_per_token: float, suffix: str
 ) -> dict[str, Score]:
     scale = 1 / math.log(2) / bytes_per_token
     bits = None if error is None else error * scale
     return {
-        "bits/byte": Score(value=loss * scale, error=bits, count=count),
-        "nats/token": Score(value=loss, error=error, count=count),
+        f"bits/byte{suffix}": Score(value=loss * scale, error=bits, count=count),
+        f"nats/token{suffix}": Score(value=loss, error=error, count=count),
     }
 
 
@@ -112,13 +117,14 @@ def paired(models: Sequence[ModelResult]) -> list[str]:
     """How much higher each held-out loss is than the first model's, row by row, in sentences.
 
     On the same rows the difference is known much better than both losses. Models that cut the text
-    into other tokens, count others of them, or do not tell their tokens are left out.
+    into other tokens, count others of them, or do not tell their tokens are left out, and where one
+    has a loss, those that have a bound.
     """
     first, *others = models
     count, found = [n for _, n in first.rows], []
     for other in others:
-        same = other.digest == first.digest and [n for _, n in other.rows] == count
-        if not (first.digest and same):
+        same = (other.digest, other.bound) == (first.digest, first.bound)
+        if not (first.digest and same and [n for _, n in other.rows] == count):
             continue
         pairs = zip(other.rows, first.rows, strict=True)
         more = torch.tensor([a - b for (a, _), (b, _) in pairs], dtype=torch.float64)

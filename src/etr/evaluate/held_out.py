@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from etr.data import Batch
-from etr.model.objective import Causal, Objective, draws
+from etr.model.objective import IGNORED, Causal, Example, Objective, draws
 from etr.moe import MoE, moe_layers, selecting
 from etr.moe.layers import effective_serving
 from etr.moe.stats import kept_share
@@ -46,6 +46,10 @@ class EvalResult:
     """Summed nats, and tokens, of each row of text, in order."""
     digest: str = ""
     """Of these rows' token ids: rows of two results pair where it is the same."""
+    bound: bool = False
+    """Whether losses are upper bounds of the text's nats."""
+    asked_loss: float | None = None
+    """Mean cross-entropy of the places that had to be found, nats, where places weigh unequally."""
 
     def bits_per_byte(self, bytes_per_token: dict[str, float]) -> dict[str, float]:
         """Held-out bits per byte of each domain."""
@@ -60,11 +64,13 @@ def effective_selection(model: nn.Module, asked: str) -> str:
     return effective_serving(model, asked)[0].text
 
 
-def describe_selection(model: nn.Module, asked: str) -> str:
+def describe_selection(model: nn.Module, asked: str, objective: Objective | None = None) -> str:
     """How experts select in evaluation, in words; says where it is not what was asked for."""
     if not moe_layers(model):
         return "no experts that select"
-    used, reason = effective_serving(model, asked)
+    asked, reason = (objective or Causal()).served_by(asked)
+    used, refused = effective_serving(model, asked)
+    reason = refused or reason
     return f"{used.text} selection" + ("" if reason is None else f": {reason}")
 
 
@@ -84,8 +90,7 @@ def evaluate(
         model: a language model, with layers of this library or none, on its own device.
         batches: held-out batches, each of one domain's rows.
         domains: names by the batches' domain numbers.
-        selection: name in `etr.moe.SERVING`, perhaps with options: threshold, dropless, or batch
-            (in which later tokens change earlier ones: not a language-model loss).
+        selection: of `etr.moe.SERVING`, as text; by batch, later tokens change earlier ones.
         ranks: each runs its rows of every batch; the result is that of one process, on all of them.
         objective: what the model was trained on; None for the next token.
     Raises:
@@ -93,24 +98,25 @@ def evaluate(
     """
     ranks, objective = ranks or Ranks(None), objective or Causal()
     weight, layers = next(model.parameters()), moe_layers(model)
+    selection = objective.served_by(selection)[0]
     nats_of_rows, tokens_of_rows, domain_of_rows = list[Tensor](), list[Tensor](), list[Tensor]()
-    pairs, digest = [0, 0, 0], hashlib.sha256()
+    pairs, asked, digest = [0, 0, 0], [0.0, 0.0], hashlib.sha256()
     with selecting(model, selection):
         for number, batch in enumerate(batches, 1):
             log.info("held-out batch %d", number)
             digest.update(_ids(batch))
             own = _own_rows(len(batch.input_ids), ranks)
-            example = objective.example(batch.to(weight.device).text(), draws("held out", number))
-            example = example.rows(own)
+            text, drawn = batch.to(weight.device).text(), draws("held out", number)
+            example = objective.example(text, drawn).rows(own)
             output = model(**example.arguments(weight.dtype))
             nats = objective.losses(output.logits, example).view_as(example.labels)
             nats_of_rows.append(nats.double().sum(1).cpu())
+            asked = _added(asked, _asked(nats, example))
             tokens_of_rows.append(example.counted.sum(1).cpu())
             domain_of_rows.append(batch.domain[own])
             for layer, stats in zip(layers, output.routing_stats if layers else [], strict=True):
-                pairs = [a + b for a, b in zip(pairs, _pairs(layer, stats), strict=True)]
-    if not any(int(tokens.sum()) for part in ranks.gather(tokens_of_rows) for tokens in part):
-        raise ValueError("no held-out tokens: the data has no held-out documents")
+                pairs = _added(pairs, _pairs(layer, stats))
+    _refuse_nothing(ranks.gather(tokens_of_rows))
     parts = (nats_of_rows, tokens_of_rows, domain_of_rows)
     nats, tokens, domain = (torch.cat(ranks.gather(torch.cat(rows))) for rows in parts)
     kept, slots, choices = map(int, ranks.sum_numbers(pairs))
@@ -127,12 +133,36 @@ def evaluate(
         error_by_domain={n: ratio_error(nats[m], tokens[m]) for n, m in seen.items()},
         rows=tuple(zip(nats.tolist(), tokens.tolist(), strict=True)),
         digest=digest.hexdigest(),
+        bound=objective.bound,
+        asked_loss=_mean(*ranks.sum_numbers(asked)),
     )
 
 
 def _ids(batch: Batch) -> bytes:
     """Token ids and labels row by row, which are the same however many rows a batch has."""
     return torch.stack([batch.input_ids, batch.labels], 1).cpu().numpy().tobytes()
+
+
+def _refuse_nothing(tokens: Iterable[Iterable[Tensor]]) -> None:
+    if not any(int(rows.sum()) for part in tokens for rows in part):
+        raise ValueError("no held-out tokens: the data has no held-out documents")
+
+
+def _added(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    return [x + y for x, y in zip(a, b, strict=True)]
+
+
+def _mean(total: float, count: float) -> float | None:
+    return total / count if count else None
+
+
+def _asked(nats: Tensor, example: Example) -> tuple[float, float]:
+    """Nats of places with a label, whatever they weigh, and how many; none where all weigh 1."""
+    if example.weight is None:
+        return 0.0, 0.0
+    found = nats.double() / example.weight.clamp_min(torch.finfo(torch.float32).tiny)
+    asked = example.labels != IGNORED
+    return float(found[asked].sum()), float(asked.sum())
 
 
 def _pairs(layer: MoE, stats: dict[str, Tensor]) -> tuple[int, int, int]:

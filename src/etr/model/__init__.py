@@ -1,21 +1,30 @@
 """The model around the layer: what a method changes there, as protocols and plain rows.
 
     DECODINGS    logits to a choice      etr.model.decoding
-    OBJECTIVES   what is trained on      etr.model.objective
+    OBJECTIVES   what is trained on      etr.model.objective, .block_diffusion
     TRANSFORMS   weights to weights      etr.model.transform
+    UNMASKINGS   which masks are filled  etr.model.unmasking
 
 A method is a frozen config and a few pure functions. It opens no file, loads no model and owns no
 loop; runners in `etr.hf` do. Imports torch alone.
 """
 
+from etr.model.block_diffusion import BlockDiffusion
 from etr.model.decoding import DECODINGS, Decoding
-from etr.model.objective import OBJECTIVES, Causal, Example, Objective, Text
+from etr.model.objective import Causal, Example, Objective, Text
 from etr.model.transform import TRANSFORMS, LayerTensors, LazyTensor, Transform
+from etr.model.unmasking import UNMASKINGS, Unmasking
+from etr.table import Table
+
+OBJECTIVES: Table[Objective] = Table("objective", (Causal, BlockDiffusion))
+"""Objectives by name."""
 
 __all__ = [
     "DECODINGS",
     "OBJECTIVES",
     "TRANSFORMS",
+    "UNMASKINGS",
+    "BlockDiffusion",
     "Causal",
     "Decoding",
     "Example",
@@ -24,4 +33,5 @@ __all__ = [
     "Objective",
     "Text",
     "Transform",
+    "Unmasking",
 ]

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from etr.moe.context import RoutingContext
-from etr.table import Table
 
 IGNORED = -100
 """Label of a place that counts for no loss."""
@@ -46,6 +45,8 @@ class Example:
             sees itself and the valid ones before it.
         position_ids: int64 [B, S']; None for 0, 1, ...
         weight: of each place's loss, float [B, S']; None for 1.
+        block, time: of each place, as a `RoutingContext` has them, int64 and float [B, S'], where
+            `attention` is given; or None.
     """
 
     input_ids: Tensor
@@ -55,6 +56,8 @@ class Example:
     attention: Tensor | None = None
     position_ids: Tensor | None = None
     weight: Tensor | None = None
+    block: Tensor | None = None
+    time: Tensor | None = None
 
     def arguments(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         """Of the model's forward.
@@ -67,7 +70,9 @@ class Example:
             hidden = torch.zeros_like(self.attention, dtype=dtype)
             hidden = hidden.masked_fill(~self.attention, torch.finfo(dtype).min)
             found["attention_mask"] = hidden[:, None]
-            found["routing_context"] = RoutingContext(valid_mask=self.valid)
+            found["routing_context"] = RoutingContext(
+                valid_mask=self.valid, block=self.block, time=self.time
+            )
         elif self.valid is not None:
             found["attention_mask"] = self.valid.long()
         if self.position_ids is not None:
@@ -89,6 +94,19 @@ class Objective:
     """In commands."""
     summary: ClassVar[str]
     """One line for pages."""
+    bound: ClassVar[bool] = False
+    """Whether the mean loss is an upper bound of the text's nats per token, and not those."""
+    fills: ClassVar[bool] = False
+    """Whether a model writes by filling masked places of a block (`etr.hf.fill`), and not token
+    after token."""
+
+    def masked_by(self, mask: int | None) -> Objective:
+        """The same, with the id of a tokenizer's mask token (None where it has none) if it asks."""
+        return self
+
+    def served_by(self, selection: str) -> tuple[str, str | None]:
+        """How experts select where `selection` is asked for, and why, where it is another."""
+        return selection, None
 
     def example(self, text: Text, generator: torch.Generator) -> Example:
         """What the model is given for some text.
@@ -133,10 +151,6 @@ class Causal(Objective):
         return F.cross_entropy(
             _wide(logits), example.labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
-
-
-OBJECTIVES: Table[Objective] = Table("objective", (Causal,))
-"""Objectives by name."""
 
 
 def draws(*key: object) -> torch.Generator:

@@ -13,6 +13,7 @@ from torch import nn
 
 from etr.data import Batch
 from etr.hf import family_of
+from etr.model.objective import Causal, Example, Objective, draws
 from etr.moe import moe_layers, selecting
 from etr.moe.layers import effective_serving
 from etr.trace.recorder import RoutingRecorder, routers_of
@@ -64,6 +65,7 @@ def record_trace(
     tokenizer: PreTrainedTokenizerBase | None = None,
     selection: str = "threshold",
     source: str = "",
+    objective: Objective | None = None,
 ) -> TraceInfo:
     """Run a model over batches in eval mode and write its routing; mode and selection are restored.
 
@@ -76,25 +78,29 @@ def record_trace(
         selection: how experts select, a name in `etr.moe.SERVING`, perhaps with options; dropless
             where that refuses. Layers of this library only.
         source: where the model came from, for the file's metadata.
+        objective: what the model was trained on; None for the next token. Where its examples are
+            several times as long as the text, each part is a sequence of its own.
     Returns:
         What the trace is of.
     Raises:
         ValueError: the model has no MoE layer that can be recorded, or there is no token.
     """
-    recorder = RoutingRecorder(model)
+    recorder, objective = RoutingRecorder(model), objective or Causal()
     # Logits of every place would take more memory than all routing together.
     few = "logits_to_keep" in inspect.signature(model.forward).parameters
     options = {"logits_to_keep": 1} if few else {}
     rows = _TokenRows(domains, tokenizer)
-    device = next(model.parameters()).device
-    with selecting(model, selection):
+    weight = next(model.parameters())
+    device, dtype = weight.device, weight.dtype
+    with selecting(model, objective.served_by(selection)[0]):
         info = describe(model, source)
         with TraceWriter(path, info) as writer, recorder:
-            for batch in batches:
-                mask = batch.valid_mask
-                ids, attention = batch.input_ids.to(device), mask.long().to(device)
-                model(input_ids=ids, attention_mask=attention, **options)
-                writer.write(rows.of(batch), recorder.take(mask.to(device)))
+            for number, batch in enumerate(batches, 1):
+                example = objective.example(batch.to(device).text(), draws("held out", number))
+                assert example.valid is not None  # there may be padding
+                model(**example.arguments(dtype), **options)
+                layers = recorder.take(example.valid)
+                writer.write(rows.of(batch, example), layers)
             if not writer.num_tokens:
                 raise ValueError("no tokens to trace: the data has no held-out documents")
     return info
@@ -110,19 +116,22 @@ class _TokenRows:
             self._text = cache(partial(token_text, tokenizer))
         self._num_sequences = 0
 
-    def of(self, batch: Batch) -> TokenRows:
-        """The real tokens of a batch."""
-        mask = batch.valid_mask
+    def of(self, batch: Batch, example: Example) -> TokenRows:
+        """The real tokens of what the model was given for a batch; each part is a sequence."""
+        length = batch.input_ids.shape[1]
+        assert example.valid is not None
+        mask, ids = (t.cpu().view(-1, length) for t in (example.valid, example.input_ids))
+        domain = batch.domain.repeat_interleave(len(mask) // len(batch.domain))
         row, _ = mask.nonzero(as_tuple=True)
-        token_id = batch.input_ids[mask].numpy()
+        token_id = ids[mask].numpy()
         found = TokenRows(
             sequence=(row + self._num_sequences).numpy(),
             position=(mask.cumsum(1) - 1)[mask].numpy(),
             token_id=token_id,
             text=None if self._text is None else [self._text(i) for i in token_id.tolist()],
-            domain=[self._domains[d] for d in batch.domain[row].tolist()],
+            domain=[self._domains[d] for d in domain[row].tolist()],
         )
-        self._num_sequences += len(batch.input_ids)
+        self._num_sequences += len(mask)
         return found
 
 

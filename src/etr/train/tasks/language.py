@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from etr.data import Batch, OpenedData, TokenLoader, held_out_batches
+from etr.data import Batch, OpenedData, TokenLoader, held_out_batches, mask_token
 from etr.hf import EtrForCausalLM
 from etr.model.objective import Causal, Objective, draws
 from etr.train.config import TrainConfig
@@ -26,7 +26,7 @@ class TextTask:
 
     def __init__(self, data: OpenedData, objective: Objective | None = None) -> None:
         self.data, self.domains, self.corpus = data, data.dataset.domains, data.corpus
-        self.objective = objective or Causal()
+        self.objective = (objective or Causal()).masked_by(mask_token(data.tokenizer))
 
     def training_batches(
         self, config: TrainConfig, rank: int = 0, world_size: int = 1
