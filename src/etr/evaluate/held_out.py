@@ -100,7 +100,7 @@ def evaluate(
     weight, layers = next(model.parameters()), moe_layers(model)
     selection = objective.served_by(selection)[0]
     nats_of_rows, tokens_of_rows, domain_of_rows = list[Tensor](), list[Tensor](), list[Tensor]()
-    pairs, asked, digest = [0, 0, 0], [0.0, 0.0], hashlib.sha256()
+    pairs, asked, digest = [0.0] * 3, [0.0] * 2, hashlib.sha256()
     with selecting(model, selection):
         for number, batch in enumerate(batches, 1):
             log.info("held-out batch %d", number)
@@ -120,8 +120,7 @@ def evaluate(
     parts = (nats_of_rows, tokens_of_rows, domain_of_rows)
     nats, tokens, domain = (torch.cat(ranks.gather(torch.cat(rows))) for rows in parts)
     kept, slots, choices = map(int, ranks.sum_numbers(pairs))
-    masks = {name: domain == number for number, name in enumerate(domains)}
-    seen = {name: mask for name, mask in masks.items() if int(tokens[mask].sum())}
+    seen = {n: m for i, n in enumerate(domains) if int(tokens[m := domain == i].sum())}
     return EvalResult(
         loss=float(nats.sum() / tokens.sum()),
         loss_by_domain={n: float(nats[m].sum() / tokens[m].sum()) for n, m in seen.items()},
