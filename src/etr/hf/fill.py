@@ -64,20 +64,14 @@ def fill(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     writer = _Writer(model, objective, input_ids, mask.sum(1), cache)
-    predict = partial(writer.predict, on_step=on_step)
-    options: dict[str, Any] = {"mask": objective.mask_id, "propose": propose}
-    left = writer.tail + max_new_tokens  # places of each row from the block's beginning on
-    goes_on, blocks = left > 0, list[Tensor]()
-    while bool(goes_on.any()):
-        if blocks:
-            writer.keep(blocks[-1], torch.ones_like(blocks[-1], dtype=torch.bool))
-        tokens, hidden = writer.next_block()
-        hidden &= goes_on[:, None]
-        blocks.append(fill_block(predict, tokens, hidden, unmasking, **options)[0])
-        left = left - objective.block
-        goes_on = goes_on & (left > 0)
-        if eos_token_id is not None:
-            goes_on &= ~((blocks[-1] == eos_token_id) & hidden).any(1)
+    one = partial(
+        fill_block,
+        partial(writer.predict, on_step=on_step),
+        unmasking=unmasking,
+        mask=objective.mask_id,
+        propose=propose,
+    )
+    blocks = _blocks(writer, one, max_new_tokens, eos_token_id)
     pad = eos_token_id if pad_token_id is None else pad_token_id
     place = writer.tail[:, None] + torch.arange(max_new_tokens, device=input_ids.device)
     rest = (-(-int(place.max() + 1) // objective.block) - len(blocks)) * objective.block
@@ -86,6 +80,25 @@ def fill(
         end = (added == eos_token_id).long()
         added = added.masked_fill(end.cumsum(1) > end, pad)
     return torch.cat([input_ids, added], 1)
+
+
+def _blocks(
+    writer: _Writer, one: Callable[..., tuple[Tensor, int]], count: int, end: int | None
+) -> list[Tensor]:
+    """Blocks that hold the next `count` tokens of each row, or those up to its end, [R, B] each."""
+    left = writer.tail + count  # places of each row from the block's beginning on
+    goes_on, found = left > 0, list[Tensor]()
+    while bool(goes_on.any()):
+        if found:
+            writer.keep(found[-1], torch.ones_like(found[-1], dtype=torch.bool))
+        tokens, hidden = writer.next_block()
+        hidden &= goes_on[:, None]
+        found.append(one(tokens=tokens, hidden=hidden)[0])
+        left = left - writer.block
+        goes_on = goes_on & (left > 0)
+        if end is not None:
+            goes_on &= ~((found[-1] == end) & hidden).any(1)
+    return found
 
 
 def _padded_left(mask: Tensor) -> Tensor:
