@@ -93,12 +93,12 @@ study-smoke: $(VENV)/.train  ## the whole path of the study on a few steps
 
 # 16 blocks of text a step, as wide as quality claims ask for; STEPS=700 shows the path.
 STEPS ?= 10000
-dlm: $(VENV)/.train  ## a block-diffusion model on built-in text (a night on 2 cores; resumes), and its scores
+dlm: $(VENV)/.train  ## a block-diffusion model on built-in text (a night on 2 cores; resumes), and its page
 	$(BIN)/etr train --out runs/dlm --auto-resume --steps $(STEPS) --objective block_diffusion:block=16 \
 	    --router token_choice --capacity none --num-experts 32 --top-k 4 --expert-size 32 \
 	    --hidden-size 128 --num-layers 2 --sequence-length 64 --batch-size 16 --warmup-steps 50 \
 	    --eval-every 1000 --checkpoint-every 500
-	$(BIN)/etr evaluate runs/dlm --markdown runs/dlm/scores.md
+	$(BIN)/python tools/dlm.py runs/dlm docs/results/dlm.md
 
 results: $(VENV)/.train  ## regenerate the pages of the demo (two seeds of the full one), and README's table
 	$(BIN)/etr demo --full --out runs/results --seeds 0 1 --markdown docs/results/demo.md
