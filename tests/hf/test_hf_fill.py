@@ -20,6 +20,7 @@ from etr.model.block_diffusion import two_streams
 from etr.model.objective import draws
 from etr.model.unmasking import fill_block
 from etr.moe import RoutingContext, selecting
+from etr.moe.watch import LayerView, watch
 
 MASK, BLOCK = VOCAB - 1, 4
 OBJECTIVE = BlockDiffusion(block=BLOCK, mask=MASK)
@@ -102,7 +103,10 @@ def by_hand(ids: Tensor, **options: Any) -> Tensor:
             hides = torch.zeros(sees.shape).double().masked_fill(~sees, -1e300)[None, None]
             place = torch.arange(whole.shape[1]).repeat(2)[None]
             both = torch.cat([whole, whole], 1)
-            out = model()(input_ids=both, attention_mask=hides, position_ids=place)
+            block = torch.arange(both.shape[1])[None] // size
+            context = RoutingContext(block=block)
+            options = {"attention_mask": hides, "position_ids": place, "routing_context": context}
+            out = model()(input_ids=both, **options)
             return out.logits[:, first : first + size]  # noqa: B023
 
         hidden = row[:, here] == MASK
@@ -110,12 +114,18 @@ def by_hand(ids: Tensor, **options: Any) -> Tensor:
     return row[:, :length]
 
 
-@pytest.mark.parametrize("name", UNMASKINGS)
-@pytest.mark.parametrize("length", [1, 8, 10])
-def test_a_cache_changes_no_token(name, length) -> None:
+CASES = [("quota", length, "dropless") for length in (1, 8, 10)]
+CASES += [(name, 10, "dropless") for name in UNMASKINGS if name != "quota"]
+CASES += [("quota", 10, name) for name in ("dmoe:tau=0.5", "dynamic_sharing:beta=0.5")]
+
+
+@pytest.mark.parametrize(("name", "length", "selection"), CASES)
+def test_a_cache_changes_no_token(name, length, selection) -> None:
+    """Nor do policies by which a block's tokens share experts: blocks are the same ones."""
     ids, policy = tokens(1, length), UNMASKINGS.parse(name)
-    wanted = by_hand(ids, unmasking=policy)
-    found = fill(model(), OBJECTIVE, ids, max_new_tokens=NEW, unmasking=policy)
+    with selecting(model(), selection):
+        wanted = by_hand(ids, unmasking=policy)
+        found = fill(model(), OBJECTIVE, ids, max_new_tokens=NEW, unmasking=policy)
     assert torch.equal(found, wanted)
     assert torch.equal(found[:, :length], ids)
     assert (found != MASK).all()
@@ -196,10 +206,26 @@ def test_sampling_follows_temperature_and_top_p() -> None:
     assert not torch.equal(drawn, fill(model(), OBJECTIVE, tokens(1, 5), max_new_tokens=NEW))
 
 
-def test_a_serving_policy_sees_the_blocks() -> None:
-    with selecting(model(), "dynamic_sharing:beta=0.25"):
-        found = fill(model(), OBJECTIVE, tokens(1, 5), max_new_tokens=NEW)
-    assert not torch.equal(found, fill(model(), OBJECTIVE, tokens(1, 5), max_new_tokens=NEW))
+@pytest.mark.parametrize(
+    ("few", "all_of_them"),
+    [("dmoe:tau=0.1", "dmoe:tau=1"), ("dynamic_sharing:beta=0.5", "dynamic_sharing:beta=1")],
+)
+def test_the_tokens_of_a_block_share_experts_in_each_step(few, all_of_them) -> None:
+    """At most two of four, in every block of every pass; with all of them nothing changes."""
+    used: list[int] = []
+
+    def see(place: int, view: LayerView) -> None:
+        blocks = view.routing.expert.view(-1, BLOCK * 2).tolist()
+        used.extend(len(set(block)) for block in blocks)
+
+    ids, found = tokens(2, 9), []
+    for selection in ("dropless", all_of_them, few):
+        used.clear()
+        with selecting(model(), selection), watch(model(), see):
+            found.append(fill(model(), OBJECTIVE, ids, max_new_tokens=NEW))
+        assert max(used) == (2 if selection == few else 4)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
 
 
 def test_what_cannot_be_is_refused() -> None:
