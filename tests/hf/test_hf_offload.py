@@ -142,7 +142,8 @@ def test_hits_are_those_of_a_replay(batch: int, cache: str, folder: Path) -> Non
     forward = torch.arange(len(lengths)).repeat_interleave(lengths)
     want = replay(choices, CACHES[cache](), 2, num_experts=4, forward=forward)
     assert usage(model) == want
-    assert want.loads > 2 * 2  # or the test would say nothing
+    elsewhere = CACHES[cache]().start(()).computes_elsewhere  # full at first, and misses stay out
+    assert want.loads > (0 if elsewhere else 2 * 2)  # or the test would say nothing
 
 
 PROGRAM = """

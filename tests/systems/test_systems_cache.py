@@ -10,6 +10,7 @@ import torch
 from etr.systems import CACHES, replay
 from etr.systems.cache import Cache, FastMemory
 
+LOADING = [name for name, kind in CACHES.items() if not kind().start(()).computes_elsewhere]
 WORKED = torch.tensor([0, 1, 2, 0, 3, 1, 0, 2, 1, 3])[None, :, None]
 
 
@@ -86,7 +87,10 @@ def test_every_policy_counts_every_use_and_misses_once_where_all_fit(name):
     for size in (1, 2, 4, 9):
         found = replay(choices, CACHES[name](), size, num_experts=4, expected=choices)
         assert found.uses == int((choices >= 0).sum())
-        assert found.loads >= found.uses - found.hits
+        assert name not in LOADING or found.loads >= found.uses - found.hits
+    if name not in LOADING:
+        assert (found.loads, found.hits) == (0, found.uses)  # all are there
+        return
     different = sum(len(set(layer[layer >= 0].tolist())) for layer in choices)
     assert found.loads == different  # no miss after the first use
     options = {"num_experts": 4, "expected": choices}

@@ -16,7 +16,7 @@ from etr.data import encode_prompt
 from etr.hf import EtrForCausalLM, load_pretrained
 from etr.hf.decode import generate
 from etr.hf.fill import fill, sampler
-from etr.hf.offload import Offload, banks, load_offloaded, resident_bytes, usage
+from etr.hf.offload import Offload, banks, begin_step, load_offloaded, resident_bytes, usage
 from etr.model import DECODINGS, OBJECTIVES, UNMASKINGS, BlockDiffusion, Causal, Objective
 from etr.moe import set_eval_selection
 from etr.moe.serving import serving_of
@@ -50,8 +50,8 @@ class GenerateConfig(WithImports):
     """What the model was trained on, perhaps with options; by default what its run says. With
     block_diffusion it fills block after block."""
     unmasking: str = "quota"
-    """Which places of a block a step fills, for models that fill blocks: quota, perhaps with
-    options."""
+    """Which places of a block a step fills, for models that fill blocks, perhaps with options:
+    quota, bacd."""
     offload: Literal["disk", "cpu"] | None = None
     """Keep the experts on disk, in the model's folder, or in host memory, and read each when it is
     needed. None: all of them are on the model's device."""
@@ -98,11 +98,11 @@ def run(arguments: list[str]) -> int:
 def said_of_experts(model: EtrForCausalLM) -> str:
     """How often experts were in memory, and what was read."""
     found, (_, bank) = usage(model), banks(model)[0]
-    size = bank.slot_bytes(model.dtype) // bank.resident
+    size = bank.expert_bytes(model.dtype)
     return (
         f"experts in memory: {bank.resident} of {bank.num_experts} in each layer, "
         f"{resident_bytes(model) / 1e6:,.1f} MB with the rest of the model; {found.hit_rate:.1%} "
-        f"of {found.uses:,} uses found theirs, {found.loads:,} were read "
+        f"of {found.uses:,} uses found theirs, {found.loads:,} were read into their place "
         f"({found.bytes_moved(size) / 1e6:,.1f} MB)"
     )
 
@@ -141,6 +141,7 @@ def continue_text(
             propose=sampler(config.temperature, config.top_p),
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            on_step=partial(begin_step, model),
         )
         return str(tokenizer.decode(filled[0], skip_special_tokens=True))
     sampling = (

@@ -80,8 +80,10 @@ class OffloadedExperts(Bank):
         """Say where the experts come from; the memory is empty."""
         self._fetch, self.resident = fetch, min(offload.resident, self.num_experts)
         policy = CACHES.parse(offload.cache).start(())
-        self.memory = Memory(policy, self.resident, self._move)
+        # One more for an expert that is used and does not stay.
+        self._num_slots = self.resident + policy.computes_elsewhere
         self._slot_of, self._free = {}, list(range(self.resident))
+        self.memory = Memory(policy, self.resident, self._move)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if hasattr(self, "memory"):
@@ -124,17 +126,23 @@ class OffloadedExperts(Bank):
         ends = [0, *accumulate(counts.tolist())]
         used = list(dict.fromkeys(routing.expert[selection.kept].tolist()))
         out = torch.empty_like(rows)
-        self.memory.begin(used)
+        self.memory.begin({expert: ends[expert + 1] - ends[expert] for expert in used})
         for expert in used:
             self.memory.use(expert)
             mine = slice(ends[expert], ends[expert + 1])
-            weights = self._params(self._slot_of[expert])
+            if expert not in self._slot_of:
+                self._fill(self._slots, expert, self.resident)
+            weights = self._params(self._slot_of.get(expert, self.resident))
             out[mine] = EXPERT_BACKENDS["loop"].run(rows[mine], counts[expert, None], weights)
         return local.combine(out, handle)
 
+    def expert_bytes(self, dtype: torch.dtype) -> int:
+        """Memory of one expert."""
+        return int(self._size) * dtype.itemsize
+
     def slot_bytes(self, dtype: torch.dtype) -> int:
         """Memory of all slots."""
-        return int(self.resident * self._size) * dtype.itemsize
+        return int(self._num_slots * self._size) * dtype.itemsize
 
     def _allocate(self, x: Tensor) -> None:
         """Slots where the tokens are; those of another device or dtype are forgotten."""
@@ -142,7 +150,7 @@ class OffloadedExperts(Bank):
         if old is not None and (old.device, old.dtype) == (x.device, x.dtype):
             return
         slots = {
-            name: x.new_empty(self.resident, *shape[1:]) for name, shape in self.shapes.items()
+            name: x.new_empty(self._num_slots, *shape[1:]) for name, shape in self.shapes.items()
         }
         for expert, slot in self._slot_of.items():
             self._fill(slots, expert, slot)
@@ -236,6 +244,12 @@ def banks(model: EtrForCausalLM) -> list[tuple[str, OffloadedExperts]]:
 def usage(model: EtrForCausalLM) -> Replayed:
     """What the memories of all layers did so far."""
     return Replayed.of(bank.memory for _, bank in banks(model))
+
+
+def begin_step(model: EtrForCausalLM, step: int) -> None:
+    """Tell memories which step of a block comes, as `etr.hf.fill` counts them."""
+    for _, bank in banks(model):
+        bank.memory.step = step
 
 
 def resident_bytes(model: EtrForCausalLM) -> int:

@@ -63,6 +63,9 @@ SHELF = (
     "dmoe",
     "scmoe",
     "rewire",
+    "ec_dlm",
+    "tide",
+    "bacd",
 )
 """Files of this folder, each a method of its name, in the order in which pages list them."""
 

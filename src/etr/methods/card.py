@@ -37,6 +37,7 @@ COMMANDS = {
     "measure": "etr trace MODEL --measures {name}",
     "serving": "etr generate MODEL --selection {name}",
     "decoding": "etr generate MODEL --decoding {name}",
+    "unmasking": "etr generate MODEL --unmasking {name}",
 }
 """Verbs by the table whose rows they name, for methods that set no option of a layer."""
 MOVES = ("loss", "load", "drops", "experts per token", "FLOPs", "bytes", "memory")

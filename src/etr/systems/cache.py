@@ -8,9 +8,10 @@ whose experts do not fit (`etr.hf.offload`) goes through the same `Memory`.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -31,17 +32,30 @@ class FastMemory:
     Experts are numbers; where layers share a memory, ``layer * num_experts + expert``.
     """
 
+    computes_elsewhere: ClassVar[bool] = False
+    """Whether an expert that is used and not there is computed where its weights are, and does not
+    come in."""
+    tokens: Mapping[int, int] = MappingProxyType({})
+    """Experts that the step at hand will use, in order, and how many tokens each."""
     num_layers = num_experts = 1
 
     def shared_by(self, num_layers: int, num_experts: int) -> None:
         """Told before the first step: layers that share the memory, and experts of each."""
         self.num_layers, self.num_experts = num_layers, num_experts
 
+    def first(self, size: int) -> Iterable[int]:
+        """Experts that are there before anything is used; they are no loads.
+
+        Args:
+            size: experts that the memory holds.
+        """
+        return ()
+
     def prepare(self, step: int, experts: Sequence[int]) -> Iterable[int]:
         """Experts to bring in before a step, in order.
 
         Args:
-            step: a token in a layer, from 0.
+            step: a token in a layer, from 0; of a model that fills blocks, a step of the block.
             experts: that the step will use.
         """
         return ()
@@ -187,21 +201,34 @@ class Memory:
         move: Callable[[int, int | None], None] = lambda comes, leaves: None,
     ) -> None:
         self._policy, self._size, self._move = policy, size, move
-        self._step = 0
+        self.step = 0
+        """Number of the next step; a model that fills blocks counts anew in each."""
         self.held: set[int] = set()
         """Experts that are there."""
+        for expert in policy.first(size):
+            move(expert, None)
+            self.held.add(expert)
         self.uses = self.hits = self.loads = 0
 
-    def begin(self, experts: Sequence[int]) -> None:
-        """A step that will use some experts: the policy may bring in any."""
-        for expert in self._policy.prepare(self._step, experts):
+    def begin(self, tokens: Mapping[int, int]) -> None:
+        """A step that will use some experts, for so many tokens each: the policy may bring in any.
+
+        Args:
+            tokens: experts in the order in which they will be used, and tokens of each.
+        """
+        self._policy.tokens = tokens
+        for expert in self._policy.prepare(self.step, list(tokens)):
             self._bring(expert)
-        self._step += 1
+        self.step += 1
 
     def use(self, expert: int) -> None:
-        """An expert is used: it is there afterwards, until another needs its place."""
+        """An expert is used: it is there afterwards, until another needs its place.
+
+        Unless the policy has it computed elsewhere, where it is not there.
+        """
         self.hits += expert in self.held
-        self._bring(expert)
+        if not self._policy.computes_elsewhere:
+            self._bring(expert)
         self._policy.used(self.uses, expert)
         self.uses += 1
 
@@ -223,7 +250,8 @@ class Replayed:
     Args:
         uses: experts that tokens used, one for each choice.
         hits: of them, those that were in memory.
-        loads: experts brought in: every miss, and what a policy brought in beforehand.
+        loads: experts brought in: every miss, and what a policy brought in beforehand; only the
+            latter where a miss is computed elsewhere.
     """
 
     uses: int
@@ -289,7 +317,7 @@ def replay(
         raise ValueError(f"size={size} must be at least 1, experts")
     _check(choices, num_experts, "choices")
     steps = _steps(choices, num_experts, shared, forward)
-    guesses: list[list[list[int]]] = [[] for _ in steps]
+    guesses: list[list[dict[int, int]]] = [[] for _ in steps]
     if cache.predicts:
         if expected is None or forward is not None:
             raise ValueError(
@@ -301,7 +329,7 @@ def replay(
     memories = []
     for memory_steps, guess in zip(steps, guesses, strict=True):
         flat = [expert for step in memory_steps for expert in step]
-        policy = cache.start(flat, guess)
+        policy = cache.start(flat, [list(step) for step in guess])
         policy.shared_by(len(choices) if shared else 1, num_experts)
         memory = Memory(policy, size)
         for step in memory_steps:
@@ -321,19 +349,25 @@ def _check(choices: Tensor, num_experts: int, name: str) -> None:
 
 def _steps(
     choices: Tensor, num_experts: int, shared: bool, forward: Tensor | None
-) -> list[list[list[int]]]:
-    """Experts of every step, for every memory."""
+) -> list[list[dict[int, int]]]:
+    """Experts of every step and their tokens, for every memory."""
     parts = [choices[:, i : i + 1] for i in range(choices.shape[1])]
     if forward is not None:
         lengths = torch.unique_consecutive(forward, return_counts=True)[1].tolist()
         parts = list(choices.split(lengths, 1)) if lengths else []
-    # [part][layer] -> experts, each once, in the order of first use
-    found = [[_once(layer) for layer in part.flatten(1).tolist()] for part in parts]
+    # [part][layer] -> experts in the order of first use, and how many tokens
+    found = [[_counted(layer) for layer in part.flatten(1).tolist()] for part in parts]
     if not shared:
         return [[part[layer] for part in found] for layer in range(len(choices))]
     first = range(0, len(choices) * num_experts, num_experts)
-    return [[[e + n for e in one] for part in found for n, one in zip(first, part, strict=True)]]
+    return [
+        [
+            {expert + n: count for expert, count in one.items()}
+            for part in found
+            for n, one in zip(first, part, strict=True)
+        ]
+    ]
 
 
-def _once(experts: list[int]) -> list[int]:
-    return list(dict.fromkeys(expert for expert in experts if expert >= 0))
+def _counted(experts: list[int]) -> dict[int, int]:
+    return Counter(expert for expert in experts if expert >= 0)
