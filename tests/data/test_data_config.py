@@ -98,6 +98,27 @@ def test_builtin_and_own_text_together(config: DataConfig, monkeypatch: pytest.M
     assert opened.dataset.notes == opened.notes
 
 
+def test_domains_of_the_builtin_text_are_those_of_the_whole(
+    config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its order, with its split, whatever else is named."""
+    for name, source in builtin.SOURCES.items():
+        monkeypatch.setitem(builtin.SOURCES, name, dataclasses.replace(source, find=list))
+    small = dataclasses.replace(config, data=("builtin",), max_bytes_per_domain=10_000)
+    whole = open_data(small).dataset
+    some = dataclasses.replace(small, data=("builtin:math", "builtin:cpp"))
+    found = open_data(some).dataset
+    assert found.domains == ("cpp", "math")
+    for place, name in enumerate(found.domains):
+        for part, all_parts in ((found.train, whole.train), (found.held_out, whole.held_out)):
+            same = all_parts[whole.domains.index(name)].tokens
+            assert np.array_equal(part[place].tokens, same)
+    both = dataclasses.replace(small, data=("builtin:cpp", *config.data))
+    assert open_data(both).dataset.domains == ("cpp", "text")
+    with pytest.raises(ValueError, match="built-in domain='rust' is unknown; choose one of python"):
+        dataclasses.replace(small, data=("builtin:rust",))
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -9,18 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from etr.data.builtin import DEFAULT_MAX_BYTES, builtin_corpus
+from etr.data.builtin import DEFAULT_MAX_BYTES, SOURCES, builtin_corpus
 from etr.data.corpus import Corpus, load_corpus, merge
 from etr.data.shards import FORMAT, TokenDataset, write_shards
 from etr.data.tokenizer import fingerprint, load_tokenizer, train_bpe
 from etr.files import sha256, temporary_sibling
 from etr.moe.checked import check_types
 from etr.moe.notice import warn
+from etr.table import check_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+BUILTIN = "builtin"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +30,8 @@ class DataConfig:
     """What to read, how to cut it into tokens and batches, and where to cache."""
 
     data: tuple[str, ...] = ("builtin",)
-    """"builtin" (text installed with the library) and/or paths: folders, text files, .jsonl and
-    .parquet with a "text" in each record; .gz too."""
+    """"builtin" (text installed with the library), domains of it ("builtin:python"), and/or paths:
+    folders, text files, .jsonl and .parquet with a "text" in each record; .gz too."""
     tokenizer: str = "byte"
     """"byte", "bpe:N" (byte-level BPE of N tokens trained on the data), or a saved one's folder."""
     sequence_length: int = 256
@@ -51,6 +53,9 @@ class DataConfig:
                     f"data={name!r} is an address, and nothing is read from a network; download it "
                     "and give the file or folder"
                 )
+            kind, colon, domain = name.partition(":")
+            if colon and kind == BUILTIN:
+                check_name("built-in domain", domain, SOURCES)
         size = self.tokenizer.removeprefix("bpe:")
         if not self.tokenizer or (size != self.tokenizer and not size.isdecimal()):
             raise ValueError(
@@ -132,9 +137,12 @@ def _tokenizer(name: str, corpus: Corpus, cache_dir: Path) -> PreTrainedTokenize
 
 def _read_corpus(config: DataConfig, cache_dir: Path) -> Corpus:
     corpora: list[Corpus] = []
-    if "builtin" in config.data:
-        corpora.append(builtin_corpus(cache_dir, config.max_bytes_per_domain))
-    paths = [Path(name).expanduser() for name in config.data if name != "builtin"]
+    installed = [name for name in config.data if name.partition(":")[0] == BUILTIN]
+    if installed:
+        whole = builtin_corpus(cache_dir, config.max_bytes_per_domain)
+        domains = (d for d in whole.domains if {BUILTIN, f"{BUILTIN}:{d.name}"} & {*installed})
+        corpora.append(Corpus(domains=tuple(domains), notes=whole.notes))
+    paths = [Path(name).expanduser() for name in config.data if name not in installed]
     if paths:
         corpora.append(load_corpus(paths))
     return merge(corpora)
