@@ -48,6 +48,7 @@ SEAMS = (
     Seam("what is trained on", "etr.model:OBJECTIVES", "model", "an `Objective`"),
     Seam("a choice by several routings", "etr.model:DECODINGS", "model", "a `Decoding`"),
     Seam("which masks are filled", "etr.model:UNMASKINGS", "model", "an `Unmasking`"),
+    Seam("several models as one", "etr.model:COMPOSITIONS", "model", "a `Composition`"),
     Seam("a placement of experts", "etr.systems:PLANNERS", "systems", "a `Planner`"),
     Seam("a number of a trace", "etr.systems:MEASURES", "systems", "a `Measure`"),
     Seam("a memory of a few experts", "etr.systems:CACHES", "systems", "a `Cache`"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from etr.data import load_tokenizer
 from etr.files import read_object
 from etr.hf import EtrForCausalLM, load_pretrained
+from etr.hf.composed import is_composed, member_folder
 from etr.hf.loading import load_causal
 from etr.methods import told_to_import
 from etr.train.checkpoint_folder import find_model, is_divided, list_checkpoints, run_of
@@ -34,6 +35,11 @@ def open_model(
         FileNotFoundError: no such folder.
         ValueError: the folder holds no model of this library, or a damaged checkpoint.
     """
+    if is_composed(path):
+        raise ValueError(
+            f"{path} holds several models that answer as one, which etr generate alone takes; give "
+            f"one of them: {member_folder(path, 0)}"
+        )
     log.info("reading the model in %s", path)
     folder = find_model(path)
     if is_divided(folder):

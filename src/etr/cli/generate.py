@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,8 +13,9 @@ import tyro
 from etr.cli._model import open_model
 from etr.cli._of_run import objective_for, say_which
 from etr.cli._options import WithImports, parse
-from etr.data import encode_prompt
+from etr.data import encode_prompt, load_tokenizer
 from etr.hf import EtrForCausalLM, load_pretrained
+from etr.hf.composed import Composed, is_composed, load_composed, member_folder
 from etr.hf.decode import generate
 from etr.hf.fill import fill, sampler
 from etr.hf.offload import Offload, banks, begin_step, load_offloaded, resident_bytes, usage
@@ -30,7 +32,7 @@ class GenerateConfig(WithImports):
     """What to continue and how."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """Checkpoint, or a run's folder."""
+    """Checkpoint, a run's folder, or what etr compose made."""
     prompt: str = ""
     """Text to continue; begun as the model's tokenizer begins texts (bos or nothing)."""
     max_new_tokens: int = 200
@@ -85,6 +87,8 @@ def run(arguments: list[str]) -> int:
     """Generate and print."""
     config = parse(GenerateConfig, "generate", arguments)
     offload = config.offloaded()
+    if is_composed(config.model):
+        return run_composed(config)
     load = load_pretrained if offload is None else partial(load_offloaded, offload=offload)
     model, tokenizer, folder = open_model(config.model, load)
     say_which(folder)
@@ -92,6 +96,22 @@ def run(arguments: list[str]) -> int:
     print(continue_text(model, tokenizer, config, objective))
     if offload is not None:
         print(said_of_experts(model))
+    return 0
+
+
+def run_composed(config: GenerateConfig) -> int:
+    """Generate with several models that answer as one, say who did, and print."""
+    for name in ("offload", "objective"):
+        value = getattr(config, name)
+        if value is not None:
+            raise ValueError(f"{name}={value!r} is for one model, not for {config.model}")
+    model = load_composed(config.model)
+    tokenizer = load_tokenizer(member_folder(config.model, 0))
+    prompt = torch.tensor([encode_prompt(tokenizer, config.prompt)])
+    chosen = model.answering(prompt, torch.ones_like(prompt))
+    whose = "" if chosen is None else f": {member_folder(config.model, int(chosen))} answers"
+    print(f"{config.model}{whose}", file=sys.stderr)
+    print(continue_text(model, tokenizer, config))
     return 0
 
 
@@ -108,7 +128,7 @@ def said_of_experts(model: EtrForCausalLM) -> str:
 
 
 def continue_text(
-    model: EtrForCausalLM,
+    model: EtrForCausalLM | Composed,
     tokenizer: PreTrainedTokenizerBase,
     config: GenerateConfig,
     objective: Objective | None = None,
@@ -126,7 +146,7 @@ def continue_text(
     set_eval_selection(model, (objective or Causal()).served_by(config.selection)[0])
     prompt = torch.tensor([encode_prompt(tokenizer, config.prompt)], device=model.device)
     torch.manual_seed(config.seed)
-    if isinstance(objective, BlockDiffusion):
+    if isinstance(objective, BlockDiffusion) and not isinstance(model, Composed):
         if config.decoding != "plain":
             raise ValueError(
                 f"decoding={config.decoding!r} chooses next tokens; a model that was trained on "
@@ -149,8 +169,7 @@ def continue_text(
         if config.temperature > 0
         else {"do_sample": False}
     )
-    out = generate(
-        model,
+    out = (model.decode if isinstance(model, Composed) else partial(generate, model))(
         DECODINGS.parse(config.decoding),
         prompt,
         attention_mask=torch.ones_like(prompt),

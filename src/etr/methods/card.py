@@ -38,6 +38,7 @@ COMMANDS = {
     "serving": "etr generate MODEL --selection {name}",
     "decoding": "etr generate MODEL --decoding {name}",
     "unmasking": "etr generate MODEL --unmasking {name}",
+    "composition": "etr compose {name} MODEL...",
 }
 """Verbs by the table whose rows they name, for methods that set no option of a layer."""
 MOVES = ("loss", "load", "drops", "experts per token", "FLOPs", "bytes", "memory")
