@@ -16,6 +16,7 @@ VERBS = {
     "evaluate": "held-out bits per byte of a trained model, by domain",
     "convert": "turn a checkpoint of a known family into one of this library, or back",
     "transform": "make another checkpoint of one: prune, merge, quantise, grow, renumber",
+    "compose": "make one model of several that share a tokenizer",
     "upcycle": "make a Mixture-of-Experts model of a dense checkpoint",
     "finetune": "swap a trained model's routers for ETR ones and recover the old choices",
     "sft": "fine-tune on conversations",

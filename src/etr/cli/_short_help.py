@@ -86,6 +86,10 @@ which etr finetune --recover wins back in part.""",
         example="etr transform renumber SRC DST --plan plan.json",
         main=("name", "source", "target", "plan", "calibrate", "num_batches", "compare"),
     ),
+    "compose": Help(
+        example="etr compose composition runs/python runs/math --data builtin:python builtin:math",
+        main=("name", "models", "data", "out", "prompt_length", "prompts_per_domain"),
+    ),
     "upcycle": Help(
         example="etr upcycle models/dense models/sparse --num-experts 8",
         main=(

@@ -229,7 +229,7 @@ def _held_out_batches(
 ) -> Iterator[Batch]:
     for number, shard in enumerate(dataset.held_out):
         stream = np.concatenate([[dataset.eos_token_id], shard.tokens])
-        starts = _spread(range(0, len(stream) - 1, sequence_length), limit // sequence_length)
+        starts = spread(range(0, len(stream) - 1, sequence_length), limit // sequence_length)
         for first in range(0, len(starts), batch_size):
             rows = [
                 stream[start : start + sequence_length + 1]
@@ -245,7 +245,7 @@ def _held_out_batches(
             )
 
 
-def _spread(starts: range, count: int) -> list[int]:
+def spread(starts: range, count: int) -> list[int]:
     """At most `count` (but at least one) of the starts, evenly spaced, so that few tokens still
     come from many documents."""
     count = min(max(count, 1), len(starts))

@@ -95,7 +95,7 @@ class Composed(nn.Module):
             each = len(parts[-1]) // len(rows)
             places.append((rows[:, None] * each + torch.arange(each, device=ids.device)).flatten())
         if len(parts) == 1:
-            return parts[0]  # type: ignore[no-any-return]
+            return parts[0]
         length = max(part.shape[1] for part in parts)
         found = ids.new_full((sum(map(len, parts)), length), _padding(self.members[0], options))
         for part, place in zip(parts, places, strict=True):

@@ -66,6 +66,7 @@ SHELF = (
     "ec_dlm",
     "tide",
     "bacd",
+    "composition",
 )
 """Files of this folder, each a method of its name, in the order in which pages list them."""
 

@@ -18,9 +18,16 @@ class Program:
         self._entries: list[tuple[int, int, float]] = []  # row, variable, factor
         self._bounds: list[tuple[float, float]] = []
 
-    def choices(self, *shape: int) -> Tensor:
-        """Variables that are 0 or 1: their numbers, int64 of that shape."""
-        return self._add(shape, whole=True, cost=0.0)
+    def choices(self, *shape: int, costs: Tensor | None = None) -> Tensor:
+        """Variables that are 0 or 1: their numbers, int64 of that shape.
+
+        Args:
+            costs: of each, of that shape; None for 0.
+        """
+        found = self._add(shape, whole=True, cost=0.0)
+        if costs is not None:
+            self._cost[int(found.flatten()[0]) :] = costs.flatten().tolist()
+        return found
 
     def amounts(self, *shape: int, cost: float = 0.0) -> Tensor:
         """Variables from 0 on, each with a cost."""

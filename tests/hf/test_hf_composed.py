@@ -1,0 +1,179 @@
+"""Composed models: each prompt continues as its member continues it alone; folders load again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import PAD, VOCAB, base_config, make_model, quiet_eval
+from torch import Tensor
+
+from etr.hf import EtrConfig, EtrForCausalLM
+from etr.hf.composed import Composed, is_composed, load_composed, member_folder, write_composed
+from etr.methods.composition import CompositionOfExperts
+from etr.model import DECODINGS
+
+PLAIN = DECODINGS.parse("plain")
+OPTIONS: dict[str, Any] = {
+    "do_sample": False,
+    "max_new_tokens": 5,
+    "eos_token_id": 10**6,
+    "pad_token_id": PAD,
+}
+
+
+def learned() -> dict[str, Tensor]:
+    """Prompts of low tokens go to member 0, of high ones to member 1."""
+    high = (torch.arange(VOCAB) >= VOCAB // 2).double()
+    return {
+        "weight": torch.stack([1 - high, high]),
+        "bias": torch.zeros(2).double(),
+        "member": torch.tensor([0, 1]),
+        "general": torch.tensor(0),
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("composed")
+    sources = [root / "first", root / "second"]
+    for seed, source in enumerate(sources):
+        member = make_model("token_choice", capacity="none", seed=seed)
+        quiet_eval(member).save_pretrained(source)
+    write_composed(root / "both", CompositionOfExperts(), sources, learned(), {"made_of": ["x"]})
+    return root / "both"
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Composed:
+    return quiet_eval(load_composed(folder).double())
+
+
+def prompts() -> tuple[Tensor, Tensor]:
+    """Three rows; the first two are padded on the left. Members 1, 0, 1 answer."""
+    half = VOCAB // 2
+    ids = torch.tensor([[PAD, PAD, 40, 41], [PAD, 3, 4, 5], [50, 51, 52, 53]])
+    assert half < 40
+    return ids, (ids != PAD).long()
+
+
+def test_each_prompt_continues_as_with_its_member_alone(model: Composed) -> None:
+    ids, mask = prompts()
+    assert model.answering(ids, mask).tolist() == [1, 0, 1]  # type: ignore[union-attr]
+    found = model.decode(PLAIN, ids, attention_mask=mask, **OPTIONS)
+    for row, number in enumerate([1, 0, 1]):
+        start = int((mask[row] == 0).sum())
+        alone = model.members[number].generate(ids[row : row + 1, start:], **OPTIONS)
+        assert torch.equal(found[row, start:], alone[0])
+    one = model.decode(PLAIN, ids[1:2], attention_mask=mask[1:2], **OPTIONS)
+    assert torch.equal(one[0], found[1])
+
+
+def test_shorter_continuations_are_padded_and_sequences_stay_by_their_prompts(
+    model: Composed,
+) -> None:
+    ids, mask = prompts()
+    whole = model.decode(PLAIN, ids, attention_mask=mask, **OPTIONS)
+    ends = int(whole[1, 5])  # member 0 stops there
+    assert ends not in whole[[0, 2], 4:]
+    found = model.decode(PLAIN, ids, attention_mask=mask, **{**OPTIONS, "eos_token_id": ends})
+    assert found[1, 6:].tolist() == [PAD] * 3
+    assert torch.equal(found[[0, 2]], whole[[0, 2]])
+    beams = {**OPTIONS, "num_beams": 2, "num_return_sequences": 2}
+    several = model.decode(PLAIN, ids, attention_mask=mask, **beams)
+    assert torch.equal(several[::2, :4], ids)
+    assert torch.equal(several[1::2, :4], ids)
+    with pytest.raises(ValueError, match="return_dict_in_generate is for one model"):
+        model.decode(PLAIN, ids, attention_mask=mask, return_dict_in_generate=True, **OPTIONS)
+
+
+def test_a_folder_loads_as_it_was_written(folder: Path, model: Composed) -> None:
+    assert is_composed(folder)
+    assert not is_composed(member_folder(folder, 0))
+    assert model.composition == CompositionOfExperts()
+    assert all(torch.equal(model.learned[name], value) for name, value in learned().items())
+    record = json.loads((folder / "composition.json").read_text())
+    assert (record["members"], record["made_of"]) == (2, ["x"])
+
+
+def damaged(folder: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    shutil.copytree(folder, tmp_path / "copy", symlinks=True)
+    return tmp_path / "copy"
+
+
+def test_no_code_of_a_folder_runs(folder: Path, tmp_path: Path) -> None:
+    copy = damaged(folder, tmp_path)
+    for place in (copy, member_folder(copy, 0)):
+        (place / "evil.py").write_text("raise SystemExit('it ran')")
+    path = member_folder(copy, 0) / "config.json"
+    config = json.loads(path.read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "evil.Evil", "AutoConfig": "evil.Evil"}
+    path.write_text(json.dumps(config))
+    record = json.loads((copy / "composition.json").read_text())
+    record["imports"] = [str(copy / "evil.py")]
+    (copy / "composition.json").write_text(json.dumps(record))
+    assert len(load_composed(copy).members) == 2
+    record["composition"]["name"] = "evil"
+    (copy / "composition.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"runs only when it is named: pass --import .*evil.py"):
+        load_composed(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 2}, "is of format 2; this version reads 1"),
+        ({"members": 0}, "must say a composition, and the number of its members"),
+        ({"members": True}, "must say a composition"),
+        ({"composition": "composition"}, "must say a composition"),
+        ({"composition": {"name": "other"}}, "composition='other' is unknown"),
+        ({"composition": {"name": "composition", "budget": -1}}, "budget=-1 must be >= 0"),
+        ({"members": 1}, r"'member' names members \[0, 1\] of 1"),
+    ],
+)
+def test_records_are_checked(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    copy = damaged(folder, tmp_path)
+    record = json.loads((copy / "composition.json").read_text())
+    (copy / "composition.json").write_text(json.dumps({**record, **changes}))
+    with pytest.raises(ValueError, match=message):
+        load_composed(copy)
+
+
+def test_missing_and_foreign_parts_are_refused(folder: Path, tmp_path: Path) -> None:
+    copy = damaged(folder, tmp_path)
+    path = copy / "learned.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:20])
+    with pytest.raises(ValueError, match=r"learned.safetensors is damaged"):
+        load_composed(copy)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"learned.safetensors is missing"):
+        load_composed(copy)
+    path.symlink_to(folder / "learned.safetensors")
+    with pytest.raises(ValueError, match="is a link to"):
+        load_composed(copy)
+    path.unlink()
+    path.write_bytes(content)
+    shutil.rmtree(member_folder(copy, 1))
+    with pytest.raises(FileNotFoundError, match="member-1"):
+        load_composed(copy)
+    member_folder(copy, 1).symlink_to(member_folder(folder, 1))
+    with pytest.raises(ValueError, match="member-1 is a link"):
+        load_composed(copy)
+    (copy / "composition.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no composition.json"):
+        load_composed(copy)
+
+
+def test_members_of_other_vocabularies_are_refused(model: Composed) -> None:
+    config = EtrConfig.from_base(base_config(vocab_size=VOCAB + 1), "token_choice")
+    other = EtrForCausalLM(config)
+    with pytest.raises(ValueError, match=f"vocabularies of .{VOCAB}, {VOCAB + 1}. tokens"):
+        Composed(CompositionOfExperts(), [model.members[0], other], learned())  # type: ignore[list-item]
