@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from etr.cli import main
 from etr.data import byte_tokenizer, train_bpe
 from etr.hf import EtrForCausalLM
 from etr.hf.loading import load_pretrained
-from etr.train.config import ModelConfig, RoutingOptions
+from etr.train.config import ModelConfig, RoutingOptions, TrainConfig
 from etr.train.model import build_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
@@ -100,6 +101,51 @@ def test_a_budget_keeps_one_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert not Path("one/member-1").exists()
 
 
+FUSE = (
+    f"compose fusion_route:sft_steps=3,sum_steps=2,preference_steps=2 models/digits models/letters "
+    f"{DATA} --prompt-length 16 --prompts-per-domain 4 --batch-size 4 --hidden-size 16 "
+    "--num-layers 2 --num-heads 2 --num-key-value-heads 2 --num-experts 2 --expert-size 8 "
+    "--router token_choice --device cpu"
+)
+
+
+def test_models_that_write_together_are_trained_saved_and_asked(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Members stay as they are, and so does what is loaded: it writes the same twice."""
+    assert main([*FUSE.split(), "--out", "fused"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "all 2 and the router run at every token" in said
+    record = json.loads(Path("fused/composition.json").read_text())
+    losses = record["held_out"]
+    for name in ("models/digits", "models/letters", "chosen alone", "composed"):
+        assert losses["best of each token"]["all"] <= losses[name]["all"] or name == "composed"
+        assert set(losses[name]) == {"digits", "letters", "all"}
+    assert 0 <= record["routed_to_best_of_domain"] <= 1
+    kept = load_pretrained("fused/member-1").state_dict()
+    own = load_pretrained("models/letters").state_dict()
+    assert all(torch.equal(kept[key], value) for key, value in own.items())
+    found = []
+    for _ in range(2):
+        assert main(["generate", "fused", "--prompt", "aaa", "--max-new-tokens", "6"]) == 0
+        shown = capsys.readouterr()
+        assert shown.err.splitlines()[-1] == "fused"
+        found.append(shown.out)
+    assert found[0] == found[1]
+
+
+def test_a_trained_model_becomes_the_router() -> None:
+    """With no step at all it is saved as it was, and its scores are all 0."""
+    command = FUSE.replace(
+        "sft_steps=3,sum_steps=2,preference_steps=2", "sft_steps=0,sum_steps=0,preference_steps=0"
+    )
+    assert main([*command.split(), "--out", "started", "--start", "models/digits"]) == 0
+    router = load_pretrained("started/router").state_dict()
+    own = load_pretrained("models/digits").state_dict()
+    assert all(torch.equal(router[key], value) for key, value in own.items())
+    assert not load_file("started/learned.safetensors")["choice"].any()
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -136,3 +182,15 @@ def test_what_cannot_be_done_is_said(
     assert status == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not Path("new").exists()
+
+
+def test_models_that_fill_blocks_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("blocks/checkpoints/step-00000001").mkdir(parents=True)
+    trained = TrainConfig(objective="block_diffusion").to_dict()
+    Path("blocks/config.json").write_text(json.dumps(trained))
+    for command in (COMPOSE.replace("models/letters", "blocks"), f"{FUSE} --start blocks"):
+        assert main([*command.split(), "--out", "new"]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "blocks was trained on block_diffusion: models that are composed write the" in said
+    assert main(["generate", "both", "--objective", "block_diffusion"]) == 2
+    assert "objective='block_diffusion' is for one model" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from torch import Tensor
 from etr.hf import EtrConfig, EtrForCausalLM
 from etr.hf.composed import Composed, is_composed, load_composed, member_folder, write_composed
 from etr.methods.composition import CompositionOfExperts
+from etr.methods.fusion_route import FusionRoute
 from etr.model import DECODINGS
 
 PLAIN = DECODINGS.parse("plain")
@@ -169,6 +170,98 @@ def test_missing_and_foreign_parts_are_refused(folder: Path, tmp_path: Path) -> 
         load_composed(copy)
     (copy / "composition.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no composition.json"):
+        load_composed(copy)
+
+
+@pytest.fixture(scope="module")
+def together(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Composed:
+    """A router of one layer, and the two members of two."""
+    router = quiet_eval(
+        EtrForCausalLM(
+            EtrConfig.from_base(
+                base_config(num_hidden_layers=1, hidden_size=16, num_attention_heads=2),
+                "token_choice",
+                capacity="none",
+            )
+        )
+    )
+    found = {"choice": torch.randn(2, 16)}
+    target = tmp_path_factory.mktemp("together") / "all"
+    sources = [member_folder(folder, number) for number in range(2)]
+    write_composed(target, FusionRoute(), sources, found, {}, router=router)
+    return quiet_eval(load_composed(target).double())
+
+
+@torch.no_grad()
+def by_hand(model: Composed, ids: Tensor, mask: Tensor) -> Tensor:
+    """Greedy, the whole text anew for every token and model."""
+    router, composition = model.router, model.composition
+    assert router is not None
+    assert isinstance(composition, FusionRoute)
+    for _ in range(5):
+        given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+        own = router.model(input_ids=ids, **given).logits
+        said = [one(input_ids=ids, **given).logits.log_softmax(-1) for one in model.members]
+        found = composition.combine(own, router.scores(), torch.stack(said, 2))
+        best = found[:, -1:].argmax(-1)
+        ids, mask = torch.cat([ids, best], 1), torch.cat([mask, torch.ones_like(best)], 1)
+    return ids
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
+def test_models_that_write_together_equal_a_plain_loop(
+    options: dict[str, Any], together: Composed
+) -> None:
+    """Padded, with a cache for each of other sizes; and no row alone would have written that."""
+    ids, mask = prompts()
+    found = together.decode(PLAIN, ids, attention_mask=mask, **OPTIONS, **options)
+    assert torch.equal(found, by_hand(together, ids, mask))
+    for one in (together.router.model, *together.members):  # type: ignore[union-attr]
+        assert not torch.equal(one.generate(ids, attention_mask=mask, **OPTIONS), found)
+        assert not one._forward_hooks
+
+
+def test_beams_move_the_caches_of_all_models(together: Composed) -> None:
+    ids, mask = prompts()
+    beams = {**OPTIONS, "num_beams": 3, "num_return_sequences": 3}
+    wanted = together.decode(PLAIN, ids, attention_mask=mask, use_cache=False, **beams)
+    assert torch.equal(together.decode(PLAIN, ids, attention_mask=mask, **beams), wanted)
+
+
+def test_without_logits_of_its_own_the_router_writes_what_the_chosen_member_writes(
+    together: Composed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head of the router is tied to nothing here, so that zeros there leave its scores."""
+    ids, mask = prompts()
+    router = together.router
+    assert router is not None
+    head = router.model.lm_head
+    monkeypatch.setattr(head, "weight", torch.nn.Parameter(torch.zeros_like(head.weight)))
+    for number in range(2):
+        only = torch.tensor([1.0, -1.0]).roll(number).expand(3, 1, 2)
+        monkeypatch.setattr(router, "scores", lambda only=only: only.double())
+        found = together.decode(PLAIN, ids, attention_mask=mask, **OPTIONS)
+        alone: Any = together.members[number]
+        assert torch.equal(found, alone.generate(ids, attention_mask=mask, **OPTIONS))
+
+
+def test_folders_of_models_that_write_together_are_checked(
+    together: Composed, folder: Path, tmp_path: Path
+) -> None:
+    ids, mask = prompts()
+    assert together.answering(ids, mask) is None
+    with pytest.raises(ValueError, match="decoding='scmoe' is for one model"):
+        together.decode(DECODINGS.parse("scmoe"), ids, attention_mask=mask, **OPTIONS)
+    router = together.router
+    assert router is not None
+    members: list[Any] = list(together.members)
+    with pytest.raises(ValueError, match=r"'choice' has shape \(2, 16\); it must be \(1, 16\)"):
+        Composed(FusionRoute(), members[:1], {"choice": torch.ones(2, 16)}, router.model)
+    copy = damaged(folder, tmp_path)
+    record = json.loads((copy / "composition.json").read_text())
+    record["composition"] = {"name": "fusion_route"}
+    (copy / "composition.json").write_text(json.dumps(record))
+    with pytest.raises(FileNotFoundError, match="router"):
         load_composed(copy)
 
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from etr.model import COMPOSITIONS
-from etr.model.composition import PromptComposition, Prompts, check_shapes
+from etr.model.composition import PromptComposition, Prompts, TokenComposition, check_shapes
 from etr.table import config_to_dict
 
 BY_PROMPT = [name for name, kind in COMPOSITIONS.items() if issubclass(kind, PromptComposition)]
+BY_TOKEN = [name for name, kind in COMPOSITIONS.items() if issubclass(kind, TokenComposition)]
 
 
 @pytest.mark.parametrize("name", COMPOSITIONS)
@@ -40,6 +41,20 @@ def test_a_prompt_is_answered_by_itself_and_whatever_pads_it(name: str) -> None:
         composition.check(learned, len(kept), 13)
     with pytest.raises(ValueError, match="learned tensors are"):
         composition.check({}, len(kept), 12)
+
+
+@pytest.mark.parametrize("name", BY_TOKEN)
+def test_each_place_is_combined_by_itself(name: str) -> None:
+    composition = COMPOSITIONS.parse(name)
+    assert isinstance(composition, TokenComposition)
+    own, choice = torch.randn(3, 5, 11), torch.randn(3, 5, 4)
+    members = torch.randn(3, 5, 4, 11).log_softmax(-1)
+    whole = composition.combine(own, choice, members)
+    assert whole.shape == (3, 5, 11)
+    for place in range(5):
+        part = slice(1, 2), slice(place, place + 1)
+        one = composition.combine(own[part], choice[part], members[part])
+        assert torch.equal(one[0, 0], whole[1, place])
 
 
 def test_shapes_are_named() -> None:

@@ -88,7 +88,10 @@ which etr finetune --recover wins back in part.""",
     ),
     "compose": Help(
         example="etr compose composition runs/python runs/math --data builtin:python builtin:math",
-        main=("name", "models", "data", "out", "prompt_length", "prompts_per_domain"),
+        main=("name", "models", "data", "out", "prompt_length", "prompts_per_domain", "start"),
+        note="""\
+composition   one model for a prompt, by its category, within a budget of weights
+fusion_route  one for each token, chosen by a model that is trained here and adds its logits""",
     ),
     "upcycle": Help(
         example="etr upcycle models/dense models/sparse --num-experts 8",

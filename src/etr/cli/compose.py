@@ -11,15 +11,17 @@ from rich.console import Console
 from rich.table import Table
 
 from etr.cli._model import open_model
-from etr.cli._of_run import parse_with_text
+from etr.cli._of_run import objective_of, parse_with_text
 from etr.cli._options import WithImports
+from etr.cli._progress import steps_progress
 from etr.cli._tables import make_table
 from etr.hf import EtrForCausalLM
-from etr.model import COMPOSITIONS
-from etr.model.composition import PromptComposition
+from etr.model import COMPOSITIONS, Causal
+from etr.model.composition import PromptComposition, TokenComposition
 from etr.train.checkpoint_folder import find_model
 from etr.train.compose import ComposeConfig, Outcome, compose_by_prompt
 from etr.train.folders import making
+from etr.train.fuse import compose_by_token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +44,26 @@ def run(arguments: list[str]) -> int:
     """Compose, save, and print what the composed model does on held-out text."""
     config = parse_with_text(ComposeArguments, "compose", arguments, lambda c: c.models)
     composition, out = COMPOSITIONS.parse(config.name), Path(config.out)
-    assert isinstance(composition, PromptComposition)
     if not config.models:
         raise ValueError("name the models to compose")
+    for path in (*config.models, *([] if config.start is None else [config.start])):
+        if objective_of(path) != Causal.name:
+            raise ValueError(
+                f"{path} was trained on {objective_of(path)}: models that are composed write the "
+                "next token"
+            )
     with making(out):
         if out.exists():
             raise ValueError(f"out={config.out!r} exists already; name a new folder")
         folders = [find_model(path) for path in config.models]
-        outcome = compose_by_prompt(composition, folders, _load, config, out, config.imports)
+        given = (folders, _load, config, out, config.imports)
+        if isinstance(composition, TokenComposition):
+            steps = sum(phase.steps for phase in composition.phases)
+            with steps_progress("training", steps) as show:
+                outcome = compose_by_token(composition, *given, show)
+        else:
+            assert isinstance(composition, PromptComposition)
+            outcome = compose_by_prompt(composition, *given)
     Console().print(losses_table(outcome))
     for note in outcome.notes:
         print(note)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StaticCache
 
 from etr.hf.adapt import Adapting
 from etr.hf.modeling import EtrCausalLMOutput, EtrForCausalLM
@@ -49,30 +50,70 @@ def decoding_by(model: EtrForCausalLM, decoding: Decoding) -> Iterator[None]:
     """
     if not decoding.branches:
         raise ValueError(f"decoding {decoding.name!r} has no branch")
-    branches, handles = _Branches(model, decoding), []
-    if decoding.refits_after is not None:
-        adapting = Adapting(model, decoding)
-        handles.append(model.register_forward_pre_hook(adapting.before, with_kwargs=True))
-    handles += [
-        model.register_forward_pre_hook(branches.before, with_kwargs=True),
-        model.register_forward_hook(branches.after, with_kwargs=True),
-    ]
-    try:
+    pairs = [(model, serving) for serving in decoding.branches]
+    branches = _Branches(pairs, decoding.combine, f"decoding {decoding.name!r}")
+    adapting = None if decoding.refits_after is None else Adapting(model, decoding)
+    with branches.hooked(*([] if adapting is None else [adapting.before])):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+@contextmanager
+def together(
+    model: EtrForCausalLM,
+    others: Sequence[EtrForCausalLM],
+    combine: Callable[[Sequence[Tensor]], Tensor],
+) -> Iterator[None]:
+    """Let every forward of a model run others too, and give what is made of all their logits.
+
+    Each has a cache of its own, which moves with the model's.
+
+    Args:
+        model: whose ``generate`` and forward are called.
+        others: of the same vocabulary, perhaps of other sizes.
+        combine: the logits to choose by, [B, S, V], of the model's and those of each other.
+    """
+    branches = _Branches([(one, None) for one in (model, *others)], combine, "composed models")
+    with branches.hooked():
+        yield
 
 
 class _Branches:
-    """Hooks of a model's forward, which is the first branch's; the others run after it."""
+    """Hooks of a model's forward, which is the first branch's; the others run after it.
 
-    def __init__(self, model: EtrForCausalLM, decoding: Decoding) -> None:
-        self._decoding = decoding
-        self._signature = inspect.signature(model.forward)
+    Args:
+        branches: the model of each, and its serving policy.
+        combine: logits of all of them to one.
+        what: what they are branches of, for errors.
+    """
+
+    def __init__(
+        self,
+        branches: Sequence[tuple[EtrForCausalLM, str | None]],
+        combine: Callable[[Sequence[Tensor]], Tensor],
+        what: str,
+    ) -> None:
+        (self._model, self._first), *self._rest = branches
+        self._combine, self._what = combine, what
+        self._signature = inspect.signature(self._model.forward)
         self._given: dict[str, Any] = {}
         self._main: Any = None
         self._others: list[Any] = []
+
+    @contextmanager
+    def hooked(self, *first: Callable[..., Any]) -> Iterator[None]:
+        """Hook the model's forward, after hooks that come first."""
+        handles = [
+            *(
+                self._model.register_forward_pre_hook(hook, with_kwargs=True)
+                for hook in (*first, self.before)
+            ),
+            self._model.register_forward_hook(self.after, with_kwargs=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def before(
         self, model: EtrForCausalLM, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -83,7 +124,7 @@ class _Branches:
         main = next((found for n in CACHE_NAMES if (found := self._given.get(n)) is not None), None)
         if main is not self._main:
             self._begin(main)
-        return (), _branch(self._given, self._decoding.branches[0], main)
+        return (), _branch(self._given, self._first, main)
 
     def after(
         self,
@@ -94,11 +135,11 @@ class _Branches:
     ) -> EtrCausalLMOutput:
         """Run the other branches, and put in the combined logits."""
         found = [_wide(output.logits)]
-        branches = self._decoding.branches[1:]
-        for serving, cache in zip(branches, self._others or [None] * len(branches), strict=True):
-            again = model.forward(**_branch(self._given, serving, cache))
-            found.append(_wide(again.logits))
-        output.logits = self._decoding.combine(found)
+        caches = self._others or [None] * len(self._rest)
+        for (other, serving), cache in zip(self._rest, caches, strict=True):
+            run = model.forward if other is model else other  # or these hooks would run again
+            found.append(_wide(run(**_branch(self._given, serving, cache)).logits))
+        output.logits = self._combine(found)
         return output
 
     def _begin(self, main: Any) -> None:
@@ -109,9 +150,12 @@ class _Branches:
         if int(main.get_seq_length()) > 0:
             raise ValueError(
                 f"the cache holds {int(main.get_seq_length())} tokens already, which only one of "
-                f"the branches of decoding {self._decoding.name!r} has seen; begin with the text"
+                f"the branches of {self._what} has seen; begin with the text"
             )
-        self._others = [copy.deepcopy(main) for _ in self._decoding.branches[1:]]
+        self._others = [
+            copy.deepcopy(main) if other is self._model else _like(main, other)
+            for other, _ in self._rest
+        ]
         for name in MOVES if self._others else ():
             if hasattr(main, name):
                 setattr(main, name, _together(name, [main, *self._others]))
@@ -125,6 +169,15 @@ def _branch(given: dict[str, Any], serving: str | None, cache: Any) -> dict[str,
         context = given.get("routing_context") or RoutingContext()
         found["routing_context"] = replace(context, serving=serving)
     return found
+
+
+def _like(cache: Any, model: EtrForCausalLM) -> Any:
+    """An empty cache of the same kind for another model."""
+    size = {}
+    if isinstance(cache, StaticCache):  # a layer with a sliding window has fewer places
+        layers: list[Any] = cache.layers
+        size["max_cache_len"] = max(layer.max_cache_len for layer in layers)
+    return type(cache)(config=model.config.get_text_config(decoder=True), **size)
 
 
 def _together(name: str, caches: list[Any]) -> Any:

@@ -67,6 +67,7 @@ SHELF = (
     "tide",
     "bacd",
     "composition",
+    "fusion_route",
 )
 """Files of this folder, each a method of its name, in the order in which pages list them."""
 

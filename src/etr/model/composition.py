@@ -1,4 +1,4 @@
-"""Several language models as one: who answers a prompt."""
+"""Several language models as one: who answers a prompt, or writes the next token."""
 
 from __future__ import annotations
 
@@ -75,6 +75,66 @@ class PromptComposition(Composition):
         Args:
             ids: int64 [B, S].
             valid: False on padding, bool [B, S].
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """Steps in which a router is trained on one loss."""
+
+    name: str
+    steps: int
+    learning_rate: float
+    pairs: bool = False
+    """Whether it also learns from pairs of continuations, of which one is better."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What a router and M members say of B rows of S places.
+
+    Args:
+        own: logits of the router, float [B, S, V].
+        choice: what it thinks of each member, float [B, S, M].
+        members: log-probabilities of each, without gradient, float [B, S, M, V].
+        labels: the token after each place; `IGNORED` where nothing is asked. int64 [B, S].
+        before: the router's log-probability of each label when the phase began, float [B, S]; only
+            of pairs.
+    """
+
+    own: Tensor
+    choice: Tensor
+    members: Tensor
+    labels: Tensor
+    before: Tensor | None = None
+
+
+class TokenComposition(Composition):
+    """A language model of its own, the router, is trained to choose for each token.
+
+    The members run at every token, each with a cache: whom the next one will need is not known.
+    """
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """What the router is trained on, one after the other."""
+        raise NotImplementedError
+
+    def loss(self, phase: Phase, seen: Seen, pair: tuple[Seen, Seen] | None) -> Tensor:
+        """What a step of a phase makes less.
+
+        Args:
+            seen: of text.
+            pair: of continuations, the better ones first; None in a phase without pairs.
+        """
+        raise NotImplementedError
+
+    def combine(self, own: Tensor, choice: Tensor, members: Tensor) -> Tensor:
+        """The logits to choose by, [B, S, V]; places do not touch each other.
+
+        Args:
+            own, choice, members: see `Seen`.
         """
         raise NotImplementedError
 

@@ -22,6 +22,9 @@ from etr.hf.composed import write_composed
 from etr.model.composition import PromptComposition, Prompts
 from etr.moe.checked import check_types
 from etr.moe.serving import serving_of
+from etr.train.checkpoint_folder import FOLDER
+from etr.train.config import ModelConfig
+from etr.train.model import find_device
 
 log = logging.getLogger(__name__)
 ALL = "all"
@@ -37,12 +40,18 @@ class ComposeConfig:
     prompt_length: int = 128
     """Tokens of a prompt; what follows it in a row of text says how good a model is."""
     prompts_per_domain: int = 64
-    """Prompts of each domain's training text to know it by, and of its held-out text to choose
-    models by; as many more are measured on at the end."""
+    """Prompts of each domain's training text to know it by or to make pairs of, and of its held-out
+    text to choose models by; as many more are measured on at the end."""
     selection: str = "threshold"
     """How experts select: a name in SERVING, perhaps with options."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Sizes of the language model that chooses for each token, where a composition trains one."""
+    start: str | None = None
+    """Checkpoint or run that becomes this model, in the place of a new one."""
     seed: int = 0
     """Seed of what is drawn."""
+    device: str = "auto"
+    """auto, cpu, cuda, npu, ..."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -65,6 +74,9 @@ class Outcome:
     """Nats per token, by column of a table and by domain, `ALL` last."""
     notes: tuple[str, ...]
     """What else a person should know, in words."""
+    routed: float | None = None
+    """Share of tokens that the model writes which is best on their domain; None where a prompt has
+    one model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +115,8 @@ def compose_by_prompt(
         ValueError: tokenizers differ, or a domain has too little text.
     """
     data = open_text(folders, config.data)
-    prompts = _training_prompts(data, config)
+    ids, category = training_rows(data, config.prompt_length, config.prompts_per_domain)
+    prompts = Prompts(ids=ids, category=category)
     scored = _score(folders, load, data, config)
     part = scored.learned_from
     kept, learned = composition.learn(prompts, _some(scored, part), scored.sizes, scored.vocab_size)
@@ -113,12 +126,17 @@ def compose_by_prompt(
     outcome = _outcome(scored, kept, chosen, folders, data.dataset.domains)
     record = {
         "imports": [*imports],
-        "made_of": [str(folders[number]) for number in kept],
+        "made_of": [model_name(folders[number]) for number in kept],
         "domains": data.dataset.domains,
         "held_out": outcome.losses,
     }
     write_composed(out, composition, [folders[n] for n in kept], learned, record, load)
     return outcome
+
+
+def model_name(folder: Path) -> str:
+    """Its run, of a checkpoint; the folder itself of another model."""
+    return str(folder.parent.parent if folder.parent.name == FOLDER else folder)
 
 
 def open_text(folders: Sequence[Path], data: DataConfig) -> OpenedData:
@@ -136,22 +154,31 @@ def open_text(folders: Sequence[Path], data: DataConfig) -> OpenedData:
     return open_data(dataclasses.replace(data, tokenizer=str(folders[0])))
 
 
-def _training_prompts(data: OpenedData, config: ComposeConfig) -> Prompts:
-    """Prompts of the training text of every domain, evenly spaced."""
-    length, rows, category = config.prompt_length, [], list[int]()
+def training_rows(data: OpenedData, length: int, count: int) -> tuple[Tensor, Tensor]:
+    """Rows of the training text of every domain, evenly spaced, and their domains.
+
+    Args:
+        length: tokens of a row, S.
+        count: most rows of a domain.
+    Returns:
+        int64 [N, S] and [N].
+    Raises:
+        ValueError: a domain has fewer tokens than one row.
+    """
+    rows, category = [], list[int]()
     for number, shard in enumerate(data.dataset.train):
-        starts = spread(range(0, len(shard.tokens) - length + 1, length), config.prompts_per_domain)
+        starts = spread(range(0, len(shard.tokens) - length + 1, length), count)
         if not starts:
             raise ValueError(
-                f"domain {shard.domain!r} has {len(shard.tokens)} training tokens, fewer than "
-                f"prompt_length={length}"
+                f"domain {shard.domain!r} has {len(shard.tokens)} training tokens, fewer than a "
+                f"row of {length}; give more text or shorter rows"
             )
         rows += [shard.tokens[start : start + length].astype(np.int64) for start in starts]
         category += [number] * len(starts)
-    return Prompts(ids=torch.from_numpy(np.stack(rows)), category=torch.tensor(category))
+    return torch.from_numpy(np.stack(rows)), torch.tensor(category)
 
 
-def _held_out(data: OpenedData, config: ComposeConfig) -> list[Batch]:
+def held_out_rows(data: OpenedData, config: ComposeConfig) -> list[Batch]:
     """Held-out rows without padding, twice as many of each domain as prompts are asked for.
 
     Raises:
@@ -182,11 +209,11 @@ def _score(
     config: ComposeConfig,
 ) -> _Scored:
     """Run each member on held-out text."""
-    batches = _held_out(data, config)
+    batches = held_out_rows(data, config)
     losses, sizes, vocabularies = list[Tensor](), list[int](), set[int]()
     for folder in folders:
         log.info("running %s on held-out text", folder)
-        model = load(folder)
+        model = load(folder).to(find_device(config.device))  # type: ignore[arg-type]
         found = continuation_losses(model, batches, config.prompt_length, config.selection)
         losses.append(found)
         sizes.append(sum(weight.nbytes for weight in model.parameters()))
@@ -231,7 +258,7 @@ def _outcome(
     losses, category = scored.losses[rows], scored.prompts.category[rows]
     mean = torch.stack([losses[category == number].mean(0) for number in range(len(domains))])
     best = mean[:, kept].argmin(1)
-    columns = {str(folder): losses[:, number] for number, folder in enumerate(folders)}
+    columns = {model_name(folder): losses[:, n] for n, folder in enumerate(folders)}
     columns["composed"] = losses.gather(1, chosen[:, None])[:, 0]
     own = torch.tensor(kept)[best][category]
     columns["best of each domain"] = losses.gather(1, own[:, None])[:, 0]
@@ -252,11 +279,11 @@ def _outcome(
     )
 
 
-def _answers(chosen: Tensor, folders: Sequence[Path]) -> list[tuple[Path, int]]:
+def _answers(chosen: Tensor, folders: Sequence[Path]) -> list[tuple[str, int]]:
     """Who answered how many prompts, who answered most first."""
     count = torch.bincount(chosen, minlength=len(folders))
     order = count.argsort(descending=True, stable=True).tolist()
-    return [(folders[number], int(count[number])) for number in order if count[number]]
+    return [(model_name(folders[n]), int(count[n])) for n in order if count[n]]
 
 
 def by_domain(loss: Tensor, category: Tensor, domains: Sequence[str]) -> dict[str, float]:
