@@ -203,6 +203,28 @@ def test_a_policy_learns_from_another_trace_and_time_is_printed(traced, capsys):
     assert rows["lru"][5] == f"{loads * 0.501:,.3f}"
 
 
+def test_batches_are_made_by_what_is_predicted(traced, capsys):
+    """Beside the order of the trace and what the truth would have made; counted by hand."""
+    arguments = ["cache", str(traced), "--sizes", "2", "--learn-from", str(traced)]
+    assert main([*arguments, "--regroup", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "batches of 2 sequences" in out
+    rows = {line.split("  ")[0].strip(): line.split() for line in out.splitlines()}
+    trace = read_trace(traced)
+    choices, sequence = trace.choices(kept=True)
+    numbers = sorted({*sequence.tolist()})
+    pairs = [numbers[first : first + 2] for first in range(0, len(numbers), 2)]
+    used = [
+        len({*layer[(sequence >= pair[0]) & (sequence <= pair[-1])].flatten().tolist()} - {-1})
+        for layer in choices
+        for pair in pairs
+    ]
+    assert rows["in order"][-2:] == [f"{sum(used) / len(used):.2f}", "100.0%"]
+    for name in ("by what is used", "by expertflow"):
+        assert 0 < float(rows[name][-2]) <= 4
+    assert "by edgemoe" not in rows  # it goes by choices, which batches come before
+
+
 def test_memories_forget_what_experts_dropped(run, options, tmp_path):
     """A choice that was dropped runs no expert."""
     out = tmp_path / "t.parquet"
@@ -276,6 +298,7 @@ def test_a_model_writes_the_same_with_its_experts_on_disk(run, capsys):
         (["plan", "consecutive", "{trace}", "--ranks", "4", "--nodes", "3"], "num_nodes=3"),
         (["cache", "{trace}", "--caches", "nonsense"], "cache='nonsense' is unknown; choose"),
         (["cache", "{trace}", "--sizes", "0"], "must be at least 1, not 0"),
+        (["cache", "{trace}", "--regroup", "2"], "regroup=2 must be at least 1, sequences of"),
     ],
 )
 def test_what_plan_and_cache_refuse(arguments, message, traced, capsys):

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from traces import some
 
-from etr.methods.expertflow import ExpertFlow, Predictor, regrouped
+from etr.methods.expertflow import ExpertFlow, Predictor
 from etr.systems import CACHES, Demand, replay
+from etr.systems.regroup import regrouped
 
 
 class Topics:

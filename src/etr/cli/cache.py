@@ -9,12 +9,14 @@ from typing import Annotated, Any
 import torch
 import tyro
 from rich.console import Console
+from rich.table import Table
 
 from etr.cli._options import WithImports, parse
 from etr.cli._progress import track
 from etr.cli._tables import make_table
 from etr.cli._traces import same_model
 from etr.systems import CACHES, Cache, Demand, Replayed, replay
+from etr.systems.regroup import experts_of_batches, regrouped, uses
 from etr.trace import Trace, read_trace
 
 
@@ -33,6 +35,9 @@ class CacheConfig(WithImports):
     """One memory for all layers, and not one each."""
     learn_from: str | None = None
     """Trace of the same model on another text, for policies that predict."""
+    regroup: int | None = None
+    """Also make batches of so many sequences whose predicted experts overlap, and print how many
+    experts of a layer a batch uses; by each policy that predicts by tokens alone."""
     expert_bytes: int | None = None
     """Size of an expert, to print bytes and not only how many were moved."""
     bandwidth: float | None = None
@@ -49,6 +54,11 @@ class CacheConfig(WithImports):
         for size in (*self.sizes, *(() if self.expert_bytes is None else (self.expert_bytes,))):
             if size < 1:
                 raise ValueError(f"sizes and expert_bytes must be at least 1, not {size}")
+        if self.regroup is not None and (self.regroup < 1 or self.learn_from is None):
+            raise ValueError(
+                f"regroup={self.regroup} must be at least 1, sequences of a batch, and needs "
+                "--learn-from a trace of the same model"
+            )
         if self.bandwidth is not None and (self.expert_bytes is None or not self.bandwidth > 0):
             raise ValueError(
                 f"bandwidth={self.bandwidth} must be > 0, bytes per second, and needs expert_bytes"
@@ -90,7 +100,36 @@ def run(arguments: list[str]) -> int:
         f"{trace.num_tokens:,} tokens in decoding order, {trace.info.num_layers} layers of "
         f"{experts} experts, {where}, empty at first"
     )
+    if config.regroup is not None:
+        Console().print(batches_table(trace, expected, config.regroup))
     return 0
+
+
+def batches_table(trace: Trace, expected: dict[str, torch.Tensor | None], size: int) -> Table:
+    """Experts that batches use, in the trace's order and as they are made by predictions.
+
+    Args:
+        expected: what each policy predicts, by its text, int64 [L, N, K].
+        size: sequences of a batch.
+    """
+    now = _demand(trace)
+    assert now.choices is not None
+    assert now.sequence is not None
+    used = uses(now.choices, now.sequence, trace.info.num_experts)
+    order = list(range(len(used)))
+    in_order = [order[first : first + size] for first in order[::size]]
+    ways = {"in order": in_order, "by what is used": regrouped(used.flatten(1), size)}
+    for name, choices in expected.items():
+        if choices is not None and CACHES.parse(name).predicts_prompts:
+            likely = uses(choices, now.sequence, trace.info.num_experts)
+            ways[f"by {name}"] = regrouped(likely.flatten(1), size)
+    words = f"batches of {size} sequences"
+    table = make_table(words, "experts of a layer", "of in order", words=(words,))
+    least = experts_of_batches(used, in_order)
+    for name, batches in ways.items():
+        found = experts_of_batches(used, batches)
+        table.add_row(name, f"{found:.2f}", f"{found / least:.1%}")
+    return table
 
 
 def _expected(cache: Cache, learn_from: str | None, trace: Trace) -> torch.Tensor | None:

@@ -31,6 +31,7 @@ class ExpertFlow(Cache):
     name = "expertflow"
     summary = "the expert whose next use is predicted farthest leaves"
     predicts = True
+    predicts_prompts = True
 
     width: int = 32
     """Of the embeddings, features."""
@@ -152,26 +153,6 @@ class Predictor(nn.Module):
         return model.eval()
 
 
-def regrouped(expected: Tensor, size: int) -> list[list[int]]:
-    """Sequences in batches whose expected experts overlap.
-
-    One after the other, a sequence takes those nearest to it by the cosine of what they expect.
-
-    Args:
-        expected: use of each expert of all layers, by sequence, float [Q, L * E].
-        size: sequences of a batch.
-    Returns:
-        Numbers of sequences, each once.
-    """
-    rows = F.normalize(expected.double(), dim=-1)
-    left, batches = list(range(len(rows))), []
-    while left:
-        near = (rows[left] @ rows[left[0]]).argsort(descending=True, stable=True)[:size]
-        batches.append([left[place] for place in near.tolist()])
-        left = [number for number in left if number not in batches[-1]]
-    return batches
-
-
 CARD = Card(
     name="expertflow",
     title="ExpertFlow",
@@ -191,6 +172,6 @@ CARD = Card(
     departs=(
         "The predictor is an embedding and the mean of its sequence, not a T5. It knows prompts; "
         "for text that a model writes there is no prediction, so `etr generate` refuses it. "
-        "Regrouping is greedy, and a function (regrouped) without a command."
+        "Regrouping is greedy; `etr cache TRACE --learn-from PAST --regroup 4` prints its gain."
     ),
 )

@@ -83,6 +83,8 @@ class Cache:
     """Whether it knows what will be used: a bound, which no policy of a running model reaches."""
     predicts: ClassVar[bool] = False
     """Whether it predicts what will be used, and must `learn` how."""
+    predicts_prompts: ClassVar[bool] = False
+    """Whether it does so by the tokens alone, before a model runs, so that batches can be made."""
     prefetches: ClassVar[bool] = False
     """Whether it may bring in experts before they are asked for, and so have hits over the bound
     of those who load misses alone."""
