@@ -41,7 +41,7 @@ class LayerOptions:
     uniform: its own. nulls: further choices cost nothing. widths: experts of unequal widths.
     shared: several layers of a model have one bank."""
     activation: Activation = "swiglu"
-    """swiglu, clamped_swiglu, gelu or relu2."""
+    """swiglu, clamped_swiglu, gelu, relu2 or silu."""
     swiglu_limit: float = 7.0
     """Where clamped_swiglu cuts what it multiplies, no unit."""
     swiglu_alpha: float = 1.702

@@ -139,6 +139,8 @@ def feed_forward(token: Tensor, params: ExpertParams, expert: int) -> Tensor:
         hidden = gate * torch.sigmoid(alpha * gate) * (linear + 1)
     elif params.activation == "gelu":
         hidden = 0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2)))
+    elif params.activation == "silu":
+        hidden = hidden * torch.sigmoid(hidden)
     else:
         hidden = torch.clamp(hidden, min=0) ** 2
     out = params.down[expert] @ hidden

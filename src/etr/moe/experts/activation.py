@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Activation = Literal["swiglu", "clamped_swiglu", "gelu", "relu2"]
-ACTIVATIONS: tuple[Activation, ...] = ("swiglu", "clamped_swiglu", "gelu", "relu2")
+Activation = Literal["swiglu", "clamped_swiglu", "gelu", "relu2", "silu"]
+ACTIVATIONS: tuple[Activation, ...] = ("swiglu", "clamped_swiglu", "gelu", "relu2", "silu")
 GATED: tuple[Activation, ...] = ("swiglu", "clamped_swiglu")
 """Those that multiply two halves of their input."""
 
@@ -41,6 +41,8 @@ def activate(hidden: Tensor, activation: Activation, clamp: Clamp = CLAMP) -> Te
         return F.silu(clamp.alpha * gate) / clamp.alpha * (up + 1)
     if activation == "gelu":
         return F.gelu(hidden)
+    if activation == "silu":
+        return F.silu(hidden)
     return F.relu(hidden).square()
 
 
@@ -58,6 +60,8 @@ def activate_out(
         return out.mul_(up.clamp(-clamp.limit, clamp.limit).add_(1))
     if activation == "gelu":
         return _ops.gelu.out(hidden, out=out)
+    if activation == "silu":
+        return _ops.silu.out(hidden, out=out)
     return torch.clamp_min(hidden, 0, out=out).square_()
 
 
@@ -79,6 +83,8 @@ def activation_grad(
         return torch.cat(_clamped_grads(hidden, grad, clamp), dim=-1)
     if activation == "gelu":
         return _ops.gelu_backward(grad, hidden)
+    if activation == "silu":
+        return _ops.silu_backward(grad, hidden)
     return 2 * F.relu(hidden) * grad
 
 
@@ -96,6 +102,8 @@ def activation_grad_out(
         return torch.cat(_clamped_grads(hidden, grad, clamp), dim=-1, out=out)
     if activation == "gelu":
         return _ops.gelu_backward.grad_input(grad, hidden, grad_input=out)
+    if activation == "silu":
+        return _ops.silu_backward.grad_input(grad, hidden, grad_input=out)
     return torch.clamp_min(hidden, 0, out=out).mul_(grad.mul_(2))
 
 

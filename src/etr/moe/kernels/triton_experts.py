@@ -88,6 +88,8 @@ def _activate(gate, up, limit, alpha, ACTIVATION: tl.constexpr):
         return gate * tl.sigmoid(alpha * gate) * (up + 1.0)
     elif ACTIVATION == "gelu":
         return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    elif ACTIVATION == "silu":
+        return gate * tl.sigmoid(gate)
     else:
         positive = tl.maximum(gate, 0.0)
         return positive * positive
@@ -108,6 +110,10 @@ def _slopes(gate, up, limit, alpha, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         below = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
         slope = below + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327
+        return slope, slope
+    elif ACTIVATION == "silu":
+        s = tl.sigmoid(gate)
+        slope = s * (1.0 + gate * (1.0 - s))
         return slope, slope
     else:
         slope = 2.0 * tl.maximum(gate, 0.0)
