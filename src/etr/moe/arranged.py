@@ -127,7 +127,8 @@ class ArrangedParts(LayerParts):
             padded = self.dispatcher.padded
             if not self.dispatcher.needs_ranks:
                 padded = self.traits.padded and selection.buffer_size < routing.num_tokens
-            name = auto_backend(routing.expert.device.type, padded)
+            own = None if padded else self.bank.backend
+            name = own or auto_backend(routing.expert.device.type, padded)
         return EXPERT_BACKENDS[name]
 
     def _take_router(self, router: Router, config: MoEConfig) -> None:

@@ -61,7 +61,7 @@ class LayerOptions:
     sees what those before it added."""
     backend: str = "auto"
     """Name in EXPERT_BACKENDS, or auto: grouped_mm on a CPU, elsewhere bmm for padded presets and
-    grouped_mm for others."""
+    grouped_mm for others; a bank may have one of its own."""
     dispatch: str = "auto"
     """Name in DISPATCHERS, perhaps with options (chunked:all_to_all,chunks=4), or auto: permute on
     one rank, all_to_all on several, group_wise where ranks hold the same tokens."""

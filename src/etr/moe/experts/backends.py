@@ -15,7 +15,7 @@ from torch import Tensor
 from etr.moe.experts.feed_forward import Engine, Problem, Route, feed_forward
 from etr.moe.experts.fused import Fused, kernels_run, why_unavailable
 from etr.moe.experts.one_by_one import OneByOne
-from etr.moe.experts.products import Batched, Grouped
+from etr.moe.experts.products import Batched, ByRow, Grouped
 from etr.moe.experts.sonic import Pairs, run_sonic, sonic_runs, why_no_sonic
 from etr.moe.experts.weights import ExpertParams
 from etr.moe.experts.whole import Whole
@@ -128,6 +128,7 @@ def _problem(source: Tensor, route: Route | None, counts: Tensor, params: Expert
 
 LOOP = OneByOne()
 BATCHED = Whole(lambda problem: Batched(problem.up.shape[0]))
+BY_ROW = Whole(lambda problem: ByRow(problem.counts))
 FUSED = Fused()
 GROUPED = Whole(
     lambda problem: Grouped(problem.counts, problem.counts.cumsum(0, dtype=torch.int32))
@@ -182,6 +183,12 @@ EXPERT_BACKENDS: dict[str, ExpertBackend] = {
             padded=False,
             engine=lambda problem: GROUPED if grouped_mm_runs(problem) else LOOP,
             summary="ragged grouped GEMMs; the loop where torch has none (float64, odd widths)",
+        ),
+        ExpertBackend(
+            name="by_row",
+            padded=False,
+            engine=lambda problem: BY_ROW,
+            summary="each row beside a copy of its expert's weights: for many experts of width 1",
         ),
         ExpertBackend(
             name="triton",

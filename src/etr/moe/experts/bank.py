@@ -108,6 +108,9 @@ class BankConfig:
 class Bank(nn.Module):
     """Base of the banks."""
 
+    backend: ClassVar[str | None] = None
+    """What "auto" means for experts that are not padded; None: the device's own rule."""
+
     @property
     def parts(self) -> Sequence[ExpertWeights]:
         """Experts of equal shape, which run together; experts are numbered through the parts."""

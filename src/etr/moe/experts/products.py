@@ -12,8 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from etr.moe.rows import expert_of_row, sum_rows
 
 ONES = 16
 """Columns of the matrix of ones that sums rows: enough bytes for aligned products of any dtype."""
@@ -68,3 +71,27 @@ class Grouped:
 
     def spread(self, values: Tensor, num_rows: int) -> Tensor:
         return values.repeat_interleave(self.counts, 0, output_size=num_rows)
+
+
+@dataclass(frozen=True)
+class ByRow:
+    """Each row beside a copy of its own expert's weights: `counts` [E] int64 rows of each.
+
+    The copies are [R, K, N], which is little for experts of width 1 alone.
+    """
+
+    counts: Tensor
+
+    def times(self, rows: Tensor, weight: Tensor) -> Tensor:
+        own = weight.index_select(0, expert_of_row(self.counts, rows.shape[0]))
+        return rows[:, None].bmm(own).squeeze(1)
+
+    def outer(self, left: Tensor, right: Tensor) -> Tensor:
+        each = (left[:, :, None] * right[:, None]).flatten(1)
+        row = torch.arange(each.shape[0], device=each.device)
+        start = F.pad(self.counts.cumsum(0), (1, 0))
+        found = sum_rows(each, None, row, start)
+        return found.view(-1, left.shape[1], right.shape[1])
+
+    def spread(self, values: Tensor, num_rows: int) -> Tensor:
+        return values.index_select(0, expert_of_row(self.counts, num_rows))
