@@ -230,9 +230,10 @@ class RouterInput:
         logit_delta: added to this layer's logits, float [E] or [T, E], or None.
         before: logits of the MoE layer before, [T, E] with gradient, or None.
         gather: brings rows [T, N] of all ranks whose tokens compete, in the order of the global
-            batch and without gradient, for a router that looks at the whole batch; every rank must
-            call it. None where this rank's tokens are the batch.
+            batch, for a router that looks at the whole batch; every rank must call it, and run its
+            backward pass where rows have a gradient. None where this rank's tokens are the batch.
         all_valid: whether it is known, without asking the device, that every token is real.
+        learns: whether the call trains; else what was learned decides in the batch's place.
     """
 
     valid_mask: Tensor
@@ -251,12 +252,13 @@ class RouterInput:
     gather: Callable[[Tensor], Tensor] | None = None
     all_valid: bool = False
     before: Tensor | None = None
+    learns: bool = False
 
     def of_all_ranks(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """A table of all tokens that compete, float [*, N], and which of them are real, bool [*].
 
         Args:
-            table: of this rank's tokens, float [T, N]; every rank must call it.
+            table: of this rank's tokens, float [T, N], without gradient; every rank must call it.
         """
         if self.gather is None:
             return table, self.valid_mask

@@ -129,9 +129,11 @@ def exchange_evenly(values: Tensor, peers: Peers, traffic: Traffic) -> Tensor:
     return found
 
 
-@torch.no_grad()
 def rows_of_all(rows: Tensor, peers: Peers, traffic: Traffic) -> Tensor:
-    """Rows [T, ...] of all ranks, by rank that they come from. The host waits for their numbers."""
+    """Rows [T, ...] of all ranks, by rank that they come from. The host waits for their numbers.
+
+    A row's gradient is the sum of those that all ranks have for it.
+    """
     own = torch.full((peers.size, 1), len(rows), device=rows.device)
     counts = exchange_evenly(own, peers, traffic).flatten().tolist()
     to_each = rows.expand(peers.size, *rows.shape).flatten(0, 1)

@@ -68,6 +68,7 @@ def router_input(
     layer_index: int,
     place: int,
     bonus: Tensor | None,
+    learns: bool = False,
 ) -> RouterInput:
     """What a router sees of the context, for tokens x [T, H].
 
@@ -100,6 +101,7 @@ def router_input(
         gather=gather,
         all_valid=context.valid_mask is None,
         before=(context.logits or {}).get(layer_index - 1),
+        learns=learns,
     )
 
 

@@ -142,6 +142,7 @@ class MoE(ArrangedParts):
             layer_index=self.layer_index,
             place=self.place,
             bonus=local_bonus(x, context, bonus, self.num_choices) if learns else None,
+            learns=learns,
         )
         if learns:
             routing, limit = self.router(x, inputs), None

@@ -55,9 +55,8 @@ def routing_stats(routing: Routing, found: Kept) -> dict[str, Tensor]:
 
 
 def _num_nonfinite_tokens(routing: Routing) -> Tensor:
-    if routing.logits is None:
-        return torch.zeros_like(routing.num_valid_tokens())
-    total = routing.logits.sum(-1)  # a sum holds what any of its terms does
+    found = routing.by_token(routing.gate) if routing.logits is None else routing.logits
+    total = found.sum(-1)  # a sum holds what any of its terms does
     bad = total - total != 0
     return (bad if routing.full else bad & routing.valid_mask).sum()
 

@@ -257,8 +257,7 @@ class Router(_KeptFromDecay):
         index = flat if full else flat.clamp_max(self.num_experts - 1)
         table = index.view(expert.shape)
         has_scores = self.traits.has_scores
-        # `gather` has a cheaper backward than indexing with two index tensors.
-        gate, score = scores.gates.gather(1, table).flatten(), None
+        gate, score = scores.gates_of(table).flatten(), None
         if has_scores:
             score = gate.detach()
             if scores.scores is not scores.gates:
