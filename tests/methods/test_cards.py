@@ -39,6 +39,11 @@ def make(**changes: Any) -> Card:
     return Card(**{**values, **changes})
 
 
+def config_of(card: Card) -> MoEConfig:
+    """A layer as the card asks for it; it may name sizes too."""
+    return MoEConfig(**{**SIZES, **card.config_options()})
+
+
 def criteria(name: str) -> list[str]:
     """Docstrings of the tests that are marked `criterion` in a method's test file."""
     body = ast.parse((TESTS / f"test_{name}.py").read_text(encoding="utf-8")).body
@@ -68,8 +73,7 @@ def test_a_criterion_says_the_claim(card: Card) -> None:
 
 @cards
 def test_the_options_make_a_layer(card: Card) -> None:
-    config = MoEConfig(**SIZES, **card.config_options())
-    etr.MoE(config)
+    etr.MoE(config_of(card))
     for row in card.rows:
         assert row.table[row.kind.name] is row.kind  # type: ignore[attr-defined]
 
@@ -87,7 +91,7 @@ def test_its_name_is_a_variant_and_what_it_is_compared_with_too(card: Card) -> N
         config = parse_variant(text).apply(TrainConfig())
         config.model.moe_config()
     applied = parse_variant(card.name).apply(TrainConfig()).model.moe_config()
-    want = MoEConfig(**SIZES, **card.config_options())
+    want = config_of(card)
     for field in dataclasses.fields(MoEConfig):
         if field.name not in SIZES:
             name = f"{field.name}_config" if field.name in ("router", "capacity") else field.name
@@ -96,7 +100,7 @@ def test_its_name_is_a_variant_and_what_it_is_compared_with_too(card: Card) -> N
 
 @cards
 def test_flags_are_those_of_the_router(card: Card) -> None:
-    traits = MoEConfig(**SIZES, **card.config_options()).router_config.traits
+    traits = config_of(card).router_config.traits
     if "router" in card.options:
         assert (card.causal, card.fixed_load) == (traits.causal, traits.fixed_load)
 

@@ -54,6 +54,7 @@ SHELF = (
     "chain_of_experts",
     "unipool",
     "rexmoe",
+    "omnimoe",
     "routing_consistency",
     "exflow",
     "moetuner",
