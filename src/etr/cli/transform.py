@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 
 from etr.cli._options import Source, Target, WithImports, parse
@@ -16,7 +15,8 @@ from etr.cli._text import OnText, arguments_of, print_made
 from etr.data import open_data
 from etr.files import read_json, write_json
 from etr.hf.transform import plan_of, transform
-from etr.model.transform import TRANSFORMS
+from etr.model.transform import TRANSFORMS, Transform
+from etr.moe import RoutingContext
 from etr.train.checkpoint_folder import find_model
 from etr.train.folders import making
 
@@ -53,7 +53,7 @@ def run(arguments: list[str]) -> int:
     plan, made_for = _given(config.plan)
     if config.target.endswith(".json"):
         source = find_model(config.source)
-        record = plan_of(source, method, batches=_text(config, source) if method.measures else ())
+        record = plan_of(source, method, batches=_text(config, source, method))
         write_json(Path(config.target), record)
         print(
             f"written: {config.target}; carry it out: etr transform {config.name} "
@@ -69,7 +69,7 @@ def run(arguments: list[str]) -> int:
                 method,
                 plan=plan,
                 made_for=made_for,
-                batches=_text(config, source) if method.measures and plan is None else (),
+                batches=_text(config, source, method) if plan is None else (),
                 max_shard_bytes=config.max_shard_bytes,
                 progress=progress,
                 compare=config.compare,
@@ -88,6 +88,13 @@ def _given(path: str | None) -> tuple[Any, dict[str, str] | None]:
     return found, None
 
 
-def _text(config: TransformArguments, source: Path) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches as arguments of the model's forward."""
-    return map(arguments_of, config.batches(open_data(config.data(str(source))), "measuring"))
+def _text(config: TransformArguments, source: Path, method: Transform) -> Iterator[dict[str, Any]]:
+    """Batches as arguments of the model's forward; none for a method that does not measure."""
+    if not method.measures:
+        return
+    for batch in config.batches(open_data(config.data(str(source))), "measuring"):
+        given: dict[str, Any] = {**arguments_of(batch)}
+        if "task" in method.needs:
+            domain = batch.domain[:, None].expand_as(batch.input_ids)
+            given["routing_context"] = RoutingContext(task=domain)
+        yield given

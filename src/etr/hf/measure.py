@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from etr.model.transform import Stats, Transform
 from etr.moe import MoE
 from etr.moe.watch import NEEDS, LayerView, watch
 
-Batches = Iterable[Mapping[str, Tensor]]
+Batches = Iterable[Mapping[str, Any]]
 """Text as arguments of the model's forward."""
 NORM_BEFORE = "post_attention_layernorm"
 """Name, in a decoder layer of every family, of the norm whose output the MoE block takes."""
@@ -73,13 +74,13 @@ def _nothing(place: int, view: LayerView) -> None:
     """For a method that looks at weights alone."""
 
 
-def _labels(batch: Mapping[str, Tensor]) -> Tensor:
+def _labels(batch: Mapping[str, Any]) -> Tensor:
     """The token after each but the last, [B, S - 1]; -100 on padding."""
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     return (ids if mask is None else ids.masked_fill(mask == 0, -100))[:, 1:]
 
 
-def _summed_loss(model: EtrForCausalLM, batch: Mapping[str, Tensor]) -> Tensor:
+def _summed_loss(model: EtrForCausalLM, batch: Mapping[str, Any]) -> Tensor:
     """Cross-entropy of the next token, summed over tokens, without what routers add."""
     logits = model(**batch).logits[:, :-1]
     return cross_entropy(logits.flatten(0, 1), _labels(batch).flatten(), reduction="sum")

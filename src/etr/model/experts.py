@@ -108,6 +108,14 @@ class Calibrated(OfExperts):
         return found
 
 
+def matrices_of(values: Values) -> Values:
+    """Matrices [E, O, I] by name: gate (where there is one), up and down."""
+    if "gate_up_proj" in values:
+        gate, up = values["gate_up_proj"].chunk(2, dim=1)
+        return {"gate": gate, "up": up, "down": values["down_proj"]}
+    return {"up": values["up_proj"], "down": values["down_proj"]}
+
+
 def best(scores: Tensor, count: int) -> Tensor:
     """Which of scores are among the `count` highest, the first of equal ones: bool, their shape."""
     order = scores.flatten().argsort(descending=True, stable=True)

@@ -16,9 +16,10 @@ from etr.moe.view import LayerView
 from etr.systems.plan import Plan
 from etr.table import Table
 
-Need = Literal["outputs", "rows", "gradients", "residual", "weight_gradients"]
+Need = Literal["outputs", "rows", "gradients", "residual", "task", "weight_gradients"]
 """What `observe` must see beyond choices: `LayerView.output`; `.rows` too; in the backward pass of
-the loss, summed over tokens, `.gradient`; `.residual`. Or `inspect` weights with gradients."""
+the loss, summed over tokens, `.gradient`; `.residual`; `.task`, the domain of the text, where that
+is known. Or `inspect` weights with gradients."""
 Stats = dict[str, Tensor]
 """What a method measures of a layer; sums over batches."""
 

@@ -28,6 +28,38 @@ def check_types(config: Any) -> None:
             raise ValueError(f"{field.name}={value!r} must be {_words(hint)}")
 
 
+def meanings(text: str, field: str) -> list[int]:
+    """Read ``0+1+0+2``, what each choice means; none for an empty text.
+
+    Args:
+        field: what holds it, for errors.
+    Raises:
+        ValueError: the text cannot be read, or leaves a number out.
+    """
+    words = text.split("+") if text else []
+    if not all(word.isdigit() for word in words) or set(map(int, words)) != set(
+        range(len(set(words)))
+    ):
+        raise ValueError(
+            f"{field}={text!r} must be a number for each choice joined by +, of which none "
+            "between is left out, e.g. 0+1+0+2"
+        )
+    return [int(word) for word in words]
+
+
+def check_count(found: list[int], num_experts: int, what: str) -> None:
+    """Refuse meanings of another number of choices than there are.
+
+    Args:
+        found: what `meanings` read; none for each its own.
+        what: what errors call it.
+    Raises:
+        ValueError: says how many there are.
+    """
+    if found and len(found) != num_experts:
+        raise ValueError(f"{what} names {len(found)} choices; there are num_experts={num_experts}")
+
+
 @functools.cache
 def _hints(kind: type) -> dict[str, Any]:
     """Types of a class's fields; kept, since each annotation is compiled to find them."""

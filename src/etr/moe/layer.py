@@ -100,9 +100,9 @@ class MoE(ArrangedParts):
         routing, limit = self.route(x, context, traffic)
         learns = self.learns_from(context)
         kept = self.keep(routing, limit, traffic, learns=learns)
-        show(self.watchers, self, x, routing, kept.selection)
+        show(self.watchers, self, x, routing, kept.selection, task=context.task)
         y = self.run_experts(x, routing, kept.selection, traffic)
-        show(self.output_watchers, self, x, routing, kept.selection, y)
+        show(self.output_watchers, self, x, routing, kept.selection, y, task=context.task)
         rows = self.loss_rows() if rows is None else rows
         losses = self.losses(x, routing, kept, context, collector, rows) if learns else {}
 

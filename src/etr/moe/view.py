@@ -27,6 +27,7 @@ class LayerView:
         residual: what the model adds the output to, [T, H], in the output's unit. None unless it
             was asked for.
         live: `output` with its graph, for whoever hooks it.
+        task: number of the task of each token, int64 [T]. None where the context has none.
     """
 
     layer: Collected
@@ -38,6 +39,7 @@ class LayerView:
     gradient: Tensor | None = None
     residual: Tensor | None = None
     live: Tensor | None = None
+    task: Tensor | None = None
 
 
 Watcher = Callable[[LayerView], None]
@@ -51,11 +53,19 @@ def show(
     routing: Routing,
     selection: Selection,
     output: Tensor | None = None,
+    *,
+    task: Tensor | None = None,
 ) -> None:
     """Call watchers with what a layer did."""
     for watcher in watchers:
-        y = None if output is None else output.detach()
-        x = x.detach()
         watcher(
-            LayerView(layer=layer, x=x, routing=routing, selection=selection, output=y, live=output)
+            LayerView(
+                layer=layer,
+                x=x.detach(),
+                routing=routing,
+                selection=selection,
+                output=None if output is None else output.detach(),
+                live=output,
+                task=None if task is None else task.reshape(-1),
+            )
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from etr.moe.checked import check_count, meanings
 from etr.moe.experts.activation import GATED
 from etr.moe.experts.bank import Bank, BankConfig, ExpertSizes
 from etr.moe.experts.runs import numbers_of
@@ -24,26 +25,27 @@ class LowRank(BankConfig):
 
     ranks: str = ""
     """Rank of each expert's difference, as runs of equal ones: ``4x8+2x0``. Empty: 1 each."""
+    of: str = ""
+    """Which difference each choice means, numbers joined by +: 0+1+0+2. Empty: its own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.of()
-
-    def of(self) -> list[int]:
-        """Rank of each expert; none where they are all 1."""
-        return numbers_of(self.ranks, "ranks")
+        numbers_of(self.ranks, "ranks")
+        meanings(self.of, "of")
 
     def check(self, num_experts: int, hidden_size: int) -> None:
-        if self.ranks and len(self.of()) != num_experts:
-            raise ValueError(
-                f"ranks={self.ranks!r} names {len(self.of())} experts; there are "
-                f"num_experts={num_experts}"
-            )
+        ranks, of = numbers_of(self.ranks, "ranks"), meanings(self.of, "of")
+        check_count(of, num_experts, f"of={self.of!r}")
+        count = max(of) + 1 if of else num_experts
+        if ranks and len(ranks) != count:
+            where = f"{count} in of={self.of!r}" if of else f"num_experts={num_experts}"
+            raise ValueError(f"ranks={self.ranks!r} names {len(ranks)} experts; there are {where}")
 
     def build(self, sizes: ExpertSizes) -> Bank:
         if sizes.bias:
             raise ValueError("experts='low_rank': experts with biases are not taken")
-        return LowRankExperts(sizes, self.of() or [1] * sizes.num_experts)
+        of = meanings(self.of, "of") or list(range(sizes.num_experts))
+        return LowRankExperts(sizes, numbers_of(self.ranks, "ranks") or [1] * (max(of) + 1), of)
 
 
 class LowRankExperts(Experts):
@@ -54,11 +56,12 @@ class LowRankExperts(Experts):
 
     Args:
         sizes: of the experts.
-        ranks: of each.
+        ranks: of each difference.
+        of: number of the difference that each choice means.
     """
 
-    def __init__(self, sizes: ExpertSizes, ranks: list[int]) -> None:
-        self.ranks = ranks
+    def __init__(self, sizes: ExpertSizes, ranks: list[int], of: list[int]) -> None:
+        self.ranks, self.of = ranks, of
         super().__init__(
             ExpertSizes(
                 num_experts=1,
@@ -79,7 +82,7 @@ class LowRankExperts(Experts):
 
     @property
     def num_experts(self) -> int:
-        return len(self.ranks)
+        return len(self.of)
 
     @property
     def size_of_one(self) -> float:
@@ -105,4 +108,5 @@ class LowRankExperts(Experts):
         """Of one matrix of every expert, [E, O, I]."""
         left = getattr(self, f"{name}_left").to(dtype).split(self.ranks, dim=1)
         right = getattr(self, f"{name}_right").to(dtype).split(self.ranks, dim=0)
-        return torch.stack([a @ b for a, b in zip(left, right, strict=True)])
+        found = [a @ b for a, b in zip(left, right, strict=True)]
+        return torch.stack([found[number] for number in self.of])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from etr.moe.checked import check_count, meanings
 from etr.moe.experts.bank import Bank, BankConfig, ExpertSizes
 from etr.moe.experts.uniform import Experts
 from etr.moe.experts.weights import ExpertParams
@@ -25,25 +26,13 @@ class Merged(BankConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        words = self.of.split("+") if self.of else []
-        if not all(word.isdigit() for word in words) or set(map(int, words)) != set(
-            range(len(set(words)))
-        ):
-            raise ValueError(
-                f"of={self.of!r} must be a number for each choice joined by +, of which none "
-                "between is left out, e.g. 0+1+0+2"
-            )
+        meanings(self.of, "of")
 
     def check(self, num_experts: int, hidden_size: int) -> None:
-        if self.of and len(self.of.split("+")) != num_experts:
-            raise ValueError(
-                f"of={self.of!r} names {len(self.of.split('+'))} choices; there are "
-                f"num_experts={num_experts}"
-            )
+        check_count(meanings(self.of, "of"), num_experts, f"of={self.of!r}")
 
     def build(self, sizes: ExpertSizes) -> Bank:
-        own = list(range(sizes.num_experts))
-        return MergedExperts(sizes, [int(word) for word in self.of.split("+")] if self.of else own)
+        return MergedExperts(sizes, meanings(self.of, "of") or list(range(sizes.num_experts)))
 
 
 class MergedExperts(Experts):

@@ -5,6 +5,7 @@ from etr.moe.routers.etr import EtrPaper, EtrRouter
 from etr.moe.routers.expert_choice import ExpertChoice
 from etr.moe.routers.hash import Hash
 from etr.moe.routers.locmoe import LocMoERouter
+from etr.moe.routers.projection import Projection
 from etr.moe.routers.random import Random
 from etr.moe.routers.token_choice import Baseline, TokenChoice
 from etr.moe.table import Table
@@ -20,6 +21,7 @@ ROUTERS: Table[RouterConfig] = Table(
         ExpertChoice,
         Hash,
         Random,
+        Projection,
     ),
 )
 """Routers by name."""
@@ -32,6 +34,7 @@ __all__ = [
     "ExpertChoice",
     "Hash",
     "LocMoERouter",
+    "Projection",
     "Random",
     "Router",
     "RouterConfig",
