@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import calibrated, family_model, make_model, tokens
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from etr.hf import FAMILIES, load_pretrained
 from etr.hf.convert import convert, logits_difference, write_model
@@ -19,7 +22,7 @@ from etr.hf.shard_writer import MARKER
 from etr.hf.shards import WEIGHTS, ShardReader
 from etr.hf.transform import RECORD, measure, transform
 from etr.hf.transform import plan_of as plan_of_method
-from etr.model import LayerTensors, Transform
+from etr.model import TRANSFORMS, LayerTensors, Transform
 from etr.model.transform import Renumber, Stats
 from etr.moe import MoEConfig, moe_layers
 from etr.moe.watch import LayerView
@@ -54,6 +57,73 @@ def same_tensors(first: Path, second: Path) -> None:
     for key in a.keys():  # noqa: SIM118
         assert a.dtype(key) == b.dtype(key)
         assert torch.equal(a.tensor(key), b.tensor(key)), key
+
+
+MEMORY = """
+import json, resource, sys
+from etr.hf.matching import skeleton
+from etr.hf.source import Source
+from etr.hf.transform import transform
+from etr.model import TRANSFORMS
+folder, shard, *given = sys.argv[1:]
+for number in range(0, len(given), 3):
+    skeleton(Source.open(given[number]).config)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before, grew = peak(), []
+for number in range(0, len(given), 3):
+    source, name, plan = given[number : number + 3]
+    method, target = TRANSFORMS.parse(name), f"{folder}/{number}"
+    with open(plan) as file:
+        what = json.load(file)
+    transform(source, target, method, plan=what, max_shard_bytes=int(shard))
+    grew.append(peak() - before)
+print(json.dumps(grew))
+"""
+
+
+def test_memory_is_bounded_by_a_shard_and_a_layer(tmp_path: Path) -> None:
+    """In a process of its own, with models of 12 layers: what one layer had and what is made of it,
+    a shard, and some room; less than half of the model."""
+    sizes = {"vocab_size": 32, "hidden_size": 256, "num_hidden_layers": 12}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    dense = LlamaConfig(intermediate_size=4096, **sizes, **heads)
+    sparse = MixtralConfig(intermediate_size=512, num_local_experts=8, **sizes, **heads)
+    for name, config in (("dense", dense), ("sparse", sparse)):
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
+    half = list(range(1024, 2048)), list(range(2048, 3072))
+    apart: Any = {"core": [list(range(1024))] * 12, "experts": [half] * 12}
+    apart["router"] = [[0.0] * 256] * 2
+    layer = 4 * 3 * 256 * 4096
+    shard = layer // 2
+    command = [sys.executable, "-c", MEMORY, str(tmp_path), str(shard)]
+    bits = {"bits": [[4] * 24] * 12}
+    for source, name, plan in (("dense", "read_me", apart), ("sparse", "quantmoe", bits)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(plan))
+        command += [str(tmp_path / source), name, str(tmp_path / f"{name}.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    grew = json.loads(done.stdout.splitlines()[-1])
+    assert max(grew) < shard + 2 * layer + 16 * 2**20 < 12 * layer / 2, grew
+
+
+@pytest.mark.parametrize(
+    ("name", "plan", "share"),
+    [
+        ("compressed_experts:main=1", None, 1 / 2),
+        ("flexmore:rank=1", None, 1.0),
+        ("easy_ep", {"keep": [[0, 3]] * 2}, 1.0),
+        ("heapr", {"keep": [[[0, 1, 2], [0], [], [1, 2]]] * 2}, 5 / 96),
+    ],
+)
+def test_a_report_says_how_much_experts_compute(
+    name: str, plan: Any, share: float, tmp_path: Path
+) -> None:
+    """Of 4 experts, 48 wide, a token takes 2, in two layers."""
+    source = save_family(tmp_path / "a")
+    report = transform(source, tmp_path / "b", TRANSFORMS.parse(name), plan=plan)
+    whole = 2 * 2 * 2 * 3 * json.loads((source / "config.json").read_text())["hidden_size"] * 48
+    assert report.source_flops == whole
+    assert report.flops == pytest.approx(share * whole)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -73,6 +73,9 @@ def print_made(report: TransformReport, source: str) -> None:
         print(f"computes something else than {source}: {report.reason}")
     if report.difference is not None:
         print(report.difference)
+    if report.flops is not None and report.source_flops is not None:
+        millions = report.flops / 1e6, report.source_flops / 1e6
+        print(f"experts take {millions[0]:,.3f} of {millions[1]:,.3f} MFLOP for a token")
     of = "" if report.source_bytes is None else f" of {report.source_bytes / 1e6:,.1f}"
     print(
         f"saved: {report.target} ({report.num_tensors} tensors, {report.num_bytes / 1e6:,.1f}{of} "

@@ -95,6 +95,10 @@ class TransformReport:
     """Number of bytes of the source's weights and state, if that was asked."""
     plan: str = ""
     """What was done, in a line, or empty."""
+    flops: float | None = None
+    """Floating-point operations of the experts for a token, at most, if that was asked."""
+    source_flops: float | None = None
+    """The same of the source."""
     why_ours: str = ""
     """Why the folder is of this library's format where the source is not, or empty."""
 

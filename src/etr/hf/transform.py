@@ -29,7 +29,7 @@ from etr.hf.shard_writer import ShardWriter
 from etr.hf.shards import ShardReader
 from etr.hf.source import RECORD, Source, checksums
 from etr.model.transform import LazyTensor, Stats, Transform
-from etr.moe import MoEConfig
+from etr.moe import MoEConfig, moe_layers
 from etr.moe.config import SIZES
 from etr.table import config_to_dict
 
@@ -88,7 +88,13 @@ def transform(
     new = folder_config(config, to, opened.reader.config)
     writer.finish(new, comparison if compare else lambda folder: None)
     report = _report(opened, method, plan, tensors, to)
-    return replace(report, target=Path(target), why_ours=why_ours, difference=comparison.found)
+    return replace(
+        report,
+        target=Path(target),
+        why_ours=why_ours,
+        difference=comparison.found,
+        flops=flops_of_a_token(skeleton(config)),
+    )
 
 
 def _report(
@@ -103,11 +109,27 @@ def _report(
         num_tensors=len(tensors),
         num_bytes=sum(tensor.num_bytes for tensor in tensors),
         source_bytes=opened.num_bytes(with_state=to == "etr"),
+        source_flops=flops_of_a_token(opened.model),
         plan=method.describe(plan, list(opened.layers().values())),
         same_function=reason is None,
         reason=reason or "",
         ignored=opened.ignored,
     )
+
+
+def flops_of_a_token(model: EtrForCausalLM) -> float:
+    """Floating-point operations of all experts for a token that takes its `top_k` largest ones.
+
+    Shared experts count too; a multiply-add is two.
+    """
+    total = 0.0
+    for layer in moe_layers(model):
+        sizes = torch.tensor(layer.bank.sizes)
+        largest = sizes.argsort(descending=True)[: layer.config.top_k]
+        total += float(layer.bank.flops(torch.zeros_like(sizes).index_fill(0, largest, 1.0)))
+        if layer.shared_experts is not None:
+            total += 2 * sum(value.numel() for value in layer.shared_experts.parameters())
+    return total
 
 
 def plan_of(source: str | Path, method: Transform, *, batches: Batches = ()) -> dict[str, Any]:
@@ -200,7 +222,10 @@ def changed_config(
 def _applied(
     method: Transform, tensors: dict[str, LazyTensor], prefix: str, plan: Any, place: int
 ) -> dict[str, LazyTensor]:
-    """All tensors, with those of one layer changed."""
+    """All tensors, with those of one layer changed, side by side where its first one stood.
+
+    What is made together is so written together, and memory holds what one layer makes.
+    """
     inside = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
     if method.takes_norm:  # of the decoder layer that holds the block
         inside[NORM] = f"{prefix.removesuffix('.').rpartition('.')[0]}.{NORM_BEFORE}.weight"
@@ -209,9 +234,15 @@ def _applied(
         inside.get(short, prefix + short): tensor
         for short, tensor in method.apply(given, plan, place).items()
     }
-    gone = set(inside.values()) - set(changed)
-    named = {name: replace(tensor, name=name) for name, tensor in changed.items()}
-    return {name: t for name, t in {**tensors, **named}.items() if name not in gone}
+    found: dict[str, LazyTensor] = {}
+    old, first = set(inside.values()), True
+    for name, tensor in tensors.items():
+        if name not in old:
+            found[name] = tensor
+        elif first:
+            found |= {new: replace(each, name=new) for new, each in changed.items()}
+            first = False
+    return found
 
 
 def _checked(
