@@ -70,7 +70,7 @@ def memories(seen: Any, held_out: Any) -> dict[str, dict[str, float]]:
     experts, found = demand.counts.shape[1], {}
     for name in CACHES:
         cache = TABLE.parse(name)
-        expected = cache.learn(past, ids)(tokens, demand.sequence) if cache.predicts else None
+        expected = cache.learn(past, ids)(demand, tokens) if cache.predicts else None
         found[name] = {
             str(size): replay(
                 demand.choices, cache, size, num_experts=experts, expected=expected
