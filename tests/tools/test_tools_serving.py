@@ -45,3 +45,15 @@ def test_blocks_and_planners(tool: ModuleType) -> None:
     found = tool.placements(demand, demand)
     assert set(found) == set(tool.PLANNERS)
     assert found["exflow"][0] <= found["consecutive"][0]
+
+
+def test_memories_predict_one_trace_from_another(tool: ModuleType) -> None:
+    """Every policy at every size; those who load misses alone stay under the bound."""
+    generator = torch.Generator().manual_seed(0)
+    choices = torch.randint(8, (2, 2, 40, 1), generator=generator)
+    sequence, tokens = torch.arange(40) // 8, torch.arange(40) % 5
+    seen, held_out = (Demand.of(one, sequence, 8) for one in choices)
+    found = tool.memories((seen, tokens), (held_out, tokens))
+    assert set(found) == set(tool.CACHES)
+    for size in ("1", "2", "4"):
+        assert all(0 <= row[size] <= found["oracle"][size] for row in found.values())
