@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from etr.methods.card import Card, Row
-from etr.methods.heapr import cut
 from etr.model import TRANSFORMS, LayerTensors, LazyTensor
 from etr.model.experts import EXPERTS, OfExperts, Values, best, check_numbers, lists_of, rebuilt
 from etr.model.transform import Stats
@@ -53,7 +52,9 @@ class Ahead(RouterConfig):
 
     @property
     def traits(self) -> RouterTraits:
-        return RouterTraits(normalize="none", reads_before=True, default_capacity="none")
+        return RouterTraits(
+            normalize="none", gates_are_probs=False, reads_before=True, default_capacity="none"
+        )
 
     def build(self, hidden_size: int, num_experts: int, top_k: int) -> Router:
         kind = _Follows if self.distance else _First
@@ -61,8 +62,8 @@ class Ahead(RouterConfig):
 
 
 class _First(SoftmaxRouter):
-    def scores(self, x: Tensor, inputs: RouterInput) -> Scores:
-        return _of_weight_one(self.logits(x))
+    def of_logits(self, logits: Tensor) -> Scores:
+        return _of_weight_one(logits)
 
 
 class _Follows(Router):
@@ -244,13 +245,22 @@ class ReadMe(OfExperts):
 
 def _taken_apart(values: Values, core: list[int], experts: list[list[int]]) -> Values:
     """Some neurons of the one expert as experts, and others as ``shared``."""
-    many = {name: value.expand(len(experts), *value.shape[1:]) for name, value in values.items()}
-    found = cut(many, experts)
-    if experts[0]:
-        found = {name.removeprefix("groups.0."): value for name, value in found.items()}
+    each = [_neurons(values, numbers) for numbers in experts]
+    part = "" if experts[0] else "groups.0."  # as `Widths` has them
+    found = {part + name: torch.cat([one[name] for one in each]) for name in values}
     if core:
-        for name, value in cut(values, [core]).items():
-            found[name.replace("groups.0.", "shared.")] = value
+        found |= {f"shared.{name}": value for name, value in _neurons(values, core).items()}
+    return found
+
+
+def _neurons(values: Values, numbers: Sequence[int]) -> Values:
+    """Some neurons of the one expert, as one."""
+    found = {}
+    for name, value in values.items():
+        index = torch.tensor(numbers, dtype=torch.int64, device=value.device)
+        halves = value.chunk(2, dim=1) if name.startswith("gate_up") else [value]
+        dim = 2 if name == "down_proj" else 1
+        found[name] = torch.cat([half.index_select(dim, index) for half in halves], dim=1)
     return found
 
 
