@@ -169,16 +169,16 @@ def test_the_first_phase_is_both_losses_by_hand() -> None:
             summed = sum(w * one for w, one in zip(weight, said, strict=True))
             total, count = total - float(summed.log_softmax(-1)[label]), count + 1
     assert count > 0
-    assert float(METHOD.loss(SFT, seen, None)) == pytest.approx(own + total / count)
+    assert METHOD.loss(SFT, seen, None).item() == pytest.approx(own + total / count)
     half = FusionRoute(route_weight=0.5)
-    assert float(half.loss(SFT, seen, None)) == pytest.approx(own + 0.5 * total / count)
+    assert half.loss(SFT, seen, None).item() == pytest.approx(own + 0.5 * total / count)
     same = Seen(
         own=seen.own,
         choice=seen.choice,
         members=seen.members[:, :, :1].expand(-1, -1, 3, -1),
         labels=seen.labels,
     )
-    assert float(route_loss(same)) == 0
+    assert route_loss(same).item() == 0
 
 
 def test_the_second_phase_is_the_likelihood_of_the_sum() -> None:
@@ -191,7 +191,7 @@ def test_the_second_phase_is_the_likelihood_of_the_sum() -> None:
         summed = (seen.own[row, place].softmax(-1) * member.exp()).detach()
         found -= math.log(float(summed[labels[row, place]] / summed.sum())) / 7
     asked = Seen(own=seen.own, choice=seen.choice, members=seen.members, labels=labels)
-    assert float(METHOD.loss(SUM, asked, None)) == pytest.approx(found)
+    assert METHOD.loss(SUM, asked, None).item() == pytest.approx(found)
 
 
 def test_steps_and_rates_are_those_of_the_options() -> None:

@@ -150,6 +150,7 @@ CARD = Card(
         "Scores are put through a softmax where the paper weighs log-probabilities by them. Pairs "
         "are a text and what the worst member for it wrote in its place; the phase of preferences "
         "starts from the sum's likelihood, keeps to it, and measures ratios to where it began. All "
-        "members run at every token. One small model is the router, not one that was pretrained."
+        "members run at every token. One small model is the router, not one that was pretrained. "
+        "Measured: 1.314 nats with the phase of preferences, 1.315 without; no gain is claimed."
     ),
 )
