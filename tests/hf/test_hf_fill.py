@@ -243,6 +243,13 @@ def test_what_cannot_be_is_refused() -> None:
         model()(input_ids=ids, cache=used)
     with pytest.raises(ValueError, match="holds 5 tokens"):
         fill(model(), OBJECTIVE, ids, max_new_tokens=2, cache=used)
+    fixed = static(1)
+    fixed.layers = [object()]  # as of a version whose static caches cannot forget
+    fixed.get_seq_length = lambda: 0
+    with pytest.raises(ValueError, match=r"StaticCache .* cannot forget"):
+        fill(model(), OBJECTIVE, ids, max_new_tokens=2, cache=fixed)
+    if not hasattr(static().layers[0], "crop"):
+        return
     small = StaticCache(config=model().config, max_cache_len=6, max_batch_size=1)
     with pytest.raises(ValueError, match="room for 6 tokens of 8"):
         fill(model(), OBJECTIVE, ids, max_new_tokens=2, cache=small)

@@ -115,7 +115,7 @@ def test_early_experts_are_loads_and_spare_what_runs() -> None:
     policy.shared_by(2, 4)
     memory = Memory(policy, 2, lambda comes, leaves: moved.append((comes, leaves)))
     for step in ([0], [5], [0], [5]):
-        memory.begin(step)
+        memory.begin(dict.fromkeys(step, 1))
         for expert in step:
             memory.use(expert)
     # 0 in, 5 in early and hit, 0 hit; 6 for 5, 7 for the guess 6 or 0, 5 for whoever is no guess

@@ -144,6 +144,11 @@ class _Writer:
         self.cache = DynamicCache() if cache is None else cache
         if int(self.cache.get_seq_length()) > 0:
             raise ValueError(f"the cache holds {int(self.cache.get_seq_length())} tokens already")
+        if not all(hasattr(layer, "crop") for layer in getattr(self.cache, "layers", ())):
+            raise ValueError(
+                f"a {type(self.cache).__name__} of this version of transformers cannot forget a "
+                "step's tokens; leave cache out"
+            )
         self.tail, whole = lengths % self.block, lengths // self.block
         most = int(whole.max()) * self.block
         self.begin = most - whole * self.block  # column of each row's first token
