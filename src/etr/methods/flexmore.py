@@ -11,7 +11,7 @@ from torch import Tensor
 
 from etr.methods.card import Card, Row
 from etr.model import TRANSFORMS, LayerTensors
-from etr.model.experts import OfExperts, Values, lists_of, rebuilt
+from etr.model.experts import OfExperts, Values, lists_of, matrices_of, rebuilt
 from etr.moe.config import MoEConfig
 from etr.moe.experts.low_rank import LowRank
 from etr.moe.experts.runs import numbers_of, text_of
@@ -127,14 +127,6 @@ def factors(difference: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return found[0].to(difference.dtype), found[1].to(difference.dtype)
 
 
-def _matrices(values: Values) -> dict[str, Tensor]:
-    """Matrices [E, O, I] by name: gate (where there is one), up and down."""
-    if "gate_up_proj" in values:
-        gate, up = values["gate_up_proj"].chunk(2, dim=1)
-        return {"gate": gate, "up": up, "down": values["down_proj"]}
-    return {"up": values["up_proj"], "down": values["down_proj"]}
-
-
 def differences(values: Values, ranks: Sequence[int], base: int) -> Values:
     """Base and differences of all experts, as `LowRank` stores them.
 
@@ -144,7 +136,7 @@ def differences(values: Values, ranks: Sequence[int], base: int) -> Values:
         base: number of the expert that is the base.
     """
     found = {name: value[base : base + 1] for name, value in values.items()}
-    for name, matrices in _matrices(values).items():
+    for name, matrices in matrices_of(values).items():
         pairs = [
             factors(matrix - matrices[base], rank)
             for matrix, rank in zip(matrices, ranks, strict=True)
@@ -157,7 +149,7 @@ def differences(values: Values, ranks: Sequence[int], base: int) -> Values:
 def _shapes(values: Values, ranks: Sequence[int]) -> Values:
     """Tensors of the shapes of `differences`."""
     found = {name: value[:1] for name, value in values.items()}
-    for name, matrices in _matrices(values).items():
+    for name, matrices in matrices_of(values).items():
         _, rows, columns = matrices.shape
         found[f"{name}_left"] = matrices.new_empty(rows, sum(ranks))
         found[f"{name}_right"] = matrices.new_empty(sum(ranks), columns)
@@ -167,7 +159,7 @@ def _shapes(values: Values, ranks: Sequence[int]) -> Values:
 def summed_up(values: Values, ranks: Sequence[int], base: int) -> Values:
     """Experts that are the base and their difference, in full."""
     made = {}
-    for name, matrices in _matrices(values).items():
+    for name, matrices in matrices_of(values).items():
         experts = []
         for matrix, rank in zip(matrices, ranks, strict=True):
             left, right = factors(matrix - matrices[base], rank)
