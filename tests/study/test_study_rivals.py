@@ -19,7 +19,7 @@ from etr.report.statistics import holm, p_value
 from etr.study.collection import Collection
 from etr.study.grid import Block, runs_of
 from etr.study.rivals import authors, compared, sentences, tables
-from etr.study.served import of_view
+from etr.study.served import of_view, router_share
 from etr.study.study import Study
 from etr.study.summary import StudyRow
 
@@ -51,6 +51,36 @@ def test_every_method_with_a_router_runs_beside_its_reference() -> None:
         for run in runs_of(block, lambda *_: 1.0):
             run.config()
     assert set(CLAIMED) <= set(METHODS)
+
+
+def test_rows_take_as_many_experts_as_their_references_and_end_their_warm_up() -> None:
+    study = rivals()
+    for block in study.blocks:
+        configs = {run.row: run.config() for run in runs_of(block, lambda *_: 1.0)}
+        for name in ("moe_pp", "tc_moe", "remoe", "dtop_p", "dynamic_top_p", "dynamoe"):
+            if name in configs and block.match == "steps":
+                base = configs[study.reference_of(name)].model.routing
+                assert base.top_k == 2
+                assert name.startswith("dyna") or configs[name].model.routing.top_k == 2
+        for config in configs.values():
+            warmup = getattr(config.model.moe_config().router_config, "warmup", 0)
+            assert warmup <= block.steps / 4
+            assert (warmup > 0) == ("expert_threshold" in config.model.routing.router)
+
+
+@pytest.mark.parametrize("name", [n for n, card in METHODS.items() if "router" in card.options])
+@pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
+def test_the_layer_of_every_row_can_be_measured(name: str) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 8}
+    layer = MoE(MoEConfig(**{**sizes, **METHODS[name].config_options()})).eval()
+    views, x = list[LayerView](), torch.randn(40, 16)
+    with torch.no_grad(), watch(layer, lambda place, view: views.append(view)):
+        layer(x, RoutingContext(token_ids=torch.arange(40), logits={}))
+    found = of_view(layer, views[0])
+    assert found["experts_mean"] > 0
+    assert ("balance_loss" in found) == (views[0].routing.probs is not None)
+    with torch.no_grad():
+        assert router_share(layer, x) > 0
 
 
 def test_widths_of_a_reference_are_those_of_the_task() -> None:

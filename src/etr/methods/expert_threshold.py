@@ -148,7 +148,7 @@ CARD = Card(
     branch="dynamic routing",
     rows=(Row(table=ROUTERS, kind=ExpertThreshold),),
     options={"router": "expert_threshold:warmup=4000", "num_shared_experts": "1"},
-    against="token_choice/capacity=none",
+    against="token_choice/num_shared_experts=1/capacity=none",
     moves=("loss", "load", "experts per token", "FLOPs"),
     claim=(
         "After the warm-up, changing later tokens changes no earlier choice; on clustered tokens "

@@ -20,6 +20,11 @@ HEADLINE = ("etr", "deepseek_moe", "loss_free_balance")
 SMOKE_STEPS = {"text-x": 10}
 SMOKE_METHODS = ("token_choice", "dynamic_top_p", "bip")
 
+AS_MANY = ("moe_pp", "tc_moe", "remoe", "dtop_p")
+"""Methods whose cards leave open how many experts a token takes: two, as in their references."""
+WARM_UP = 4
+"""Of how many steps one is the warm-up of `expert_threshold`; published is 4000 of far more."""
+
 CLAIMED = {
     "union_of_experts": "perplexity lower by 2.38",
     "chain_of_experts": "loss 1.20 to 1.12, 64 experts, mathematical text",
@@ -43,6 +48,15 @@ def reference(card: Card, task: str) -> tuple[str, str]:
     return name, text if name == card.against else f"{name}={text}"
 
 
+def row(card: Card, steps: int) -> str:
+    """A method's variant, under its own name, in a run of so many optimizer steps."""
+    if card.name in AS_MANY:
+        return f"{card.name}={card.name}/top_k=2"
+    if card.name == "expert_threshold":
+        return f"{card.name}={card.name}:warmup={steps // WARM_UP}"
+    return card.name
+
+
 def rivals(
     steps: Mapping[str, int] = STEPS,
     seeds: Sequence[int] = SEEDS,
@@ -62,19 +76,20 @@ def rivals(
     blocks: list[Block] = []
     for task, count in steps.items():
         known = dict(reference(card, task) for card in cards)
-        own = tuple(card.name for card in cards if card.name not in known)
+        own = {card.name: row(card, count) for card in cards if card.name not in known}
         same: dict[str, Any] = {"task": task, "steps": count, "diagnostics": True}
         blocks.append(
-            Block(name=task, variants=(*known.values(), *own), seeds=tuple(seeds), **same)
+            Block(name=task, variants=(*known.values(), *own.values()), seeds=tuple(seeds), **same)
         )
         headline = [card for card in cards if card.name in HEADLINE] if more_seeds else []
-        pairs = {n: known.get(n, n) for card in headline for n in (names[card.name], card.name)}
+        every = own | known
+        pairs = {n: every[n] for card in headline for n in (names[card.name], card.name)}
         both = tuple(seeds) + tuple(more_seeds)
-        matched = tuple(card.name for card in cards if names[card.name] != card.name)
+        matched = tuple(every[card.name] for card in cards if names[card.name] != card.name)
         for label, variants, chosen in (
             ("headline", tuple(pairs.values()), both),
             ("matched", matched, tuple(seeds)),
-            ("headline, matched", tuple(card.name for card in headline), both),
+            ("headline, matched", tuple(every[card.name] for card in headline), both),
         ):
             match = "expert_flops" if "matched" in label else "steps"
             if variants:
