@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from etr.moe import moe_layers
 from etr.moe.watch import watch
 from etr.train import TrainConfig, train
 from etr.train.checkpoint_folder import changed_options, list_checkpoints
+from etr.train.config import stored_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
 
@@ -169,6 +171,16 @@ def test_the_mask_of_pairs_keeps_padding_out_of_routers(blocks, text, tmp_path):
     assert other.loss != found.loss
     densities = [score_densities(model, batches, objective=o) for o in (Causal(), Blocks())]
     assert densities[0] != densities[1]
+
+
+def test_a_comparison_shows_scores_of_the_objectives_examples(blocks, text, tmp_path, monkeypatch):
+    result, _ = a_run(text, tmp_path / "run", "blocks:hide=0.4")
+    config = stored_config(tmp_path / "run")
+    seen = []
+    compare = sys.modules["etr.train.compare"]  # the package has a function of this name
+    monkeypatch.setattr(compare, "score_densities", lambda *_, objective: seen.append(objective))
+    compare._summary("a", config, result)
+    assert seen == [Blocks(hide=0.4)]
 
 
 def test_blocks_do_not_see_what_comes_later(blocks, text, tmp_path):

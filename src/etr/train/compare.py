@@ -273,7 +273,8 @@ def _summary(name: str, run: TrainConfig, result: TrainResult) -> ResultRow:
     parameters, active = count_parameters(result.model)
     layer = moe_layers(result.model)[0]
     final = evals.get(layer.eval_selection) or evals["dropless"]
-    few = islice(LanguageTask(result.data).held_out_batches(run), 0, None, 4)
+    task = LanguageTask(result.data, run.trained_on())
+    few = islice(task.held_out_batches(run), 0, None, 4)
 
     def mean(key: str) -> float:
         return statistics.fmean(row[key] for row in last)
@@ -305,5 +306,5 @@ def _summary(name: str, run: TrainConfig, result: TrainResult) -> ResultRow:
         "selection": final["selection"],
         "causal": layer.traits.causal,
         "metrics": f"{result.run.name}/metrics.jsonl",
-        "affinity_histogram": score_densities(result.model, few),
+        "affinity_histogram": score_densities(result.model, few, objective=task.objective),
     }
