@@ -111,12 +111,12 @@ class _ByMasksRouter(LinearRouter):
     def choose(self, scores: Scores, inputs: RouterInput) -> Routing:
         logits = self.preferences(scores)
         valid = inputs.valid_mask
-        block = torch.zeros_like(valid, dtype=torch.int64)
+        block, number = torch.zeros_like(valid, dtype=torch.int64), 1
         if inputs.block is not None:
-            block = torch.unique(inputs.block, return_inverse=True)[1]
-        number = int(block.max()) + 1 if len(block) else 0
+            labels, block = torch.unique(inputs.block, return_inverse=True)
+            number = len(labels)
         block = block.masked_fill(~valid, number)  # padding stands in a block of its own
-        size = torch.bincount(block, minlength=number + 1)
+        size = block.new_zeros(number + 1).index_add(0, block, torch.ones_like(block))
         takes = (size * self._k(block, size, inputs)).div(self.num_experts, rounding_mode="floor")
         takes = takes.clamp_min(1)
         takes[number] = 0
@@ -164,6 +164,7 @@ CARD = Card(
     departs=(
         "Made for block diffusion, where a row of one block is the paper's sequence "
         "(block_diffusion:block=S,recount=true); in smaller blocks an expert chooses in each. "
+        "A block lies on one rank; without blocks each rank's tokens are one. "
         "Evaluate with --selection batch: dropless lets tokens choose. The floor falls short of "
         "k (1.867 for S = 60, E = 16, k = 2), and the 1 exceeds it (1.333 for S = 12, k = 1). No "
         "quality is claimed: at 700 steps schedules could not be told apart."
