@@ -76,6 +76,7 @@ bench: $(VENV)/.train  ## speed of the layer against its floors, as ratios of on
 	$(BIN)/python -m benchmarks
 
 speed: $(VENV)/.train  ## regenerate the page of speed and README's sentence; wants a quiet machine
+	DS_BUILD_OPS=0 $(INSTALL) --no-build-isolation --editable '.[bench]'
 	$(BIN)/python -m benchmarks --markdown docs/results/speed.md
 	cp runs/bench/speed.json docs/results/speed.json
 	$(BIN)/python tools/readme.py
