@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from etr.cli import main
 from etr.data import BYTE_VOCAB_SIZE, byte_tokenizer
 from etr.hf import EtrForCausalLM, load_pretrained
+from etr.hf.versions import CACHE
 from etr.methods.expertflow import ExpertFlow
 from etr.methods.read_me import ReadMe, fitted, levels_of, masks_of, targets
 from etr.moe import MoE, MoEConfig, RoutingContext, moe_layers
@@ -153,7 +154,7 @@ def test_a_token_gets_the_neurons_of_its_choice(tmp_path: Path) -> None:
     again, ids = load_pretrained(tmp_path / "b").eval(), text[0]["input_ids"]
     with torch.no_grad():
         start = again(input_ids=ids[:, :20], use_cache=True)
-        rest = again(input_ids=ids[:, 20:], past_key_values=start.cache).logits
+        rest = again(input_ids=ids[:, 20:], **{CACHE: start[CACHE]}).logits
     torch.testing.assert_close(torch.cat([start.logits, rest], 1), whole)
 
 
