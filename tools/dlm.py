@@ -27,9 +27,8 @@ is an upper bound of the text's nats, over one draw of masks that is the same in
 ## What can be ranked here, and what cannot
 
 Policies that serve the same weights can: differences are paired over rows of text, and ± is their
-standard error. Routers, schedules and ways to train cannot: that takes several seeds of each, and
-two seeds of one small model were 0.006 nats apart after 700 steps. How many steps a block takes
-says how sure this model is, and a model of another size need not agree.
+standard error. Routers, schedules and ways to train cannot: that takes several seeds of each. How
+many steps a block takes says how sure this model is, and a model of another size need not agree.
 
 ## Policies that let a block share experts
 

@@ -167,7 +167,7 @@ CARD = Card(
         "A block lies on one rank; without blocks each rank's tokens are one. "
         "Evaluate with --selection batch: dropless lets tokens choose. The floor falls short of "
         "k (1.867 for S = 60, E = 16, k = 2), and the 1 exceeds it (1.333 for S = 12, k = 1). No "
-        "quality is claimed: at 700 steps schedules could not be told apart."
+        "quality is claimed."
     ),
     ranks="own",
 )
