@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from etr.cli import main
+from etr.cli._progress import describe
 from etr.trace import read_trace
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
@@ -39,6 +40,22 @@ def test_it_trained(run: Path) -> None:
     found = [row for row in rows if row["kind"] == "eval"]
     assert [row["selection"] for row in found] == ["dropless"]  # thresholds do not serve it
     assert len([row for row in rows if row["kind"] == "train"]) == 4
+
+
+def test_every_loss_that_is_shown_is_called_an_upper_bound(
+    run: Path, tmp_path: Path, capsys
+) -> None:
+    """In lines of progress, in the table and the page of a report, and while it is watched."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["kind"] in ("train", "eval"):
+            assert "(upper bound)" in describe(row)
+    assert main(["watch", str(run), "--once"]) == 0
+    assert capsys.readouterr().out.count("(upper bound)") == 2
+    page = tmp_path / "page.html"
+    assert main(["report", str(run), "--out", str(page)]) == 0
+    assert "The loss of run is an upper bound of the text" in page.read_text()
+    assert "\N{LESS-THAN OR EQUAL TO}\N{NO-BREAK SPACE}" in page.read_text()
 
 
 def test_evaluate_says_that_it_is_an_upper_bound(run: Path, tmp_path: Path, capsys) -> None:

@@ -5,9 +5,12 @@ from typing import Any
 import pytest
 
 from etr.report import read, summarize
+from etr.report.columns import footnotes, loss_cell
 from etr.report.reading import headline
+from etr.report.results import load_results
 from etr.report.statistics import t_interval, t_quantile
-from etr.report.summary import Difference
+from etr.report.summary import Difference, loss_note
+from etr.report.wording import NBSP
 
 
 @pytest.mark.parametrize(
@@ -206,3 +209,37 @@ def test_reading_of_a_whole_comparison(comparison: Path) -> None:
     assert "expert compute per step \N{MINUS SIGN}28.0 %" in gains["etr schedule"]
     assert "expert choice" not in gains
     assert [finding.name for finding in reading.losses] == ["etr mass 0.7"]
+
+
+def test_upper_bounds_are_labelled_and_compare_among_themselves() -> None:
+    """By sign in the table, and by a sentence that names whose they are."""
+    content = _results(
+        {"base": [1.0, 1.1], "new": [0.9, 1.0], "other": [0.8, 0.7]},
+        base={"bound": True},
+        new={"bound": True},
+    )
+    summary = summarize(content)
+    assert summary.bounds == ("base", "new")
+    assert summary.incomparable == ("other",)
+    assert [v.differences["val_loss"].comparable for v in summary.challengers] == [True, False]
+    assert [loss_cell(v).text for v in summary.variants] == [
+        f"≤{NBSP}1.0500",
+        f"≤{NBSP}0.9500",
+        "0.7500",
+    ]
+    said = "The loss of base and new is an upper bound of the text's nats."
+    assert said in footnotes(summary)[0]
+    assert said in read(content).caveats
+    assert "other and base differ in that: no difference is given." in read(content).caveats
+    assert headline(summary) == "new ends 0.100 nats/token (of an upper bound) below base"
+    note = loss_note(load_results(content))
+    assert note == f" {said} Not to be compared with base (what the loss is differs): other."
+    plain = summarize(_results({"base": [1.0], "new": [0.9]}))
+    assert "≤" not in "".join(footnotes(plain))
+
+
+def test_one_variant_is_not_a_bound_in_one_seed_alone() -> None:
+    content = _results({"base": [1.0, 1.1]})
+    content["rows"][1]["bound"] = True
+    with pytest.raises(ValueError, match="bound False and True"):
+        summarize(content)

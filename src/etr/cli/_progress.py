@@ -125,13 +125,14 @@ def describe(row: dict[str, Any]) -> str:
     """A row of training, evaluation or alarm in a few words."""
     if row["kind"] == "alarm":
         return f"ALARM {row['message']}"
+    bound = " (upper bound)" if row.get("bound") else ""
     if row["kind"] == "eval":
         return (
-            f"held-out loss {row['val_loss']:.4f} nats/token ({row['selection']}, "
+            f"held-out loss {row['val_loss']:.4f} nats/token{bound} ({row['selection']}, "
             f"kept {row['kept_fraction_eval']:.3f})"
         )
     return (
-        f"loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tok/s  "
+        f"loss {row['loss']:.3f}{bound}  {row['tokens_per_second']:,.0f} tok/s  "
         f"drop {row.get('drop_rate', 0.0):.1%}"
     )
 

@@ -4,8 +4,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from etr.report.summary import Difference, SeedEstimate, Summary, VariantSummary, Verdict
-from etr.report.wording import ABSENT, NBSP, between, fixed, percent, short, signed, significant
+from etr.report.summary import (
+    Difference,
+    SeedEstimate,
+    Summary,
+    VariantSummary,
+    Verdict,
+    bounds_note,
+)
+from etr.report.wording import (
+    ABSENT,
+    AT_MOST,
+    NBSP,
+    between,
+    fixed,
+    percent,
+    short,
+    signed,
+    significant,
+)
 
 Tone = Literal["plain", "good", "bad", "quiet", "alarm"]
 LOSS_DIGITS = 4
@@ -49,7 +66,7 @@ def loss_cell(variant: VariantSummary, key: str = "val_loss") -> Cell:
         return Cell(text=ABSENT, detail="no value")
     spread = f"±{fixed(value.half_range, LOSS_DIGITS)}" if value.count > 1 else "one seed"
     return Cell(
-        text=fixed(value.mean, LOSS_DIGITS),
+        text=f"{AT_MOST if variant.bound else ''}{fixed(value.mean, LOSS_DIGITS)}",
         detail=missing_seeds(value) or spread,
         value=value.mean,
     )
@@ -200,11 +217,12 @@ RUN_COLUMNS = (
 def footnotes(summary: Summary, columns: Sequence[Column] = COLUMNS) -> tuple[str, ...]:
     """How the numbers of the table's columns are computed, one sentence each."""
     shown = {column.header for column in columns}
+    marked = f" {AT_MOST}: {bounds_note(summary)}" if summary.bounds else ""
     notes = (
         (
             "val loss",
             "val loss: mean over seeds ± half the range, with each variant's experts selected as it"
-            " is served (threshold or dropless).",
+            f" is served (threshold or dropless).{marked}",
         ),
         (
             "Δ baseline",

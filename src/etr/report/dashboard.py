@@ -128,14 +128,15 @@ def _progress(run: LiveRun, width: int) -> RenderableType:
 def _loss(run: LiveRun, width: int) -> RenderableType:
     grid = Table.grid(padding=(0, 2))
     curve = Text(sparkline(run.losses, max(width - 34, 10)), style="cyan")
-    latest = f"{fixed(value(run.last, 'loss'), 4)} nats/token"
+    bound = " (upper bound)" if run.last.get("bound") else ""
+    latest = f"{fixed(value(run.last, 'loss'), 4)} nats/token{bound}"
     grid.add_row(Text("loss", style="dim"), curve, Text(latest, style="bold"))
     found = [
         f"{fixed(value(row, 'val_loss'), 4)} {selection}, step {row.get('step')}"
         for selection, row in run.evaluations.items()
     ]
     if found:
-        return Group(grid, Text("held out  " + "; ".join(found)))
+        return Group(grid, Text(f"held out{bound}  " + "; ".join(found)))
     return grid
 
 

@@ -45,7 +45,7 @@ TRAIN_FIELDS = (
 # The curves of each layer.
 LAYER_FIELDS = ("capacity", "capacity_lower_bound", "kept_affinity_mass")
 # What a line may hold besides; any other key but one of `_LOSSES` is named in the page.
-_COMMON = {"kind", "step", "tokens", "expert_flops", "elapsed_seconds"}
+_COMMON = {"kind", "step", "tokens", "expert_flops", "elapsed_seconds", "bound"}
 _KNOWN = {
     "train": {
         *_COMMON,

@@ -32,6 +32,8 @@ class Evaluation:
     """Held-out loss, nats per token."""
     kept_fraction: float | None
     """Share of choices that experts kept."""
+    bound: bool = False
+    """Whether the loss is an upper bound of the text's nats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +135,7 @@ def parse_evaluation(line: Mapping[str, Any], step: int, where: str) -> Evaluati
         expert_flops=number(line.get("expert_flops"), f"{where}: expert_flops"),
         val_loss=number(line.get("val_loss"), f"{where}: val_loss"),
         kept_fraction=number(line.get("kept_fraction_eval"), f"{where}: kept_fraction_eval"),
+        bound=line.get("bound") is True,
     )
 
 

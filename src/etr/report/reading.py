@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from etr.report.columns import LOSS_DIGITS
 from etr.report.results import Results, ResultsLike, load_results
-from etr.report.summary import Difference, Summary, VariantSummary, summarize
+from etr.report.summary import Difference, Summary, VariantSummary, bounds_note, summarize
 from etr.report.wording import between, counted, fixed, listed, signed
 
 NOTHING = "Nothing that more than one seed shows beyond noise."
@@ -162,7 +162,12 @@ def _seed_caveats(summary: Summary) -> list[str]:
 
 def _comparability_caveats(summary: Summary) -> list[str]:
     found = []
-    if others := summary.incomparable:
+    if summary.bounds:
+        found.append(bounds_note(summary))
+    if others := summary.unlike("bound"):
+        names = f"{listed(others)} and {summary.baseline.name}"
+        found.append(f"{names} differ in that: no difference is given.")
+    if others := summary.unlike("causal"):
         verb = "is" if len(others) == 1 else "are"
         contrast = (
             "not causal (later tokens change earlier ones) while the baseline is"
@@ -230,11 +235,13 @@ def headline(summary: Summary) -> str | None:
         if (difference := variant.differences.get("val_loss")) and difference.comparable
     ]
     baseline = summary.baseline.name
+    bound = " (of an upper bound)" if summary.baseline.bound else ""
     lower = [pair for pair in rated if pair[0].verdict == "lower"]
     if lower:
         difference, name = min(lower, key=lambda pair: pair[0].mean)
-        return f"{name} ends {fixed(-difference.mean, 3)} nats/token below {baseline}"
+        return f"{name} ends {fixed(-difference.mean, 3)} nats/token{bound} below {baseline}"
     if rated and all(difference.verdict == "higher" for difference, _ in rated):
         difference, name = min(rated, key=lambda pair: pair[0].mean)
-        return f"No variant reaches {baseline}: {name} ends {fixed(difference.mean, 3)} above it"
+        above = f"{name} ends {fixed(difference.mean, 3)} above it"
+        return f"No variant reaches {baseline}: {above}{bound}"
     return None

@@ -53,6 +53,8 @@ class Row:
     causal: bool | None
     """False where later tokens may change earlier ones; such rows compare only with each other.
     None where the run does not say."""
+    bound: bool = False
+    """Whether losses are upper bounds of the text's nats, to compare with other bounds alone."""
     values: Mapping[str, float | None]
     """The numbers named in `VALUES`; None where the run has none."""
     val_loss_by_domain: Mapping[str, float | None]
@@ -203,6 +205,7 @@ def parse_row(raw: Any, where: str, metrics_root: Path, notes: Notes) -> Row:
         seed=seed,
         selection=label(selection),
         causal=raw["causal"],
+        bound=raw.get("bound") is True,
         values={field: number(raw.get(field), f"{where}: {field}") for field in VALUES},
         val_loss_by_domain={
             label(domain): number(loss, f"{where}: val_loss_by_domain[{domain!r}]")
@@ -262,7 +265,7 @@ def _check_variants(rows: Sequence[Row], where: str) -> None:
             )
         seen.add((row.name, row.seed))
         other = first.setdefault(row.name, row)
-        for field in ("router", "capacity", "selection", "causal"):
+        for field in ("router", "capacity", "selection", "causal", "bound"):
             if getattr(row, field) != getattr(other, field):
                 raise ValueError(
                     f"{where}: variant {row.name!r} has {field} {getattr(other, field)!r} and"

@@ -57,6 +57,7 @@ def _from_metrics(folder: Path, name: str, notes: Notes) -> Row:
         seed=seed if isinstance(seed, int) else 0,
         selection=selection,
         causal=None,
+        bound=metrics is not None and any(found.bound for found in metrics.evaluations),
         values={**dict.fromkeys(VALUES), **(_values(metrics, selection) if metrics else {})},
         val_loss_by_domain={},
         histogram=None,

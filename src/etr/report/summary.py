@@ -52,7 +52,7 @@ class Difference:
     missing: int
     """Seeds of either that cannot be paired; a claim would rest on the survivors."""
     comparable: bool
-    """False where the two differ in `causal`."""
+    """False where the two differ in `causal`, or one's losses alone are bounds."""
     baseline: float
     """Mean of the baseline over the paired seeds, for relative differences."""
 
@@ -91,6 +91,8 @@ class VariantSummary:
     """How experts kept tokens for `val_loss`: `threshold` or `dropless`."""
     causal: bool | None
     """False where later tokens may change earlier ones; None where the runs do not say."""
+    bound: bool
+    """Whether losses are upper bounds of the text's nats."""
     seeds: tuple[int, ...]
     """Seeds, ascending."""
     estimates: Mapping[str, SeedEstimate]
@@ -133,8 +135,19 @@ class Summary:
 
     @property
     def incomparable(self) -> tuple[str, ...]:
-        """Names of the variants that differ from the baseline in `causal`."""
-        return tuple(v.name for v in self.challengers if v.causal is not self.baseline.causal)
+        """Names of the variants that differ from the baseline in `causal` or `bound`."""
+        unlike = {*self.unlike("causal"), *self.unlike("bound")}
+        return tuple(v.name for v in self.challengers if v.name in unlike)
+
+    def unlike(self, field: str) -> tuple[str, ...]:
+        """Names of the variants that differ from the baseline in a field."""
+        ours = getattr(self.baseline, field)
+        return tuple(v.name for v in self.challengers if getattr(v, field) is not ours)
+
+    @property
+    def bounds(self) -> tuple[str, ...]:
+        """Names of the variants whose losses are upper bounds."""
+        return tuple(v.name for v in self.variants if v.bound)
 
 
 def summarize(results: ResultsLike) -> Summary:
@@ -167,6 +180,7 @@ def _summarize_variant(
         capacity=first.capacity,
         selection=first.selection,
         causal=first.causal,
+        bound=first.bound,
         seeds=tuple(sorted(row.seed for row in rows)),
         estimates={key: value for key, value in estimates.items() if value is not None},
         differences={key: value for key, value in differences.items() if value is not None},
@@ -206,14 +220,25 @@ def difference(rows: Sequence[Row], baseline: Sequence[Row], key: str) -> Differ
         interval=t_interval(deltas),
         count=len(pairs),
         missing=len(ours.keys() | theirs.keys()) - len(pairs),
-        comparable=rows[0].causal == baseline[0].causal,
+        comparable=(rows[0].causal, rows[0].bound) == (baseline[0].causal, baseline[0].bound),
         baseline=mean([their for _, their in pairs]),
     )
 
 
-def causality_note(results: Results) -> str:
-    """A sentence for captions, with a space before it; empty where all losses compare."""
-    names = summarize(results).incomparable
-    if not names or not results.is_comparison:
-        return ""
-    return f" Not to be compared with {results.names[0]} (causality differs): {listed(names)}."
+def loss_note(results: Results) -> str:
+    """Sentences for captions: whose losses are bounds, and whose do not compare.
+
+    A space stands before each; empty where no loss is a bound and all compare.
+    """
+    summary = summarize(results)
+    found = f" {bounds_note(summary)}" if summary.bounds else ""
+    for what, field in (("causality", "causal"), ("what the loss is", "bound")):
+        if results.is_comparison and (names := summary.unlike(field)):
+            first = results.names[0]
+            found += f" Not to be compared with {first} ({what} differs): {listed(names)}."
+    return found
+
+
+def bounds_note(summary: Summary) -> str:
+    """A sentence that names whose losses are bounds."""
+    return f"The loss of {listed(summary.bounds)} is an upper bound of the text's nats."

@@ -287,6 +287,7 @@ def _summary(name: str, run: TrainConfig, result: TrainResult) -> ResultRow:
         "seed": run.seed,
         "steps": run.steps,
         "tokens": steps[-1]["tokens"],
+        "bound": task.objective.bound,
         "val_loss": final["val_loss"],
         "val_loss_dropless": evals["dropless"]["val_loss"],
         "val_loss_by_domain": final["val_loss_by_domain"],

@@ -343,6 +343,8 @@ class Trainer:
             "elapsed_seconds": self.elapsed,
             **values,
         }
+        if self.task.objective.bound and kind in ("train", "eval"):
+            row["bound"] = True  # so that whoever prints a loss says what it is
         return self._recorder.write(row)
 
     def _diverged(self, loss: float) -> None:

@@ -14,7 +14,7 @@ from etr.report.marks import SHARED, colors, layer, mark, numeric, panels, round
 from etr.report.results import Results, Row
 from etr.report.spec import Chart, Missing, Numbers, Plot, Spec
 from etr.report.statistics import mean, t_interval
-from etr.report.summary import causality_note, summarize
+from etr.report.summary import loss_note, summarize
 
 _LABEL = "difference (nats/token)"
 
@@ -56,7 +56,7 @@ def _draw(results: Results) -> Plot | Missing:
         " served; below 0 is better. Line: mean over seeds. Band: its 95 % t-interval, where there"
         f" are several seeds.{too_many(list(found))}"
         f"{not_shown(results, [base, *found, *incomparable])}"
-        f"{causality_note(results)}",
+        f"{loss_note(results)}",
         numbers=Numbers(
             columns=("run", "step", "seeds", _LABEL, "interval from", "interval to"),
             rows=[

@@ -5,7 +5,7 @@ from typing import Any
 from etr.report.marks import colors, layer, mark, numeric, panels, rounded, shapes, tip
 from etr.report.results import Results
 from etr.report.spec import Missing, Numbers, Plot, Spec
-from etr.report.summary import VariantSummary, causality_note, summarize
+from etr.report.summary import VariantSummary, loss_note, summarize
 
 _PANELS = (
     ("step_time_seconds_median", "step time (ms)", 1e3),
@@ -47,7 +47,7 @@ def _draw(results: Results) -> Plot | Missing:
         chart=panels(records, spec, height=250, least=200, transform=(), independent=("x",)),
         caption="Down and to the left is better: less loss for less time or work. Markers: means"
         " over seeds; lines: ranges. Step time is the median of a run."
-        f"{causality_note(results)}",
+        f"{loss_note(results)}",
         numbers=Numbers(
             columns=(
                 *("run", "seed", "held-out loss (nats/token)"),

@@ -8,7 +8,7 @@ from etr.report.marks import rule
 from etr.report.reading import headline
 from etr.report.results import Results, Row
 from etr.report.spec import Missing, Plot, Spec
-from etr.report.summary import causality_note, summarize
+from etr.report.summary import loss_note, summarize
 from etr.report.wording import short
 
 _NO_LOSS = "no run has a training loss in its metrics"
@@ -26,7 +26,7 @@ def _by_steps(results: Results) -> Plot | Missing:
     domain, cut = values_domain(variants)
     return Plot(
         chart=line_chart(results, variants, {"title": _LABEL}, domain),
-        caption=f"{_CAPTION}{cut}{not_shown(results, variants)}{causality_note(results)}",
+        caption=f"{_CAPTION}{cut}{not_shown(results, variants)}{loss_note(results)}",
         numbers=curve_numbers(results, _losses("step")),
         title=headline(summarize(results)),
     )
@@ -46,7 +46,7 @@ def _by_compute(results: Results) -> Plot | Missing:
         f"{_CAPTION} Compute counts kept tokens, forward and"
         f" backward. Dotted: the end of the thriftiest variant, {short(least)}FLOP; others"
         f" have not finished their schedule there.{cut}{not_shown(results, variants)}"
-        f"{causality_note(results)}"
+        f"{loss_note(results)}"
     )
     numbers = curve_numbers(results, _losses("expert_flops"), x="expert compute (FLOP)")
     return Plot(chart=chart, caption=caption, numbers=numbers)
@@ -68,7 +68,7 @@ def _perplexity_by_steps(results: Results) -> Plot | Missing:
     return Plot(
         chart=line_chart(results, variants, y, domain, smoothed=False, log=True),
         caption="Exponential of the held-out loss per token, experts selected as served; mean over"
-        f" seeds.{not_shown(results, variants)}{causality_note(results)}",
+        f" seeds.{not_shown(results, variants)}{loss_note(results)}",
         numbers=curve_numbers(results, {"held-out perplexity": _perplexity}),
     )
 

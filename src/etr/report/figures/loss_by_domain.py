@@ -7,7 +7,7 @@ import numpy as np
 from etr.report.dots import dot_chart
 from etr.report.results import Results, Row
 from etr.report.spec import Missing, Numbers, Plot, Spec
-from etr.report.summary import causality_note
+from etr.report.summary import loss_note
 
 _LABEL = "held-out loss (nats/token)"
 
@@ -29,7 +29,7 @@ def _draw(results: Results) -> Plot | Missing:
     return Plot(
         chart=dot_chart(results, dots, domains, _LABEL),
         caption="Mean of the held-out loss over each domain's tokens, experts selected as served."
-        f" Marker: mean over seeds. Line: range over seeds.{causality_note(results)}",
+        f" Marker: mean over seeds. Line: range over seeds.{loss_note(results)}",
         numbers=Numbers(
             columns=("run", "seed", "domain", _LABEL),
             rows=[
