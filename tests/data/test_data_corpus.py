@@ -60,7 +60,7 @@ def test_one_long_file_has_something_held_out(tmp_path: Path) -> None:
     path.write_text(prose(1, 20_000))
     (domain,) = load_corpus([path]).domains
     share = len("".join(domain.held_out)) / path.stat().st_size
-    assert 0.04 < share < 0.1
+    assert 0.04 < share < 0.2
 
 
 def test_jsonl(tmp_path: Path) -> None:

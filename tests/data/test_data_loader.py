@@ -22,6 +22,7 @@ from etr.data import (
     TokenLoader,
     byte_tokenizer,
     held_out_batches,
+    held_out_documents,
     write_shards,
 )
 from etr.data.loader import permutation
@@ -255,6 +256,25 @@ def test_held_out_counts_each_token_once(
 def test_held_out_arguments(dataset: TokenDataset, arguments: tuple[int, int, int | None]) -> None:
     with pytest.raises(ValueError, match="must be at least 1, got 0"):
         held_out_batches(dataset, *arguments)
+
+
+@pytest.mark.parametrize("limit", [None, 1, 24, 60])
+def test_each_label_belongs_to_the_document_that_holds_it(
+    dataset: TokenDataset, limit: int | None
+) -> None:
+    of_label = torch.from_numpy(held_out_documents(dataset, S, limit))
+    labels = torch.cat([batch.labels for batch in held_out_batches(dataset, S, 2, limit)])
+    assert torch.equal(of_label >= 0, labels != IGNORED)
+    texts = []
+    for shard in dataset.held_out:
+        ends = np.flatnonzero(shard.tokens == dataset.eos_token_id)
+        texts += np.split(shard.tokens, ends + 1)[:-1]
+    for row, numbers in zip(labels, of_label, strict=True):
+        for number in numbers[numbers >= 0].unique():
+            part = " ".join(map(str, row[numbers == number].tolist()))
+            assert part in " ".join(map(str, texts[number].tolist()))
+    if limit is None:
+        assert len(of_label[of_label >= 0].unique()) == len(texts)
 
 
 def test_batch_moves(dataset: TokenDataset) -> None:

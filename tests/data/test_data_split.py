@@ -22,7 +22,13 @@ def documents() -> list[str]:
 def test_share_and_partition(documents: list[str]) -> None:
     train, held_out = split({"a": documents})["a"]
     assert sorted(train + held_out) == sorted(documents)
-    assert 0.05 <= sum(map(len, held_out)) / sum(map(len, documents)) < 0.07
+    assert 0.1 <= sum(map(len, held_out)) / sum(map(len, documents)) < 0.11
+
+
+@pytest.mark.parametrize(("count", "expected"), [(30, 5), (200, 20), (600, 30)])
+def test_few_documents_are_more_than_their_share(count: int, expected: int) -> None:
+    held_out = split({"a": [prose(seed) for seed in range(count)]})["a"][1]
+    assert len(held_out) == expected  # 3 times 5 % of the bytes, enough documents, 5 % of the bytes
 
 
 def test_choice_depends_on_content_not_order(documents: list[str]) -> None:

@@ -8,7 +8,7 @@ from etr.report import read, summarize
 from etr.report.columns import footnotes, loss_cell
 from etr.report.reading import headline
 from etr.report.results import load_results
-from etr.report.statistics import t_interval, t_quantile
+from etr.report.statistics import crossed_estimate, estimate, t_interval, t_quantile
 from etr.report.summary import Difference, loss_note
 from etr.report.wording import NBSP
 
@@ -49,6 +49,37 @@ def test_t_interval_on_three_seeds_by_hand() -> None:
     assert interval[1] == pytest.approx(0.02 + 0.0248414, abs=1e-7)
     assert t_interval([1.0]) is None
     assert t_interval([2.0, 2.0]) == (2.0, 2.0)
+
+
+def test_documents_that_agree_leave_the_interval_of_the_seeds() -> None:
+    found = crossed_estimate([[0.1] * 4, [0.2] * 4, [0.3] * 4], [1, 5, 2, 2], [0, 0, 1, 1])
+    assert found is not None
+    seeds = estimate([0.1, 0.2, 0.3])
+    assert found.interval() == pytest.approx(seeds.interval())
+    assert crossed_estimate([[0.1, 0.2]], [1, 1], [0, 0]) is None
+
+
+def test_documents_widen_the_interval_by_hand() -> None:
+    # Seeds agree on the mean 0.2; documents of domain 0 lie 0.1 to either side of their mean, with
+    # weights 1/4: variance 2 * (0.1 / 4)^2 * 2 / 1; the only one of domain 1 adds none.
+    found = crossed_estimate([[0.1, 0.3, 0.2], [0.1, 0.3, 0.2]], [1, 1, 2], [0, 0, 1])
+    assert found is not None
+    assert found.mean == pytest.approx(0.2)
+    assert found.error == pytest.approx((4 * (0.1 / 4) ** 2) ** 0.5)
+    assert found.freedom == pytest.approx(1.0)
+
+
+def test_an_interval_over_documents_covers_the_truth_where_that_of_seeds_does_not() -> None:
+    source, inside, narrow = random.Random(0), 0, 0
+    for _ in range(300):
+        of_document = [source.gauss(1.0, 1.0) for _ in range(12)]
+        rows = [[d + source.gauss(0.0, 0.2) for d in of_document] for _ in range(3)]
+        low, high = crossed_estimate(rows, [1.0] * 12, [0] * 12).interval()
+        inside += low <= 1.0 <= high
+        low, high = t_interval([sum(row) / 12 for row in rows])
+        narrow += low <= 1.0 <= high
+    assert inside >= 270  # 285 are expected; five standard deviations below
+    assert narrow < 240
 
 
 def test_t_interval_covers_the_truth_as_often_as_it_says() -> None:

@@ -15,7 +15,7 @@ from etr.moe.context import Replay
 from etr.moe.view import LayerView
 from etr.moe.watch import watch
 from etr.recipes.rivals import CLAIMED, reference, rivals, smoke
-from etr.report.statistics import holm, p_value
+from etr.report.statistics import estimate, holm
 from etr.study.collection import Collection
 from etr.study.grid import Block, runs_of
 from etr.study.rivals import authors, compared, sentences, tables
@@ -24,13 +24,19 @@ from etr.study.study import Study
 from etr.study.summary import StudyRow
 
 
+def p_value(*values: float) -> float:
+    found = estimate(values)
+    assert found is not None
+    return found.p_value()
+
+
 def test_p_values_and_holms_correction() -> None:
     """1, 2, 3 have t = 2 sqrt(3) at 2 degrees of freedom; then a worked correction of four."""
-    assert p_value([1.0, 2.0, 3.0]) == pytest.approx(0.0741799, abs=1e-6)
-    assert p_value([-1.0, -2.0, -3.0]) == p_value([1.0, 2.0, 3.0])
-    assert p_value([1.0]) is None
-    assert p_value([2.0, 2.0]) == 0.0
-    assert p_value([0.0, 0.0]) == 1.0
+    assert p_value(1.0, 2.0, 3.0) == pytest.approx(0.0741799, abs=1e-6)
+    assert p_value(-1.0, -2.0, -3.0) == p_value(1.0, 2.0, 3.0)
+    assert estimate([1.0]) is None
+    assert p_value(2.0, 2.0) == 0.0
+    assert p_value(0.0, 0.0) == 1.0
     assert holm([0.01, 0.04, 0.03, 0.005]) == [True, False, False, True]
     assert holm([0.04, 0.04]) == [False, False]
     assert holm([0.05]) == [True]

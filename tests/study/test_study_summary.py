@@ -45,6 +45,27 @@ def test_differences_are_paired_by_seed() -> None:
     assert found.interval[0] == pytest.approx(0.1)  # no spread once paired
 
 
+def with_documents(name: str, losses: list[list[float]]) -> StudyRow:
+    tokens, domain = [30, 10], [0, 0]
+    found = []
+    for seed, of_document in enumerate(losses):
+        mean = sum(t * x for t, x in zip(tokens, of_document, strict=True)) / sum(tokens)
+        documents = {"tokens": tokens, "domain": domain, "loss": of_document}
+        found.append({**result(name, seed, mean), "documents": documents})
+    return rows_of(found)[0]
+
+
+def test_intervals_cover_documents_where_both_rows_have_them() -> None:
+    a = with_documents("a", [[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
+    b = with_documents("b", [[1.1, 1.4], [2.1, 2.4], [3.1, 3.4]])
+    found, (plain,) = difference(b, a), rows(("a", [1.0, 2.0, 3.0]))
+    assert found.documents == 2
+    assert found.mean == pytest.approx(0.175)
+    assert found.interval[0] < 0.1 < 0.4 < found.interval[1]
+    assert difference(b, plain).documents == 0
+    assert difference(b, plain).interval[0] == pytest.approx(0.175)
+
+
 @pytest.mark.parametrize(
     ("own", "verdict"),
     [([1.0, 2.2, 2.9], "cannot be told apart"), ([1.5], "one seed")],

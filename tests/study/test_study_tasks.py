@@ -97,6 +97,22 @@ def test_a_share_of_easy_tokens_outside_its_range_is_refused() -> None:
         TeacherTask(easy=1.0)
 
 
+def test_the_probe_divides_the_loss_among_documents() -> None:
+    task = open_task("text-x", TASKS["text-x"].config(1))
+    config = tiny("text-x")
+    documents = task.documents(config)
+    found = evaluate(task, task.build(config), task.held_out_batches(config), "dropless", documents)
+    parts = found.documents
+    assert len(parts["tokens"]) == len(documents[documents >= 0].unique()) > len(task.domains)
+    total = sum(t * loss for t, loss in zip(parts["tokens"], parts["loss"], strict=True))
+    assert total / sum(parts["tokens"]) == pytest.approx(found.loss, abs=1e-5)
+    for place, name in enumerate(task.domains):
+        own = [i for i, d in enumerate(parts["domain"]) if d == place]
+        mean = sum(parts["tokens"][i] * parts["loss"][i] for i in own)
+        mean /= sum(parts["tokens"][i] for i in own)
+        assert mean == pytest.approx(found.loss_by_domain[name], abs=1e-5)
+
+
 def test_the_probe_reads_losses_and_kept_tokens() -> None:
     name = "teacher-50"
     task = open_task(name, TASKS[name].config(1))

@@ -12,7 +12,7 @@ from etr.data.batch import IGNORED, Batch
 from etr.data.builtin import builtin_corpus
 from etr.data.config import DataConfig, OpenedData, open_data
 from etr.data.corpus import Corpus, Domain, load_corpus, merge
-from etr.data.loader import TokenLoader, held_out_batches
+from etr.data.loader import TokenLoader, held_out_batches, held_out_documents
 from etr.data.shards import TokenDataset, TokenShard, write_shards
 from etr.data.tokenizer import (
     BYTE_VOCAB_SIZE,
@@ -40,6 +40,7 @@ __all__ = [
     "encode_documents",
     "encode_prompt",
     "held_out_batches",
+    "held_out_documents",
     "load_corpus",
     "load_tokenizer",
     "mask_token",

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 DEFAULT_MAX_BYTES = 2_000_000
 """Bytes of text per domain; the sources give about this much of each kind."""
 
-_FORMAT = "etr-corpus-1"
+_FORMAT = "etr-corpus-2"
 _ENOUGH_BYTES = 250_000  # a domain with less than this, and less than its cap, is topped up
 _DOC_PARTS = ("nn", "optim", "distributions", "distributed", "fx", "utils", "autograd", "sparse")
 # A fixed list, so that installing something unrelated does not change the corpus.

@@ -213,6 +213,36 @@ def held_out_batches(
     Raises:
         ValueError: an argument is under 1.
     """
+    limit = _limit(sequence_length, batch_size, max_tokens_per_domain)
+    return _held_out_batches(dataset, sequence_length, batch_size, limit)
+
+
+def held_out_documents(
+    dataset: TokenDataset, sequence_length: int, max_tokens_per_domain: int | None = None
+) -> NDArray[np.int64]:
+    """Which document each label of `held_out_batches` belongs to, in the batches' order.
+
+    Args:
+        dataset: what to read.
+        sequence_length: tokens per row, S.
+        max_tokens_per_domain: as there.
+    Returns:
+        Number of the document, counted through all domains, [rows, S]; -1 on padding.
+    Raises:
+        ValueError: an argument is under 1.
+    """
+    limit = _limit(sequence_length, 1, max_tokens_per_domain)
+    found, first = [], 0
+    for _, stream, starts in _held_out_rows(dataset, sequence_length, limit):
+        of_label = first - 1 + np.cumsum(stream[:-1] == dataset.eos_token_id)
+        first += int((stream == dataset.eos_token_id).sum()) - 1
+        for start in starts:
+            row = of_label[start : start + sequence_length]
+            found.append(np.pad(row, (0, sequence_length - len(row)), constant_values=-1))
+    return np.stack(found) if found else np.empty((0, sequence_length), dtype=np.int64)
+
+
+def _limit(sequence_length: int, batch_size: int, max_tokens_per_domain: int | None) -> int:
     limit = np.iinfo(np.int64).max if max_tokens_per_domain is None else max_tokens_per_domain
     for name, value in (
         ("sequence_length", sequence_length),
@@ -221,15 +251,23 @@ def held_out_batches(
     ):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    return _held_out_batches(dataset, sequence_length, batch_size, int(limit))
+    return int(limit)
+
+
+def _held_out_rows(
+    dataset: TokenDataset, sequence_length: int, limit: int
+) -> Iterator[tuple[int, NDArray[np.int64], list[int]]]:
+    """Each domain's number, its tokens after an eos, and where its rows begin in them."""
+    for number, shard in enumerate(dataset.held_out):
+        stream = np.concatenate([[dataset.eos_token_id], shard.tokens])
+        rows = range(0, len(stream) - 1, sequence_length)
+        yield number, stream, spread(rows, limit // sequence_length)
 
 
 def _held_out_batches(
     dataset: TokenDataset, sequence_length: int, batch_size: int, limit: int
 ) -> Iterator[Batch]:
-    for number, shard in enumerate(dataset.held_out):
-        stream = np.concatenate([[dataset.eos_token_id], shard.tokens])
-        starts = spread(range(0, len(stream) - 1, sequence_length), limit // sequence_length)
+    for number, stream, starts in _held_out_rows(dataset, sequence_length, limit):
         for first in range(0, len(starts), batch_size):
             rows = [
                 stream[start : start + sequence_length + 1]

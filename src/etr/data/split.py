@@ -9,7 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 HELD_OUT_FRACTION = 0.05
-"""Share of each domain's bytes that is held out."""
+"""Share of each domain's bytes that is held out, more where that is too few documents."""
+
+ENOUGH_DOCUMENTS, MOST_TIMES = 20, 3
+"""Documents that are held out where up to so many times the share of bytes allows it."""
 
 MAX_SHARED = 0.2
 """Largest share of a held-out document's shingles that any other document may contain."""
@@ -74,9 +77,11 @@ def split(
 
     Documents repeated exactly, in any domain, are kept once. In the order of their SHA-256,
     documents that share at most `MAX_SHARED` of their shingles with all others together are
-    held out until `fraction` of the domain's bytes is reached: the choice depends on content
-    alone, and near duplicates (licences, boilerplate) always train. Documents under 50 bytes
-    are never held out, and one document always remains for training.
+    held out until `fraction` of the domain's bytes is reached, and on to `ENOUGH_DOCUMENTS` of
+    them or `MOST_TIMES` those bytes, whichever comes first: a loss on a few long documents says
+    little of others. The choice depends on content alone, and near duplicates (licences,
+    boilerplate) always train. Documents under 50 bytes are never held out, and one document
+    always remains for training.
 
     Args:
         documents: texts of each domain.
@@ -118,7 +123,8 @@ def _split_domain(
     held: dict[bytes, str] = {}
     num_bytes = 0
     for key, text in sorted(kept):
-        if num_bytes >= target or len(held) + 1 >= len(kept):
+        enough = len(held) >= ENOUGH_DOCUMENTS or num_bytes >= MOST_TIMES * target
+        if (num_bytes >= target and enough) or len(held) + 1 >= len(kept):
             break
         own = prints[key]
         if len(own) and np.isin(own, shared, assume_unique=True).mean() <= MAX_SHARED:

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 
-def t_quantile(freedom: int, confidence: float = 0.95) -> float:
+def t_quantile(freedom: float, confidence: float = 0.95) -> float:
     """The t for which a Student variable lies in [-t, t] with probability `confidence`.
 
     Raises:
@@ -24,32 +25,81 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
-    """Interval for the mean of independent values; None for fewer than two."""
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean, and how far it may be from what it estimates."""
+
+    mean: float
+    error: float
+    """Standard error."""
+    freedom: float
+    """Degrees of freedom of the error."""
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Student's."""
+        half = t_quantile(self.freedom, confidence) * self.error
+        return self.mean - half, self.mean + half
+
+    def p_value(self) -> float:
+        """Of Student's two-sided test that the mean is 0."""
+        from scipy.special import stdtr  # late, as above
+
+        if self.error == 0:
+            return 1.0 if self.mean == 0 else 0.0
+        return float(2 * stdtr(self.freedom, -abs(self.mean) / self.error))
+
+
+def estimate(values: Sequence[float]) -> Estimate | None:
+    """Mean of independent values; None for fewer than two."""
     if len(values) < 2:
         return None
-    centre, error = _mean_and_error(values)
-    half = t_quantile(len(values) - 1, confidence) * error
-    return centre - half, centre + half
-
-
-def p_value(values: Sequence[float]) -> float | None:
-    """Of Student's two-sided test that values have the mean 0; None for fewer than two."""
-    if len(values) < 2:
-        return None
-    from scipy.special import stdtr  # late, as above
-
-    centre, error = _mean_and_error(values)
-    if error == 0:
-        return 1.0 if centre == 0 else 0.0
-    return float(2 * stdtr(len(values) - 1, -abs(centre) / error))
-
-
-def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of at least two values, and its standard error."""
     centre = mean(values)
     variance = math.fsum((value - centre) ** 2 for value in values) / (len(values) - 1)
-    return centre, math.sqrt(variance / len(values))
+    error = math.sqrt(variance / len(values))
+    return Estimate(mean=centre, error=error, freedom=len(values) - 1)
+
+
+def crossed_estimate(
+    values: Sequence[Sequence[float]], weights: Sequence[float], strata: Sequence[int]
+) -> Estimate | None:
+    """Mean over seeds and documents that are both samples; None for fewer than two seeds.
+
+    The error has the variance between seeds of their weighted means, and that between documents of
+    their means over seeds, within each domain, since domains are chosen and not sampled. What seeds
+    and documents do together is in both, so that it is rather too large; Satterthwaite's freedom.
+
+    Args:
+        values: of each seed, of each document, [N][D].
+        weights: of the documents, [D], not all 0.
+        strata: the documents' domains, [D].
+    """
+    import numpy as np
+
+    table, share = np.asarray(values, dtype=float), np.asarray(weights, dtype=float)
+    share = share / share.sum()
+    found = estimate((table @ share).tolist())
+    if found is None:
+        return None
+    variances, freedoms = [found.error**2], [found.freedom]
+    for stratum in set(strata):
+        own = np.asarray(strata) == stratum
+        count = int(own.sum())
+        if count > 1:
+            of_document, weight = table[:, own].mean(0), share[own]
+            apart = of_document - np.average(of_document, weights=weight)
+            variances.append(float((weight**2 * apart**2).sum() * count / (count - 1)))
+            freedoms.append(count - 1)
+    total = math.fsum(variances)
+    if total == 0:
+        return found
+    spread = math.fsum(v**2 / f for v, f in zip(variances, freedoms, strict=True))
+    return Estimate(mean=found.mean, error=math.sqrt(total), freedom=total**2 / spread)
+
+
+def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
+    """Interval for the mean of independent values; None for fewer than two."""
+    found = estimate(values)
+    return None if found is None else found.interval(confidence)
 
 
 def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:

@@ -28,7 +28,8 @@ def page(study: Collection, reference: str, figures: dict[str, str], notes: str)
         "typed by hand but the notes at the end. Planned in [quality-plan.md](quality-plan.md). "
         "Losses are held out; *as served* means with calibrated thresholds, dropless for rows that "
         f"have none. Differences are to `{reference}`, paired by seed, with Student's 95 % "
-        "interval; *lower* and *higher* are said only where it excludes 0.\n",
+        "interval, over held-out documents too where results hold their losses; *lower* and "
+        "*higher* are said only where it excludes 0.\n",
         _headline(study, reference),
         *(f"![{title}]({path})\n\n*{title}*\n" for title, path in figures.items()),
         "## Are the tasks limited by their experts?\n\n" + _limited(study, reference),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from etr.evaluate.held_out import effective_selection
 from etr.moe import moe_layers, selecting
@@ -33,13 +33,29 @@ class HeldOut:
     """Mean loss of the other tokens; None where there are none."""
     selection: str
     """Threshold or dropless, as it really was."""
+    documents: dict[str, list[float]] | None = None
+    """Of each document with tokens its `domain`, number of `tokens` and mean `loss`, if asked."""
 
 
 @torch.no_grad()
-def evaluate(task: Task, model: nn.Module, batches: Iterable[Any], selection: str) -> HeldOut:
-    """Mean loss over held-out batches; the model's mode and selection are restored."""
+def evaluate(
+    task: Task,
+    model: nn.Module,
+    batches: Iterable[Any],
+    selection: str,
+    documents: Tensor | None = None,
+) -> HeldOut:
+    """Mean loss over held-out batches; the model's mode and selection are restored.
+
+    Args:
+        task: of the model.
+        model: to evaluate.
+        batches: all that the task holds out.
+        selection: threshold or dropless.
+        documents: of each token, as `Task.documents` gives it; None for no loss by document.
+    """
     layers = moe_layers(model)
-    losses, domains, dropped = [], [], []
+    losses, domains, dropped, valid = [], [], [], []
     kept = tokens = 0
     views: dict[int, LayerView] = {}
     with selecting(model, selection), watch(model, views.__setitem__):
@@ -51,6 +67,7 @@ def evaluate(task: Task, model: nn.Module, batches: Iterable[Any], selection: st
                 none |= per_token == 0
                 kept += int(per_token[found.valid].sum())
             tokens += int(found.valid.sum()) * len(layers)
+            valid.append(found.valid)
             losses.append(found.token_losses[found.valid].double())
             domains.append(found.domain[found.valid])
             dropped.append(none[found.valid])
@@ -67,4 +84,16 @@ def evaluate(task: Task, model: nn.Module, batches: Iterable[Any], selection: st
         dropped_loss=float(loss[mask].mean()) if bool(mask.any()) else None,
         kept_loss=float(loss[~mask].mean()) if bool((~mask).any()) else None,
         selection=effective_selection(model, selection),
+        documents=None
+        if documents is None
+        else _by_document(loss, domain, documents.flatten()[torch.cat(valid)]),
     )
+
+
+def _by_document(loss: Tensor, domain: Tensor, document: Tensor) -> dict[str, list[float]]:
+    number = torch.unique(document, return_inverse=True)[1]
+    tokens = number.bincount()
+    sums = number.bincount(loss)
+    of_domain = torch.zeros_like(tokens).scatter_(0, number, domain)
+    mean = [round(value, 6) for value in (sums / tokens).tolist()]  # results are stored as text
+    return {"domain": of_domain.tolist(), "tokens": tokens.tolist(), "loss": mean}

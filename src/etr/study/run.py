@@ -75,8 +75,10 @@ class _Course:
     rows: list[dict[str, Any]] = field(default_factory=list)
     curve: list[dict[str, Any]] = field(default_factory=list)
     expert_flops: float = 0.0
+    documents: dict[str, list[float]] | None = None
 
     def evaluated(self, step: int, train_loss: float, found: dict[str, Any]) -> None:
+        self.documents = found.pop("documents")
         spent = {"expert_flops": self.expert_flops, "cpu_seconds": sum(self.seconds)}
         self.curve.append({"step": step, **spent, "train_loss": train_loss, **found})
 
@@ -92,6 +94,7 @@ class _Course:
             "tokens_without_expert_last": _mean(last, "tokens_without_expert"),
             "curve": self.curve,
             "final": self.curve[-1],
+            "documents": self.documents,
         }
 
 
@@ -120,14 +123,13 @@ def execute(
     optimizer = build_optimizer(model, config.optimizer)
     attachment = attach(model, optimizer, config.steps)
     batches = task.training_batches(config)
-    max_norm = config.optimizer.max_grad_norm
 
     def gradient() -> torch.Tensor:
-        return backward(task, model, next(batches), max_norm)
+        return backward(task, model, next(batches), config.optimizer.max_grad_norm)
 
     course = _Course()
-    evaluations = EVALUATIONS if config.steps >= 100 else 1
-    due = {round(config.steps * (i + 1) / evaluations) for i in range(evaluations)}
+    count = EVALUATIONS if config.steps >= 100 else 1
+    due = {round(config.steps * (i + 1) / count) for i in range(count)}
     for step in range(config.steps):
         began = time.process_time()
         rate = learning_rate(config.optimizer, step, config.steps)
@@ -138,7 +140,8 @@ def execute(
         course.rows.append(routing_metrics(stats, config.model.routing.top_k))
         on_step(step + 1)
         if step + 1 in due:
-            course.evaluated(step + 1, float(loss), _evaluate(task, config, model))
+            last = step + 1 == config.steps
+            course.evaluated(step + 1, float(loss), _evaluate(task, config, model, last))
     attachment.detach()
     result = {
         "format": FORMAT,
@@ -157,16 +160,27 @@ def execute(
     return result
 
 
-def _evaluate(task: Task, config: TrainConfig, model: torch.nn.Module) -> dict[str, Any]:
-    """Dropless and threshold, both always; a row without thresholds has dropless alone."""
+def _evaluate(
+    task: Task, config: TrainConfig, model: torch.nn.Module, by_document: bool
+) -> dict[str, Any]:
+    """Dropless and threshold, both always; a row without thresholds has dropless alone. By document
+    as served."""
+    documents = task.documents(config) if by_document else None
     found: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="MoE layer evaluates dropless")
         for selection in SELECTIONS:
-            result = evaluate(task, model, task.held_out_batches(config), selection)
+            result = evaluate(task, model, task.held_out_batches(config), selection, documents)
             found[result.selection] = dataclasses.asdict(result)
+    losses = {selection: of_mode.pop("documents") for selection, of_mode in found.items()}
     served = found.get("threshold", found["dropless"])
-    return {"served": served["selection"], "served_loss": served["loss"], **found}
+    served_as = served["selection"]
+    return {
+        "served": served_as,
+        "served_loss": served["loss"],
+        "documents": losses[served_as],
+        **found,
+    }
 
 
 def _mean(rows: list[dict[str, Any]], name: str) -> float:

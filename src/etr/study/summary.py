@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from etr.report.statistics import mean, p_value, t_interval
+from etr.report.statistics import Estimate, crossed_estimate, estimate, mean
 
 RunResult = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossDifference:
-    """Loss of a row less that of its reference, paired by seed."""
+    """Loss of a row less that of its reference, paired by seed and, where both have their losses,
+    by held-out document."""
 
     mean: float
     """Mean over the seeds that both have."""
@@ -24,6 +25,8 @@ class LossDifference:
     """Number of those seeds."""
     p_value: float | None = None
     """Of Student's two-sided test that there is none; None for one seed."""
+    documents: int = 0
+    """Number of documents that the interval covers too; 0 where it is over seeds alone."""
 
     @property
     def verdict(self) -> str:
@@ -129,12 +132,35 @@ def difference(row: StudyRow, reference: StudyRow, mode: str = "served") -> Loss
         mode: of `row`; the reference is always taken as it is served.
     """
     own, other = row.losses(mode), reference.losses()
-    pairs = [own[seed] - other[seed] for seed in own if seed in other]
+    pairs = {seed: own[seed] - other[seed] for seed in own if seed in other}
     if not pairs:
         return None
+    found = _over_documents(row, reference, list(pairs)) if mode == "served" else None
+    over, documents = found or (estimate(list(pairs.values())), 0)
     return LossDifference(
-        mean=mean(pairs), interval=t_interval(pairs), seeds=len(pairs), p_value=p_value(pairs)
+        mean=mean(list(pairs.values())),
+        interval=over.interval() if over else None,
+        seeds=len(pairs),
+        p_value=over.p_value() if over else None,
+        documents=documents,
     )
+
+
+def _over_documents(
+    row: StudyRow, reference: StudyRow, seeds: Sequence[int]
+) -> tuple[Estimate, int] | None:
+    """With the number of documents; None where a result lacks them, or for one seed."""
+    own, other = (
+        {result["run"]["seed"]: result.get("documents") or {} for result in one.results}
+        for one in (row, reference)
+    )
+    pairs = [(own[seed], other[seed]) for seed in seeds]
+    if not all(a and b and a["tokens"] == b["tokens"] for a, b in pairs):
+        return None
+    first = pairs[0][0]
+    less = [[x - y for x, y in zip(a["loss"], b["loss"], strict=True)] for a, b in pairs]
+    found = crossed_estimate(less, first["tokens"], first["domain"])
+    return None if found is None else (found, len(first["tokens"]))
 
 
 def resolution(rows: Sequence[StudyRow], reference: StudyRow) -> float | None:

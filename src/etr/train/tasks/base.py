@@ -54,6 +54,11 @@ class Task(Protocol):
         """Batches that are never trained on, the same at every call."""
         ...
 
+    def documents(self, config: TrainConfig) -> Tensor | None:
+        """Which document each held-out token is of, int64, in the batches' order and shape, padding
+        included; None where tokens are drawn one by one."""
+        ...
+
     def forward(self, model: nn.Module, batch: Any) -> Forward:
         """Run a batch and take each token's loss."""
         ...

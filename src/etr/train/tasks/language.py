@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from etr.data import Batch, OpenedData, TokenLoader, held_out_batches, mask_token
+from etr.data import (
+    Batch,
+    OpenedData,
+    TokenLoader,
+    held_out_batches,
+    held_out_documents,
+    mask_token,
+)
 from etr.hf import EtrForCausalLM
 from etr.model.objective import Causal, Objective, draws
 from etr.train.config import TrainConfig
@@ -58,6 +66,11 @@ class TextTask:
             config.data.batch_size,
             config.eval_tokens_per_domain,
         )
+
+    def documents(self, config: TrainConfig) -> Tensor:
+        """Which document each of their labels is of."""
+        length, most = config.data.sequence_length, config.eval_tokens_per_domain
+        return torch.from_numpy(held_out_documents(self.data.dataset, length, most))
 
     def forward(self, model: nn.Module, batch: Batch) -> Forward:
         """Loss of each place; what the objective draws depends on the batch alone."""

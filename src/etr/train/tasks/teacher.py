@@ -120,6 +120,9 @@ class TeacherTask:
         """Fresh tokens at every step."""
         return self._batches(config, 20_000 + config.seed)
 
+    def documents(self, config: TrainConfig) -> None:
+        """None: tokens are drawn one by one."""
+
     def held_out_batches(self, config: TrainConfig) -> Iterator[TeacherBatch]:
         """The same tokens at every call."""
         batches = self._batches(config, 30_000 + config.seed)
