@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -116,6 +117,53 @@ def test_locality_is_a_divergence(epsilon: float, rank: int) -> None:
         assert float(locality_loss(routing_of(probs, [0] * 5), PLACEMENT, rank, epsilon)) >= 0
     same = routing_of(target.expand(5, 4), [0] * 5)
     assert float(locality_loss(same, PLACEMENT, rank, epsilon)) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_process_can_stand_for_several_nodes(nodes: int, masked: bool) -> None:
+    """The mean of what every node's ranks would compute on their block of tokens."""
+    x = torch.randn(24, 16, dtype=torch.float64)
+    valid = torch.rand(24) > 0.3 if masked else torch.ones(24, dtype=torch.bool)
+    placement = ExpertPlacement.contiguous(8, nodes, nodes)
+    config = MoEConfig(
+        hidden_size=16,
+        intermediate_size=8,
+        num_experts=8,
+        router="token_choice",
+        losses=f"locality:weight=1,nodes={nodes}",
+    )
+    layer = MoE(config).double()
+    of_rank = MoE(dataclasses.replace(config, losses="locality:weight=1")).double()
+    of_rank.load_state_dict(layer.state_dict())
+    of_rank.router = layer.router
+    found = layer(x, RoutingContext(valid_mask=valid)).losses["locality"]
+    parts = []
+    for rank in range(nodes):
+        own = slice(rank * 24 // nodes, (rank + 1) * 24 // nodes)
+        context = RoutingContext(valid_mask=valid[own], placement=placement, rank=rank)
+        parts.append(of_rank(x[own], context).losses["locality"])
+    torch.testing.assert_close(found, torch.stack(parts).mean())
+    gradients = [
+        torch.autograd.grad(loss, layer.router.weight)[0]
+        for loss in (found, torch.stack(parts).mean())
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("nodes", [3, 5])
+def test_nodes_that_do_not_divide_are_refused(nodes: int) -> None:
+    config = MoEConfig(
+        hidden_size=16,
+        intermediate_size=8,
+        num_experts=8,
+        router="token_choice",
+        losses=f"locality:weight=1,nodes={nodes}",
+    )
+    with pytest.raises(ValueError, match=f"nodes={nodes} of loss 'locality' must divide"):
+        MoE(config)(torch.randn(24, 16))
+    with pytest.raises(ValueError, match="nodes=0 of loss 'locality'"):
+        MoE(dataclasses.replace(config, losses="locality:nodes=0"))
 
 
 def test_locality_of_certain_tokens_is_finite() -> None:

@@ -30,17 +30,25 @@ class Locality(Loss):
 
     epsilon: float = 0.1
     """Share of the target that is spread over all experts; 0 would make the divergence infinite."""
+    nodes: int | None = None
+    """Nodes among which one process shares its tokens, in equal blocks, and its experts: the loss
+    of as many ranks that are not there. None: the nodes that are."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.epsilon <= 1:
             raise ValueError(f"epsilon={self.epsilon} of loss 'locality' must lie in (0, 1]")
+        if self.nodes is not None and self.nodes < 1:
+            raise ValueError(f"nodes={self.nodes} of loss 'locality' must be at least 1")
 
     def own_weight(self, placement: ExpertPlacement | None) -> float:
-        return self.own if placement is not None and placement.num_nodes > 1 else 0.0
+        nodes = self.nodes or (placement.num_nodes if placement is not None else 1)
+        return self.own if nodes > 1 else 0.0
 
     def __call__(self, given: LossInput) -> Tensor:
         context = given.context
+        if self.nodes is not None:
+            return self._of_blocks(given, self.nodes)
         if context.placement is None:
             raise ValueError(
                 f"the locality loss (weight={self.weight}; locality_mu of LossConfig) needs "
@@ -49,6 +57,21 @@ class Locality(Loss):
         return locality_loss(
             given.routing, context.placement, context.rank, self.epsilon, context.node_group
         )
+
+    def _of_blocks(self, given: LossInput, nodes: int) -> Tensor:
+        """Mean over nodes that this process stands for."""
+        probs, experts, tokens = given.routing.probs, given.num_experts, given.routing.num_tokens
+        if given.context.placement is not None or experts % nodes or tokens % nodes:
+            raise ValueError(
+                f"nodes={nodes} of loss 'locality' must divide {tokens} tokens and {experts} "
+                "experts of one process without other ranks"
+            )
+        assert probs is not None
+        placement = ExpertPlacement.contiguous(experts, nodes, nodes)
+        valid = given.routing.valid_mask[:, None]
+        sums = probs.masked_fill(~valid, 0.0).view(nodes, -1, probs.shape[1]).sum(1)
+        found = [_divergence(own, placement, node, self.epsilon) for node, own in enumerate(sums)]
+        return torch.stack(found).mean()
 
 
 def locality_loss(
@@ -76,7 +99,12 @@ def locality_loss(
     if routing.probs is None:
         raise ValueError("the locality loss needs probabilities, and this router has none")
     mean = mean_over_valid(routing.probs, routing, node_group, average_ranks=False)
-    target = locality_target(placement, placement.node_of_rank[rank], epsilon).to(mean)
+    return _divergence(mean, placement, placement.node_of_rank[rank], epsilon)
+
+
+def _divergence(mean: Tensor, placement: ExpertPlacement, node: int, epsilon: float) -> Tensor:
+    """Of a node's probabilities [E or more], up to a factor, from its target."""
+    target = locality_target(placement, node, epsilon).to(mean)
     mean = mean[: placement.num_experts]  # choices without weights live nowhere
     total = mean.sum()
     mean = mean / torch.where(total > 0, total, 1.0)
