@@ -22,6 +22,7 @@ _PARTS = {
     "emulate": "run a command on nodes with limited network rates, on this machine",
     "measure": "all-to-all curve of the machine it runs on; under torchrun, on a real cluster too",
     "bench": "step time and bytes of ETR, LocMoE and the baseline on an emulated cluster",
+    "study": "held-out loss in equal wall time of whole steps, on an emulated cluster; hours",
     "plan": "predicted: the fastest layout that fits, for several routers side by side",
     "paper": "predicted: the paper's clusters beside what the paper reports",
     "calibrate": "fit the cost model to measured steps, and test it on others",
@@ -39,7 +40,13 @@ def run(arguments: list[str]) -> int:
     if part not in _PARTS:
         print(f"etr cluster: there is no {part!r}\n\n{_help()}", file=sys.stderr)
         return 2
-    own = {"emulate": _emulate, "measure": _measure, "bench": _bench, "clean": _clean}
+    own = {
+        "emulate": _emulate,
+        "measure": _measure,
+        "bench": _bench,
+        "study": _study,
+        "clean": _clean,
+    }
     return own.get(part, _predict(part))(rest)
 
 
@@ -133,6 +140,47 @@ def _bench(arguments: list[str]) -> int:
     given = {k: v for k, v in vars(command).items() if k != "smoke" and v is not None}
     signal.signal(signal.SIGTERM, _terminated)
     return bench(dataclasses.replace(SMOKE if command.smoke else FULL, **given))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyCommand:
+    """Train, time, train for as long as the reference, and write the page; it goes on where it
+    was."""
+
+    out: str = "runs/time-to-loss"
+    """Folder of results, figures and page."""
+    weights: str | None = None
+    """Folder of trained weights. None: `weights` in `out`."""
+    smoke: bool = False
+    """The whole path on a few steps, for tests and not for conclusions."""
+    blocks: tuple[str, ...] = ()
+    """Blocks to run; all where none is named. A matched block needs those before it."""
+    workers: int = 2
+    """Runs side by side, one thread each."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ValueError(f"workers={self.workers} must be at least 1")
+
+
+def _study(arguments: list[str]) -> int:
+    from etr.cli._of_run import command_line
+    from etr.cli._studies import run_study
+    from etr.cluster.study.runner import EqualTimeRunner
+    from etr.recipes.time_to_loss import equal_time, smoke
+    from etr.train.folders import writing
+
+    command = parse(StudyCommand, "cluster study", arguments)
+    out = Path(command.out)
+    runner = EqualTimeRunner(
+        study=smoke() if command.smoke else equal_time(),
+        out=out,
+        weights=Path(command.weights) if command.weights else out / "weights",
+        workers=command.workers,
+    )
+    signal.signal(signal.SIGTERM, _terminated)
+    with writing(out):
+        return run_study(runner, command.blocks, command_line("cluster study", arguments))
 
 
 @dataclass(frozen=True, kw_only=True)

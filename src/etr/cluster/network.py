@@ -51,21 +51,23 @@ class NetworkConfig:
         if not 1 <= self.nodes <= 250:
             raise ValueError(f"nodes={self.nodes} must be between 1 and 250")
         for name in ("inter", "intra"):
-            try:
-                parse_rate(getattr(self, name))
-            except ValueError as error:
-                raise ValueError(f"{name}={getattr(self, name)!r}: {error}") from None
+            parse_rate(getattr(self, name), name)
 
 
-def parse_rate(text: str) -> float:
+def parse_rate(text: str, name: str = "rate") -> float:
     """Bits per second of a rate such as ``200mbit`` or ``1.6gbit``.
 
+    Args:
+        text: the rate.
+        name: of the option, for the message.
     Raises:
         ValueError: no number with kbit, mbit or gbit.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)", text)
     if found is None or not float(found[1]):
-        raise ValueError("must be a positive number with kbit, mbit or gbit, such as 200mbit")
+        raise ValueError(
+            f"{name}={text!r} must be a positive number with kbit, mbit or gbit, such as 200mbit"
+        )
     return float(found[1]) * _UNITS[found[2]]
 
 

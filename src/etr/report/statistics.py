@@ -1,8 +1,10 @@
 """The little statistics that a comparison over a few seeds needs."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 def t_quantile(freedom: float, confidence: float = 0.95) -> float:
@@ -47,6 +49,14 @@ class Estimate:
         if self.error == 0:
             return 1.0 if self.mean == 0 else 0.0
         return float(2 * stdtr(self.freedom, -abs(self.mean) / self.error))
+
+    def widened(self, error: float) -> Estimate:
+        """The same with a further standard error, known well, that is independent of it."""
+        if not error:
+            return self
+        own, total = self.error**2, self.error**2 + error**2
+        freedom = self.freedom * (total / own) ** 2 if own else math.inf
+        return replace(self, error=math.sqrt(total), freedom=freedom)
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:

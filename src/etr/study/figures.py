@@ -102,12 +102,22 @@ def costs(rows: Mapping[str, StudyRow], key: str) -> Chart:
     for name, row in rows.items():
         cost = row.average(key)
         points[name] = (1e-9 * cost / row.steps if key == "expert_flops" else cost, _spread(row)[0])
+    return front(points, titles[key])
+
+
+def front(points: Mapping[str, tuple[float, float]], title: str) -> Chart:
+    """Costs and losses, coloured where no other point is better in both.
+
+    Args:
+        points: by name.
+        title: of the cost's axis.
+    """
     records: list[dict[str, Any]] = []
     for name, (x, y) in points.items():
         beaten = any(a <= x and b <= y and (a, b) != (x, y) for a, b in points.values())
         point = {"x": x, "y": y, "name": name, "match": NAMES["steps"]}
         records.append({**point, "color": SERIES[0 if beaten else 1].css})
-    return _named(records, titles[key])
+    return _named(records, title)
 
 
 def _named(records: list[dict[str, Any]], title: str) -> Chart:

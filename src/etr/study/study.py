@@ -84,8 +84,8 @@ class StudyRunner:
         chosen = {self.study.block(name) for name in names} or set(self.study.blocks)
         wanted = [block for block in self.study.blocks if block in chosen]
         for block in wanted:
-            if block.match == "seconds" and not set(block.rows) <= set(self._times(block.task)):
-                self.time(block.task)
+            if block.match == "seconds" and not set(block.rows) <= set(self.times(block)):
+                self.time(block)
             runs = self.runs(block)
             self._run_block(block, runs, show)
             if block.diagnostics:
@@ -182,30 +182,42 @@ class StudyRunner:
         return [result for result in found if result is not None]
 
     def _time_ratio(self, block: Block, name: str) -> float:
-        """Step time over the reference's, from the task's timing file."""
-        times = self._times(block.task)
+        """Step time over the reference's, from the block's timing file."""
+        times = self.times(block)
         if name not in times:
             raise ValueError(f"step times of {name!r} on {block.task!r} have not been measured")
         return float(times[name]["mean_ratio"])
 
-    def _times(self, task: str) -> dict[str, Any]:
-        path = self.results / task / TIMES
-        if not path.exists():
-            return {}
-        rows: dict[str, Any] = read_json(path)["rows"]
-        return rows
+    def times_file(self, block: Block) -> Path:
+        """Where step times of a block's rows are kept: one file a task."""
+        return self.results / block.task / TIMES
 
-    def time(self, task: str) -> None:
-        """Measure the step times of every timed row of a task, interleaved, and keep them."""
+    def times(self, block: Block) -> dict[str, Any]:
+        """Step times of a block's rows, by row; empty before they are measured."""
+        path = self.times_file(block)
+        return dict(read_json(path)["rows"]) if path.exists() else {}
+
+    def time(self, block: Block) -> None:
+        """Measure the step times of every timed row of a block's task, interleaved; keep them."""
+        task = block.task
         blocks = [x for x in self.study.blocks if x.task == task and x.match == "seconds"]
-        names = [self.study.reference, *(row for block in blocks for row in block.rows), *TIMED_TOO]
+        names = [self.study.reference, *(row for one in blocks for row in one.rows), *TIMED_TOO]
+        runs = self.first_runs(blocks[0], names)
+        times = step_times(runs, self.weights, rounds=self.study.timing_rounds)
+        write_json(self.times_file(block), times)
+
+    def first_runs(self, block: Block, names: Sequence[str]) -> list[Run]:
+        """The first seed's run at equal steps of each row that is run on the block's task.
+
+        Raises:
+            ValueError: a run is missing.
+        """
         runs = []
         for name in dict.fromkeys(names):
             with contextlib.suppress(ValueError):  # the row is not run on this task
-                runs.append(self._equal_steps(blocks[0], name)[0])
+                runs.append(self._equal_steps(block, name)[0])
         self._load_all(runs)
-        times = step_times(runs, self.weights, rounds=self.study.timing_rounds)
-        write_json(self.results / task / TIMES, times)
+        return runs
 
 
 TIMED_TOO = ("baseline", "locmoe", "etr_paper")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from etr.report.statistics import Estimate, crossed_estimate, estimate, mean
@@ -19,14 +19,26 @@ class LossDifference:
 
     mean: float
     """Mean over the seeds that both have."""
-    interval: tuple[float, float] | None
-    """Student's 95 %, None for one seed."""
     seeds: int
     """Number of those seeds."""
-    p_value: float | None = None
-    """Of Student's two-sided test that there is none; None for one seed."""
     documents: int = 0
     """Number of documents that the interval covers too; 0 where it is over seeds alone."""
+    estimate: Estimate | None = None
+    """What interval and p-value are made from; None for one seed."""
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Student's 95 %, None for one seed."""
+        return self.estimate.interval() if self.estimate else None
+
+    @property
+    def p_value(self) -> float | None:
+        """Of Student's two-sided test that there is none; None for one seed."""
+        return self.estimate.p_value() if self.estimate else None
+
+    def widened(self, error: float) -> LossDifference:
+        """The same with a further standard error, known well, that is independent of it."""
+        return replace(self, estimate=self.estimate and self.estimate.widened(error))
 
     @property
     def verdict(self) -> str:
@@ -139,10 +151,9 @@ def difference(row: StudyRow, reference: StudyRow, mode: str = "served") -> Loss
     over, documents = found or (estimate(list(pairs.values())), 0)
     return LossDifference(
         mean=mean(list(pairs.values())),
-        interval=over.interval() if over else None,
         seeds=len(pairs),
-        p_value=over.p_value() if over else None,
         documents=documents,
+        estimate=over,
     )
 
 

@@ -3,13 +3,53 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from etr.data import DataConfig, open_data
+import torch
+
+from etr.data import Batch, DataConfig, TokenLoader, open_data
 from etr.train import ModelConfig, OptimizerConfig, RoutingOptions, TrainConfig
 from etr.train.tasks import LanguageTask, Task, TeacherTask, TextXTask
+
+OWN_READERS = 4
+"""Equal parts of a batch of `text-x-own`, each of its own domains: ranks that one process plays."""
+
+
+class OwnTextTask(TextXTask):
+    """`text-x`, of which each part of a batch reads domains of its own."""
+
+    def training_batches(  # type: ignore[override]
+        self, config: TrainConfig, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Batch]:
+        """Batches of one reader's rows after the other's.
+
+        Raises:
+            ValueError: for more than one rank, or rows that readers cannot share equally.
+        """
+        rows = config.data.batch_size
+        if world_size != 1 or rows % OWN_READERS:
+            raise ValueError(
+                f"batch_size={rows}, world_size={world_size}: {OWN_READERS} readers share the "
+                "rows of one process equally"
+            )
+        domains = self.data.dataset.domains
+        loaders = [
+            TokenLoader(
+                self.data.dataset,
+                sequence_length=config.data.sequence_length,
+                batch_size=rows // OWN_READERS,
+                seed=config.seed,
+                domain_weights={
+                    name: float(place % OWN_READERS == reader) for place, name in enumerate(domains)
+                },
+            )
+            for reader in range(OWN_READERS)
+        ]
+        while True:
+            parts = [vars(next(loader)) for loader in loaders]
+            yield Batch(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +113,11 @@ TASKS: dict[str, TaskEntry] = {
         summary="real text; eight-byte window and one attention layer before one MoE layer",
         config=text_x,
         open=lambda config: TextXTask(open_data(config.data)),
+    ),
+    "text-x-own": TaskEntry(
+        summary="text-x of which each quarter of a batch reads domains of its own",
+        config=text_x,
+        open=lambda config: OwnTextTask(open_data(config.data)),
     ),
     "teacher-50": TaskEntry(
         summary="16 domain networks to imitate; half of the tokens are easy",

@@ -174,7 +174,7 @@ class BenchConfig:
         if not self.seeds:
             raise ValueError("seeds=() needs at least one")
         for name in ("inter", "intra"):
-            parse_rate(getattr(self, name))
+            parse_rate(getattr(self, name), name)
 
     def cells(self) -> list[tuple[str, TextKind, str]]:
         """(shape, text, variant) of every timed row; mixed text on the first shape alone."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,11 @@ from etr.cluster.bench.plan import (
 )
 from etr.cluster.bench.sleep import add_sleeping_experts
 from etr.cluster.measure import MeasureConfig, join_group, measure_curve
+from etr.cluster.replay import Replay
 from etr.files import read_json, write_json
 from etr.moe import MoE, MoEConfig, set_progress
 from etr.moe.ranks import ExpertParallel
 from etr.moe.topology import Topology
-from etr.moe.watch import LayerView, watch
 
 WARM_UP = 1
 """Steps of each variant before its clock starts."""
@@ -87,7 +86,7 @@ def _time(
     parallel: ExpertParallel,
 ) -> dict[str, Any]:
     run, dispatch = BenchRun(**job["run"]), ROWS[job["variant"]].dispatch
-    replay = TimedReplay(bench, run, layers[run.name], dispatch, job["compute"], parallel)
+    replay = replay_of(bench, run, layers[run.name], dispatch, job["compute"], parallel)
     for batch in range(WARM_UP):
         replay.step(batch)
     seconds = []
@@ -96,8 +95,15 @@ def _time(
     return {**job, "seconds": seconds, **replay.traffic()}
 
 
-class TimedReplay:
-    """The MoE layers of one trained model on the ranks of this process group.
+def replay_of(
+    bench: BenchConfig,
+    run: BenchRun,
+    config: MoEConfig,
+    dispatch: str,
+    compute: str,
+    parallel: ExpertParallel,
+) -> Replay:
+    """The MoE layers of a trained model on what was recorded for this rank.
 
     Args:
         bench: sizes and folders.
@@ -107,86 +113,26 @@ class TimedReplay:
         compute: name of an emulated compute, or REAL.
         parallel: the ranks, see `ranks_of`.
     """
-
-    def __init__(
-        self,
-        bench: BenchConfig,
-        run: BenchRun,
-        config: MoEConfig,
-        dispatch: str,
-        compute: str,
-        parallel: ExpertParallel,
-    ) -> None:
-        folder = Path(bench.out) / "trained" / run.name
-        rank, recipe = dist.get_rank(), RECIPES[run.recipe]
-        config = dataclasses.replace(
-            config,
-            dispatch=dispatch,
-            backend="auto" if compute == REAL else compute,
-            local_bonus=recipe.local_bonus,
-        )
-        if recipe.per_rank or dispatch == PADDED:  # a padded buffer is as large as the capacity
-            parallel = dataclasses.replace(parallel, selection_group=None)
-        weights = load_file(folder / "layers.safetensors")
-        self.layers: list[MoE] = []
-        for number in range(bench.num_layers):
-            layer = MoE(config, number)
-            prefix = f"{number}."
-            own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-            layer.load_state_dict(own)
-            self.layers.append(layer.distribute(parallel).train())
-        self.model = torch.nn.ModuleList(self.layers)
-        set_progress(self.model, 1.0)
-        self._inputs = load_file(folder / f"inputs-{rank}.safetensors")
-        self._bytes = {"within": 0, "between": 0, "steps": 0}
-        self._rows = torch.zeros(bench.num_layers, dist.get_world_size(), dtype=torch.int64)
-        self._padded = self.layers[0].dispatcher.padded
-        self._size = self._inputs["0.0"].element_size() * config.hidden_size
-
-    def step(self, batch: int) -> float:
-        """Forward and backward over a recorded batch; seconds until the last rank is done."""
-        inputs = [
-            self._inputs[f"{batch}.{n}"].clone().requires_grad_() for n in range(len(self.layers))
-        ]
-        dist.barrier()
-        began = time.perf_counter()
-        with watch(self.model, self._see):
-            outputs = [layer(x) for layer, x in zip(self.layers, inputs, strict=True)]
-        loss = sum((o.hidden_states.sum() for o in outputs), torch.zeros(()))
-        loss = loss + sum((v for o in outputs for v in o.losses.values()), torch.zeros(()))
-        loss.backward()
-        taken = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
-        dist.all_reduce(taken, dist.ReduceOp.MAX)
-        self.model.zero_grad(set_to_none=True)
-        for output in outputs:
-            self._bytes["within"] += int(output.stats["bytes_within_node"])
-            self._bytes["between"] += int(output.stats["bytes_between_nodes"])
-        self._bytes["steps"] += 1
-        return float(taken)
-
-    def traffic(self) -> dict[str, Any]:
-        """Bytes of all ranks in a forward pass, and rows between ranks in each layer, as means.
-
-        The backward pass sends the rows again, without their counts.
-        """
-        rows = self._rows.double() / self._bytes["steps"]
-        every = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(every, rows)
-        counted = torch.tensor([self._bytes["within"], self._bytes["between"]], dtype=torch.float64)
-        dist.all_reduce(counted)
-        within, between = (counted / self._bytes["steps"]).tolist()
-        return {
-            "bytes_within_node": within,
-            "bytes_between_nodes": between,
-            "rows": torch.stack(every, dim=1).tolist(),  # [layer, sender, receiver]
-            "row_bytes": self._size,
-        }
-
-    def _see(self, number: int, view: LayerView) -> None:
-        per_expert = view.selection.num_tokens_per_expert
-        if self._padded:
-            per_expert = torch.full_like(per_expert, view.selection.buffer_size)
-        self._rows[number] += per_expert.view(self._rows.shape[1], -1).sum(1)
+    folder = Path(bench.out) / "trained" / run.name
+    rank, recipe = dist.get_rank(), RECIPES[run.recipe]
+    config = dataclasses.replace(
+        config,
+        dispatch=dispatch,
+        backend="auto" if compute == REAL else compute,
+        local_bonus=recipe.local_bonus,
+    )
+    if recipe.per_rank or dispatch == PADDED:  # a padded buffer is as large as the capacity
+        parallel = dataclasses.replace(parallel, selection_group=None)
+    weights = load_file(folder / "layers.safetensors")
+    layers: list[MoE] = []
+    for number in range(bench.num_layers):
+        layer = MoE(config, number)
+        prefix = f"{number}."
+        own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+        layer.load_state_dict(own)
+        layers.append(layer.distribute(parallel).train())
+    set_progress(torch.nn.ModuleList(layers), 1.0)
+    return Replay(layers, load_file(folder / f"inputs-{rank}.safetensors"))
 
 
 def _tuple(value: Any) -> Any:
