@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from etr.cli import main
+from etr.cli._cluster_cost import TORNADO
 from etr.cluster import paper, scale
 from etr.cluster.bench.plan import ROWS, BenchConfig
 from etr.cluster.calibration import (
@@ -39,8 +40,13 @@ DOCS = Path(__file__).parents[2] / "docs"
 RESULTS = json.loads((DOCS / "results/cluster.json").read_text())
 
 
-def test_the_paper_page_is_made_anew():
-    assert paper.page() == (DOCS / "results/paper-clusters.md").read_text()
+def test_the_paper_page_and_its_picture_are_made_anew(tmp_path):
+    assert main(["cluster", "paper", "--page", str(tmp_path / "page.md")]) == 0
+    assert (tmp_path / "page.md").read_text() == (DOCS / "results/paper-clusters.md").read_text()
+    drawn = (tmp_path / TORNADO).read_text()
+    for assumption in paper.ASSUMED.values():
+        assert assumption.words.split(",")[0][:20] in drawn
+    assert drawn == (DOCS / "results" / TORNADO).read_text()
 
 
 def test_the_page_of_the_cost_model_is_made_anew():
@@ -202,6 +208,8 @@ def test_the_fastest_layout_that_fits(tmp_path, capsys, monkeypatch):
     assert found[1]["seconds"] < found[0]["seconds"]
     assert "stage  3" in text
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    for one in found:
+        assert one["routing"]["name"] in (tmp_path / "timeline.svg").read_text()
     assert {event["pid"] for event in events} == {0, 1}
 
 

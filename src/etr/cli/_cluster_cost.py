@@ -11,15 +11,22 @@ from rich.console import Console
 
 from etr.cli._options import parse
 from etr.cli._tables import make_table
-from etr.cluster import paper as paper_page
 from etr.cluster.bench.plan import BenchConfig
 from etr.cluster.calibration import calibrate, section
 from etr.cluster.cost import chrome_trace, draw
+from etr.cluster.figure import timeline
+from etr.cluster.paper import tried
+from etr.cluster.paper_page import page as paper_page
+from etr.cluster.paper_page import tornado
 from etr.cluster.plan import HEAD, PlanConfig, Planned, cells, part_cells
 from etr.cluster.plan import plan as find_plan
 from etr.cluster.scale import ScaleConfig
 from etr.cluster.scale import page as scale_page
 from etr.files import read_json, write_json, write_text
+from etr.report.chart import save_svg
+
+TORNADO = "images/paper-clusters-tornado.svg"
+"""Beside the page of the paper's clusters."""
 
 
 def plan(arguments: list[str]) -> int:
@@ -38,7 +45,8 @@ def plan(arguments: list[str]) -> int:
     write_json(out / "plan.json", [_values(one) for one in found])
     steps = {one.routing.name: one.steps[-1].events for one in found}
     write_json(out / "trace.json", chrome_trace(steps))
-    print(f"written: {out}/plan.json, {out}/trace.json")
+    save_svg(timeline(steps), out / "timeline.svg")
+    print(f"written: {out}/plan.json, {out}/trace.json, {out}/timeline.svg")
     return 0
 
 
@@ -70,8 +78,11 @@ class PaperCommand:
 
 def paper(arguments: list[str]) -> int:
     """The paper's clusters."""
-    command = parse(PaperCommand, "cluster paper", arguments)
-    return _write(paper_page.page(), command.page)
+    command, found = parse(PaperCommand, "cluster paper", arguments), tried()
+    if command.page is None:
+        return _write(paper_page(found), None)
+    save_svg(tornado(found), Path(command.page).parent / TORNADO)
+    return _write(paper_page(found, TORNADO), command.page)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,16 @@
-"""The all-to-all curve as a figure."""
+"""The all-to-all curve, and predicted steps, as figures."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+from etr.cluster.cost.pipeline import MARKS, Event
 from etr.cluster.measure import NetworkCurve
 from etr.report.chart import Drawing
 from etr.report.lines import log_ticks
-from etr.report.marks import layer, mark, numeric
+from etr.report.marks import layer, mark, named, nominal, numeric
 from etr.report.spec import Chart, Numbers
-from etr.report.style import SERIES
+from etr.report.style import CARD, SERIES
 
 
 def curve_drawing(curve: NetworkCurve) -> Drawing:
@@ -47,4 +50,35 @@ def _chart(rows: list[tuple[int, float, float]]) -> Chart:
                 y=y | {"field": "measured"},
             ),
         ],
+    }
+
+
+def timeline(steps: Mapping[str, Sequence[Event]]) -> Chart:
+    """Steps of several routings, one below the other: what each stage does when.
+
+    Args:
+        steps: events by routing.
+    """
+    records = [
+        {
+            "row": f"{name}, stage {event.stage}",
+            "kind": event.kind,
+            "from": round(event.start_seconds, 6),
+            "to": round(event.end_seconds, 6),
+        }
+        for name, events in steps.items()
+        for event in sorted(events, key=lambda event: event.stage)
+    ]
+    looks = {kind: tint.css for kind, tint in zip(MARKS, SERIES[1:], strict=False)}
+    order = dict.fromkeys(str(record["row"]) for record in records)
+    return {
+        "data": {"values": records},
+        "height": {"step": 16},
+        "encoding": {
+            "y": nominal("row", order, axis={"labelLimit": 220, "title": None}),
+            "x": numeric("from", "seconds since the step began", scale={"zero": True}),
+            "x2": {"field": "to"},
+            "color": named("kind", looks, columns=4),
+        },
+        "layer": [layer(mark("bar", height=12, stroke=CARD.css, strokeWidth=0.5))],
     }

@@ -53,7 +53,7 @@ class PlanConfig:
     recompute: bool | None = None
     """Whether layers are computed again in the backward pass. None: as is faster and fits."""
     out: str = "runs/cluster-plan"
-    """Folder for plan.json and the timeline, trace.json, which trace viewers open."""
+    """Folder for plan.json, and the timeline: timeline.svg, and trace.json for trace viewers."""
 
     def __post_init__(self) -> None:
         for name in ("sequence_length", "batch", *GIVEN):
