@@ -237,3 +237,29 @@ def test_hard_tokens_take_more() -> None:
     easy, _, hard, mean = found.mean(0).tolist()
     assert hard >= easy + 0.4
     assert mean <= 1.5
+
+
+@pytest.mark.parametrize(("num_tokens", "expected"), [(100, (9, 11)), (400, (33, 44)), (1, (1, 1))])
+def test_choices_without_weights_have_more_room(num_tokens: int, expected: tuple[int, int]) -> None:
+    """Of 8 experts and 4 others, 100 tokens and one choice: 8.25 and 11 tokens; in whole ones."""
+    layer = layer_of("moe_pp", num_experts=8, top_k=1, capacity="factor:nulls=4,free=0.75")
+    view = decide(layer, torch.randn(num_tokens, 16))
+    limit = layer.capacity.limit(view.routing, torch.empty(0), torch.empty(0))
+    assert limit.capacity.tolist() == [expected[0]] * 8 + [expected[1]] * 4
+    assert bool((view.selection.num_tokens_per_expert <= limit.capacity).all())
+    asked = view.routing.num_choices_per_expert()
+    assert torch.equal(view.selection.num_tokens_per_expert, torch.minimum(asked, limit.capacity))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("nulls=12", "nulls=12 of capacity 'factor' must be fewer than the layer's 12 choices"),
+        ("nulls=-1", "nulls=-1"),
+        ("free=0", "free=0"),
+        ("capacity_factor=-1", "capacity_factor=-1"),
+    ],
+)
+def test_room_that_cannot_be_is_refused(options: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        layer_of("moe_pp", num_experts=8, top_k=1, capacity=f"factor:{options}")

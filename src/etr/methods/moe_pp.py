@@ -168,7 +168,7 @@ CARD = Card(
     ),
     departs=(
         "The balance loss has the factor N / K that the paper's lacks, and residuals start at 0. "
-        "No capacity, so nothing is dropped; the paper's gives free choices more room. Single "
-        "seeds differ more than the published thirds do."
+        "Nothing is dropped; capacity=factor:nulls=4,free=0.75 has the paper's room, times top_k, "
+        "which its formula lacks. Single seeds differ more than the published thirds do."
     ),
 )
