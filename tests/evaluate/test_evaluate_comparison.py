@@ -17,7 +17,7 @@ from etr.data import BYTE_VOCAB_SIZE, byte_tokenizer
 from etr.evaluate import EvalResult, ModelResult, TaskResult, comparison_json, comparison_markdown
 from etr.evaluate.comparison import held_out_result, paired, read_models, score_rows
 from etr.evaluate.held_out import ratio_error
-from etr.evaluate.tasks import Score
+from etr.evaluate.tasks import HELD_OUT, Score
 from etr.hf import EtrConfig, EtrForCausalLM
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
@@ -161,6 +161,12 @@ def test_tasks_of_a_two_layer_model(
     assert list(scores) == ["all", "a", "b"]
     assert [scores[name]["acc"].count for name in scores] == [3, 1, 2]
     assert scores["a"]["acc"].value == scores["b"]["acc"].value
+    for task in model.tasks:  # each holds what its means are of
+        for measure, rows in task.rows.items():
+            count = sum(task.weights or [1] * len(rows))
+            assert sum(rows) / count == pytest.approx(task.scores["all"][measure].value)
+    assert [len(task.rows) for task in model.tasks] == [2, 2, 1]
+    assert len(paired([model, model])) == 5
 
 
 @pytest.mark.parametrize(
@@ -184,8 +190,15 @@ def test_a_missing_file_shows_before_a_model_is_read(capsys: pytest.CaptureFixtu
 
 
 def with_rows(name: str, *rows: tuple[float, int], digest: str = "same") -> ModelResult:
-    values: dict[str, Any] = {"folder": name, "selection": "dropless", "tasks": []}
-    return ModelResult(model=name, rows=rows, digest=digest if rows else "", **values)
+    task = TaskResult(
+        task=HELD_OUT,
+        label="text",
+        scores={},
+        rows={"nats/token": tuple(nats for nats, _ in rows)},
+        weights=tuple(tokens for _, tokens in rows),
+        digest=digest,
+    )
+    return ModelResult(model=name, folder=name, selection="dropless", tasks=[task] if rows else [])
 
 
 def test_losses_are_paired_over_rows() -> None:
@@ -201,8 +214,9 @@ def test_losses_are_paired_over_rows() -> None:
     assert "against" in comparison_markdown([first, second])
     values = json.loads(json.dumps(comparison_json([first, second], {})))
     assert read_models(values) == [first, second]
-    del values["models"][0]["rows"], values["models"][0]["digest"]  # of an earlier version
-    assert read_models(values)[0].rows == ()
+    for name in ("rows", "weights", "digest"):  # of an earlier version
+        del values["models"][0]["tasks"][0][name]
+    assert paired(read_models(values)) == []
     uneven = with_rows("e", (11.0, 10), (62.0, 20), (8.0, 10))
     nats, tokens = torch.tensor([1.0, 2, 3]).double(), torch.tensor([10, 20, 10])
     assert f"± {ratio_error(nats, tokens):.4f}" in paired([first, uneven])[0]
@@ -216,3 +230,47 @@ def test_losses_of_other_tokens_are_not_paired() -> None:
     counted = with_rows("e", (10.0, 5), (60.0, 10))  # by an objective that hides half of them
     assert len(paired([first, same, other, untold, counted])) == 1
     assert paired([untold, untold]) == []
+
+
+@pytest.mark.parametrize("bounds", [(True, False), (False, True), (True, True)])
+def test_a_bound_is_not_paired_with_a_loss(bounds: tuple[bool, bool]) -> None:
+    found = [
+        EvalResult(
+            loss=1.5,
+            loss_by_domain={"x": 1.5},
+            tokens_by_domain={"x": 20},
+            kept_fraction=1.0,
+            selection="dropless",
+            error_by_domain={"x": 0.1},
+            rows=((12.0, 10), (18.0, 10)),
+            digest="same",
+            bound=bound,
+        )
+        for bound in bounds
+    ]
+    models = [
+        ModelResult(model=name, folder="", selection="", tasks=[held_out_result(f, {"x": 1.0}, "")])
+        for name, f in zip("ab", found, strict=True)
+    ]
+    told = ["b against a: +0.0000 ± 0.0000 nats/token (upper bound), paired over 2 rows of text"]
+    assert paired(models) == (told if all(bounds) else [])
+
+
+def answers(name: str, *values: float, digest: str = "same", task: str = "t") -> ModelResult:
+    found = TaskResult(task=task, label="", scores={}, rows={"acc": values}, digest=digest)
+    return ModelResult(model=name, folder="", selection="", tasks=[found])
+
+
+def test_answers_are_paired_over_questions() -> None:
+    """0, 1, 0, 1 more: .5, of standard deviation sqrt(1 / 3), and an error of half of that."""
+    first, second = answers("a", 1, 0, 0, 0), answers("b", 1, 1, 0, 1)
+    error = math.sqrt(1 / 3) / 2
+    told = f"b against a: +0.5000 ± {error:.4f} acc of t, paired; 2 of 4 questions differ"
+    assert paired([first, second]) == [told]
+    assert paired([answers("a", 1), answers("b", 0)]) == [
+        "b against a: -1.0000 acc of t, paired; 1 of 1 questions differ"
+    ]
+    assert paired([first, answers("c", 1, 1, 0, 1, digest="other")]) == []
+    assert paired([first, answers("d", 1, 1, 0, 1, task="u")]) == []
+    values = json.loads(json.dumps(comparison_json([first, second], {})))
+    assert read_models(values) == [first, second]

@@ -36,7 +36,10 @@ class Commands:
         if words[0] == "evaluate":
             name, task = Path(words[1]).name, words[3]
             score = Score(value=len(self.asked) / 100, error=0.01, count=7)
-            result = TaskResult(task=task, label=task, scores={"all": {"acc": score}})
+            scores = {"all": {"acc": score}, "a category": {"acc": score}}
+            result = TaskResult(
+                task=task, label=task, scores=scores, rows={"acc": (score.value, 0)}, digest=task
+            )
             model = ModelResult(model=name, folder=words[1], selection="dropless", tasks=[result])
             self._write(words, "--json", comparison_json([model], {}))
             return
@@ -74,13 +77,20 @@ def test_stages_in_order_and_a_page(commands: Commands, tmp_path: Path, monkeypa
     ], "the routers' fine-tuning differs in nothing else"
     text = path.read_text()
     assert "| task | category | measure | n | dense | etr | token_choice |" in text
-    assert (
-        "| task | category | measure | n | etr-sft | etr-sft, dropless | token_choice-sft |" in text
-    )
+    after = "token_choice-sft | etr-sft | etr-sft, dropless | dense |"
+    assert f"| task | category | measure | n | {after}" in text
     assert "± 0.0100" in text
+    assert "a category" not in text
     for file in (path, path.with_suffix(".json")):
         assert str(tmp_path) not in file.read_text()
         assert "secret" not in file.read_text()
+    told = [line for line in text.splitlines() if " against " in line]
+    others = [("etr-sft", 4), ("etr-sft, dropless", 1), ("dense", 4)]
+    for model, tasks in others:
+        begin = f"- {model} against token_choice-sft: "
+        assert [line.startswith(begin) for line in told].count(True) == tasks
+    assert "- etr against dense: +" in text
+    assert len(told) == 9 + 2
     assert downstream.page(json.loads(path.with_suffix(".json").read_text())) == text
 
 

@@ -126,6 +126,7 @@ def test_multiple_choice_equals_a_hand_computation(model: EtrForCausalLM, tmp_pa
     etr.set_eval_selection(model, "threshold")
     for measure, values in right.items():
         score, mean = found.scores["all"][measure], sum(values) / 3
+        assert found.rows[measure] == tuple(values)
         assert score.value == pytest.approx(mean)
         deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / 2)
         assert score.error == pytest.approx(deviation / math.sqrt(3))
@@ -153,6 +154,7 @@ def test_generated_answers_are_scored_in_order(model: EtrForCausalLM) -> None:
     (found,) = run_tasks(model, byte_tokenizer(), [task], batch_size=3)
     assert set(seen) == set(prompts)
     assert found.scores["all"]["length"].value == sum(map(len, prompts)) / 4
+    assert found.rows == {"length": tuple(map(len, prompts))}
     tokenizer, before = byte_tokenizer(), model.training
     model.eval()
     for prompt in prompts:
@@ -176,6 +178,9 @@ def test_a_task_of_ones_own_for_the_harness(model: EtrForCausalLM, tmp_path: Pat
     (found,) = run_named(model, byte_tokenizer(), ["own"], task_path=str(tmp_path))
     (same,) = run_tasks(model, byte_tokenizer(), [own_questions(data)])
     assert found.scores["all"]["acc_norm"] == same.scores["all"]["acc_norm"]
+    assert found.rows == {"acc_norm": same.rows["acc_norm"]}
+    (fewer,) = run_named(model, byte_tokenizer(), ["own"], task_path=str(tmp_path), limit=2)
+    assert found.digest != fewer.digest != ""
     with pytest.raises(ValueError, match="lm-evaluation-harness does not know them"):
         run_named(model, byte_tokenizer(), ["no_such"], task_path=str(tmp_path))
 

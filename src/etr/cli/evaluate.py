@@ -17,7 +17,6 @@ from etr.cli._options import WithImports
 from etr.cli._tables import make_table
 from etr.data import DataConfig, held_out_batches, open_data
 from etr.evaluate import (
-    EvalResult,
     Exam,
     ModelResult,
     TaskConfig,
@@ -117,10 +116,8 @@ def evaluate_model(config: EvaluateConfig, path: str, name: str, tasks: list[Exa
         "selection": config.selection,
     }
     found: list[TaskResult] = []
-    measured: EvalResult | None = None
     if HELD_OUT in config.tasks.tasks:
-        task, measured = held_out(config, objective, model, tokenizer, folder)
-        found.append(task)
+        found.append(held_out(config, objective, model, tokenizer, folder))
     found += run_tasks(model, tokenizer, tasks, **options)
     found += run_named(
         model,
@@ -136,9 +133,6 @@ def evaluate_model(config: EvaluateConfig, path: str, name: str, tasks: list[Exa
         folder=str(folder),
         selection=describe_selection(model, config.selection, objective),
         tasks=sorted(found, key=lambda result: order.get(result.task, len(order))),
-        rows=measured.rows if measured else (),
-        digest=measured.digest if measured else "",
-        bound=objective.bound,
     )
 
 
@@ -148,8 +142,8 @@ def held_out(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
-) -> tuple[TaskResult, EvalResult]:
-    """Held-out loss as a task, and what was measured."""
+) -> TaskResult:
+    """Held-out loss as a task."""
     data = open_data(dataclasses.replace(config.data, tokenizer=str(folder)))
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
@@ -164,7 +158,7 @@ def held_out(
     )
     domains = data.dataset.domains
     result = evaluate(model, batches, domains, config.selection, objective=objective)
-    return held_out_result(result, data.dataset.bytes_per_token, data.corpus), result
+    return held_out_result(result, data.dataset.bytes_per_token, data.corpus)
 
 
 def names_of(paths: tuple[str, ...]) -> list[str]:

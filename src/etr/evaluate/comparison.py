@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +27,6 @@ class ModelResult:
     """How its experts selected, in words."""
     tasks: list[TaskResult]
     """Results, in the order asked for."""
-    rows: tuple[tuple[float, int], ...] = ()
-    """Nats and tokens of each row of held-out text, where that was asked for."""
-    digest: str = ""
-    """Of these rows' token ids; empty in results of a version that wrote none."""
-    bound: bool = False
-    """Whether those are upper bounds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +66,14 @@ def held_out_result(
     for name, loss in result.loss_by_domain.items():
         error = result.error_by_domain[name]
         scores[name] = _nats_and_bits(loss, error, tokens[name], bytes_per_token[name], suffix)
-    return TaskResult(task=HELD_OUT, label=f"held-out text of corpus {corpus}", scores=scores)
+    return TaskResult(
+        task=HELD_OUT,
+        label=f"held-out text of corpus {corpus}",
+        scores=scores,
+        rows={f"nats/token{suffix}": tuple(nats for nats, _ in result.rows)},
+        weights=tuple(tokens for _, tokens in result.rows),
+        digest=result.digest,
+    )
 
 
 def _nats_and_bits(
@@ -114,28 +115,39 @@ def columns(models: Sequence[ModelResult]) -> list[str]:
 
 
 def paired(models: Sequence[ModelResult]) -> list[str]:
-    """How much higher each held-out loss is than the first model's, row by row, in sentences.
+    """How much more each model scores than the first, row by row of text and question by question,
+    in sentences.
 
-    On the same rows the difference is known much better than both losses. Models that cut the text
-    into other tokens, count others of them, or do not tell their tokens are left out, and where one
-    has a loss, those that have a bound.
+    On the same rows the difference is known much better than both scores. A task is left out where
+    a model cut the text into other tokens, counted others of them, was asked other questions or
+    does not tell; and a bound is not paired with a loss.
     """
     first, *others = models
-    count, found = [n for _, n in first.rows], []
-    for other in others:
-        same = (other.digest, other.bound) == (first.digest, first.bound)
-        if not (first.digest and same and [n for _, n in other.rows] == count):
-            continue
-        pairs = zip(other.rows, first.rows, strict=True)
-        more = torch.tensor([a - b for (a, _), (b, _) in pairs], dtype=torch.float64)
-        tokens = torch.tensor(count)
-        error = ratio_error(more, tokens)
-        found.append(
-            f"{other.model} against {first.model}: {float(more.sum() / tokens.sum()):+.4f}"
-            f"{'' if error is None else f' ± {error:.4f}'} nats/token, paired over {len(count)} "
-            "rows of text"
-        )
-    return found
+    return [
+        sentence
+        for other in others
+        for mine in first.tasks
+        for theirs in other.tasks
+        if mine.task == theirs.task
+        for sentence in _differences(f"{other.model} against {first.model}", theirs, mine)
+    ]
+
+
+def _differences(who: str, task: TaskResult, first: TaskResult) -> Iterator[str]:
+    if not first.digest or (task.digest, task.weights) != (first.digest, first.weights):
+        return
+    for measure in (name for name in first.rows if name in task.rows):
+        pairs = list(zip(task.rows[measure], first.rows[measure], strict=True))
+        more = torch.tensor([a - b for a, b in pairs], dtype=torch.float64)
+        weights = torch.tensor(first.weights or [1] * len(pairs))
+        error = ratio_error(more, weights)
+        found = f"{float(more.sum() / weights.sum()):+.4f}"
+        found += "" if error is None else f" ± {error:.4f}"
+        if task.task == HELD_OUT:
+            yield f"{who}: {found} {measure}, paired over {len(pairs)} rows of text"
+        else:
+            unequal = f"{int(more.count_nonzero())} of {len(pairs)} questions differ"
+            yield f"{who}: {found} {measure} of {task.task}, paired; {unequal}"
 
 
 def comparison_markdown(models: Sequence[ModelResult]) -> str:
@@ -175,10 +187,12 @@ def read_models(values: dict[str, Any]) -> list[ModelResult]:
                             category: {name: Score(**score) for name, score in scores.items()}
                             for category, scores in task["scores"].items()
                         },
+                        rows={name: tuple(row) for name, row in task.get("rows", {}).items()},
+                        weights=tuple(task.get("weights", ())),
+                        digest=task.get("digest", ""),
                     )
                     for task in model["tasks"]
                 ],
-                "rows": tuple(map(tuple, model.get("rows", ()))),
             }
         )
         for model in values["models"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from etr.data.chat import ChatTemplate
@@ -88,7 +91,9 @@ def run_named(
         ) from error
     counts = found.get("n-samples", {})
     return [
-        _named_result(name, values, counts.get(name, {}).get("effective", 0))
+        _named_result(
+            name, values, counts.get(name, {}).get("effective", 0), found["samples"].get(name, [])
+        )
         for name, values in found["results"].items()
     ]
 
@@ -227,12 +232,20 @@ def _own_result(task: Exam, samples: list[dict[str, Any]]) -> TaskResult:
         (sample["doc"]["category"], {name: float(sample[name]) for name in sample["metrics"]})
         for sample in in_order
     ]
-    return TaskResult(task=task.name, label=task.label, scores=by_category(rows))
+    return TaskResult(
+        task=task.name,
+        label=task.label,
+        scores=by_category(rows),
+        rows={name: tuple(values[name] for _, values in rows) for name in rows[0][1]},
+        digest=_digest(in_order),
+    )
 
 
-def _named_result(name: str, values: dict[str, Any], count: int) -> TaskResult:
+def _named_result(
+    name: str, values: dict[str, Any], count: int, samples: list[dict[str, Any]]
+) -> TaskResult:
     """Measures as the harness reports them: "acc,none" and "acc_stderr,none"."""
-    scores = {}
+    scores, rows, digest = {}, {}, ""
     for key, value in values.items():
         measure, comma, kind = key.partition(",")
         if not comma or measure.endswith("_stderr") or not isinstance(value, int | float):
@@ -241,7 +254,19 @@ def _named_result(name: str, values: dict[str, Any], count: int) -> TaskResult:
         label = measure if kind == "none" else f"{measure} ({kind})"
         known = isinstance(error, int | float)
         scores[label] = Score(value=value, error=error if known else None, count=count)
-    return TaskResult(task=name, label=f"{name} of lm-evaluation-harness", scores={ALL: scores})
+        in_order = [s for s in sorted(samples, key=lambda s: s["doc_id"]) if s["filter"] == kind]
+        each = [sample.get(measure) for sample in in_order]
+        numbers = [float(one) for one in each if isinstance(one, int | float)]
+        # Not where the harness makes something else of a task's questions than their mean.
+        if len(numbers) == len(each) > 0 and math.isclose(fmean(numbers), value, abs_tol=1e-9):
+            rows[label], digest = tuple(numbers), _digest(in_order)
+    label = f"{name} of lm-evaluation-harness"
+    return TaskResult(task=name, label=label, scores={ALL: scores}, rows=rows, digest=digest)
+
+
+def _digest(samples: list[dict[str, Any]]) -> str:
+    """Of the questions, in order."""
+    return hashlib.sha256("".join(s["doc_hash"] for s in samples).encode()).hexdigest()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import importlib
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,6 +71,13 @@ class TaskResult:
     """Label of the task."""
     scores: Scores
     """Scores by category ("all" first), then by measure."""
+    rows: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """By measure, the sum of each row of text or the value of each question, in order; of measures
+    that are means of these."""
+    weights: tuple[int, ...] = ()
+    """Tokens of each row of text; empty for questions, which weigh 1."""
+    digest: str = ""
+    """Of what was asked: rows of two results pair where it is the same; empty where none do."""
 
 
 def require(module: str, package: str) -> Any:
