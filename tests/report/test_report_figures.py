@@ -1,9 +1,12 @@
+import base64
 import copy
 import csv
 import io
 import json
 import re
+import struct
 import xml.etree.ElementTree as ET
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from invented_results import make_results
 from numpy.testing import assert_allclose
 
 from etr.report import draw_figures, load_results
-from etr.report.chart import Drawing, Skipped, _slim, page_spec, page_svg, save_files
+from etr.report.chart import Drawing, Skipped, page_spec, page_svg, save_files
 from etr.report.curves import (
     Curve,
     VariantCurves,
@@ -28,9 +31,11 @@ from etr.report.figures.expert_load import draw_expert_load, relative_load
 from etr.report.histogram import Histogram, mean_histogram
 from etr.report.labels import LINE, NAME, label_places
 from etr.report.lines import line_chart, log_ticks, values_domain
+from etr.report.page import PAGES
 from etr.report.results import Results
 from etr.report.spec import SECTIONS, Missing, Plot
 from etr.report.style import CARD, INK, SERIES, SOFT, looks
+from etr.report.svg import page_slim, slim
 from etr.report.wording import clipped_inside
 
 KEYS = [spec.key for spec in FIGURES]
@@ -77,16 +82,69 @@ def test_a_slim_picture_is_the_same_picture() -> None:
         '<g class="e"/><g transform="translate(0,0)"><path d="M0,0h9v9h-9Z"/><g x="1.500"><g></g>'
         f'<text y="1.2345">1.2345 &lt;g&gt;</text></g>{cells}</g><path d="" display="none"/></g>'
         '<text opacity="0">none</text><line x2="0" y2="4" opacity="0"/><line x2="0" y2="4"/>'
-        '<path d="M1.26,-2L3,4.04L2.5,4.04M0,1L0.26,0Z" stroke="var(--a)"/></svg>'
+        '<path d="M1.26,-2L3,4.04L2.5,4.04L2.5,4.04L1,4.04L3,4.04M0,1L0.26,0Z" stroke="var(--a)"/>'
+        '<text transform="translate(1.5,2)">a</text><text transform="translate(1,2)">'
+        '<tspan x="0">b</tspan></text><text transform="translate(1,2) rotate(9)">c</text></svg>'
     )
     even, odd = ("".join(f"M{at},0.5h1" for at in range(start, 10, 2)) for start in (0, 1))
-    assert _slim(svg) == (
+    assert slim(svg) == (
         '<svg font-size="11px"><defs><clipPath id="a"><path d="M0,0h9v9h-9Z"/></clipPath></defs>'
         '<g x="1.5"><text y="1.23">1.2345 &lt;g&gt;</text></g>'
         f'<path d="{even}" stroke="#a00800" stroke-width="1"/>'
         f'<path d="{odd}" stroke="#a00808" stroke-width="1"/>'
-        '<line y2="4"/><path d="M1.3-2l1.7,6-.5,0M0,1l.3-1Z" stroke="var(--a)"/></svg>'
+        '<line y2="4"/><path d="M1.3-2l1.7,6-2,0 2,0M0,1l.3-1Z" stroke="var(--a)"/>'
+        '<text x="1.5" y="2">a</text><text transform="translate(1,2)"><tspan x="0">b</tspan></text>'
+        '<text transform="translate(1,2) rotate(9)">c</text></svg>'
     )
+
+
+def _cells(columns: int, rows: int) -> str:
+    return "".join(
+        f'<path d="M{2.34 * x:.2f},{5 * y}h2.34v5h-2.34Z" fill="rgb({8 * x}, {16 * y}, 0)"/>'
+        for y in range(rows)
+        for x in range(columns)
+    )
+
+
+def test_a_grid_of_cells_is_an_image_in_a_page() -> None:
+    """A pixel for each, in its place and colour; what is not a whole grid stays paths."""
+    grid = page_slim(f"<svg>{_cells(5, 3)}</svg>")
+    (image,) = ET.fromstring(grid)
+    data = image.attrib.pop("href").partition("base64,")[2]
+    assert image.attrib == {
+        "x": "0",
+        "y": "0",
+        "width": "11.7",
+        "height": "15",
+        "preserveAspectRatio": "none",
+        "style": "image-rendering:pixelated",
+    }
+    png = base64.b64decode(data)
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    chunks, at = {}, 8
+    while at < len(png):
+        size, kind = struct.unpack(">I4s", png[at : at + 8])
+        chunks[kind] = png[at + 8 : at + 8 + size]
+        (check,) = struct.unpack(">I", png[at + 8 + size : at + 12 + size])
+        assert check == zlib.crc32(kind + chunks[kind])
+        at += 12 + size
+    assert list(chunks) == [b"IHDR", b"IDAT", b"IEND"]
+    assert chunks[b"IHDR"] == struct.pack(">IIBBBBB", 5, 3, 8, 2, 0, 0, 0)
+    assert zlib.decompress(chunks[b"IDAT"]) == b"".join(
+        b"\0" + b"".join(bytes([8 * x, 16 * y, 0]) for x in range(5)) for y in range(3)
+    )
+    holed = _cells(5, 3).partition("/>")[2]
+    assert "<image" not in page_slim(f"<svg>{holed}</svg>")
+    assert "<image" not in slim(f"<svg>{_cells(5, 3)}</svg>"), "a file is a drawing throughout"
+
+
+def test_texts_without_a_colour_are_those_that_the_page_colours() -> None:
+    soft, own = '<text fill="var(--soft)">a</text>', '<text fill="var(--ink)">b</text>'
+    assert (
+        page_slim(f"<svg>{soft}{own}</svg>") == f'<svg font-size="11px"><text>a</text>{own}</svg>'
+    )
+    style = (PAGES / "report.css").read_text()
+    assert ".plot text:not([fill]){fill:var(--soft)}" in style
 
 
 def test_a_chart_has_what_its_picture_has_and_obeys_the_page(

@@ -7,7 +7,7 @@ from invented_rows import DOMAINS, TEXT, write_trace
 
 from etr.report import draw_figures
 from etr.report.chart import Drawing, Skipped
-from etr.report.routed import Piece, hue, merge, read_routed
+from etr.report.routed import Piece, merge, read_routed, turn
 
 
 def _pieces(*entries: tuple[str, int, bool]) -> list[Piece]:
@@ -47,9 +47,8 @@ def test_a_token_with_several_experts_is_dropped_when_all_drop_it(tmp_path: Path
 
 @pytest.mark.parametrize("experts", [1, 8, 12, 13, 64])
 def test_experts_differ_in_colour(experts: int) -> None:
-    hues = [hue(expert, experts) for expert in range(experts)]
-    assert all(0 <= value < 360 for value in hues)
-    assert len(set(hues)) == experts
+    hues = [turn(experts) * expert % 360 for expert in range(experts)]
+    assert len({round(hue, 1) for hue in hues}) == experts
 
 
 @pytest.mark.parametrize(
@@ -67,8 +66,9 @@ def test_a_trace_that_cannot_be_shown_is_a_reason(tmp_path: Path, damage: str, r
     else:
         assert isinstance(figure, Drawing)
         assert figure.html is not None
-        assert '<s title="dropped, wanted expert 1">m</s>' in figure.html
-        assert '<span title="expert 0" style="--hue:0">def </span>' in figure.html
+        assert "<s style=--e:1>m</s>" in figure.html
+        assert "<i style=--e:0>def </i>" in figure.html
+        assert 'style="--turn:45"' in figure.html
 
 
 def test_markup_in_a_text_stays_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

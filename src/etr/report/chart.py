@@ -19,23 +19,12 @@ from typing import Any
 from etr.files import write_bytes
 from etr.report.spec import Chart, Plot, Section
 from etr.report.style import CARD, CONFIG, INK, SOFT, in_light
+from etr.report.svg import page_slim, slim
 
 HALF, WHOLE = 488, 1034
 """Pixels of a chart in half a row and in a whole row of the page."""
 FILE = 560
 """Pixels of a chart in a file of its own."""
-_NEEDLESS = re.compile(
-    r' (?:aria-\w+|role|pointer-events|class)="[^"]*"'
-    r'| (?:opacity="1"|stroke-width="[01]"|stroke-miterlimit="10"|transform="translate\(0,0\)"'
-    r'|[xy]2="0"|text-anchor="start"|font-weight="normal"|font-size="11px")'
-)
-_UNSEEN = re.compile(
-    r'<path d="[^"]*"(?: display="none")?/>(?!</clipPath>)'
-    r'|<(line|text)[^>]* opacity="0"[^>]*(?:/>|>[^<]*</\1>)'
-)
-_LINE = re.compile(r'(?<= d=")(?:[ML]-?[\d.]+,-?[\d.]+){2,}(?=Z?")')
-_CELL = r'<path d="M([-\d.]+),([-\d.]+)h([-\d.]+)v([-\d.]+)h[-\d.]+Z" fill="(#\w{6})"/>'
-_CELLS = re.compile(f"(?:{_CELL}){{9,}}")
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 VEGA_LITE = "6.4"
 """Version that draws; vl-convert has it inside."""
@@ -93,8 +82,7 @@ def page_spec(drawing: Drawing) -> Chart:
 def page_svg(drawing: Drawing, whole: bool) -> str:
     """The picture for a whole or half row of the page, as an `<svg>` element whose colours are CSS
     variables."""
-    text = _svg(_still(page_spec(drawing)), WHOLE if whole else HALF, drawing.key)
-    svg = re.sub(r' (?:xmlns(?::xlink)?|version|font-family)="[^"]*"(?=[^<>]*>)', "", text)
+    svg = page_slim(_svg(_still(page_spec(drawing)), WHOLE if whole else HALF, drawing.key))
     return svg.replace("<svg", f'<svg role="img" aria-labelledby="{drawing.key}-title"', 1)
 
 
@@ -103,7 +91,7 @@ def save_files(drawing: Drawing, folder: Path) -> tuple[Path, Path]:
     import vl_convert
 
     paths = folder / f"{drawing.key}.svg", folder / f"{drawing.key}.png"
-    svg = in_light(_svg(_framed(drawing), FILE, drawing.key))
+    svg = in_light(slim(_svg(_framed(drawing), FILE, drawing.key)))
     write_bytes(paths[0], svg.encode("utf-8", errors="replace"))
     write_bytes(paths[1], vl_convert.svg_to_png(svg, scale=PNG_SCALE))
     return paths
@@ -112,7 +100,8 @@ def save_files(drawing: Drawing, folder: Path) -> tuple[Path, Path]:
 def save_svg(chart: Chart, path: Path) -> None:
     """Write a chart alone, without title and caption."""
     spec = {**_still(chart), "config": {**CONFIG, "background": CARD.css}}
-    write_bytes(path, in_light(_svg(spec, FILE, path.stem)).encode("utf-8", errors="replace"))
+    svg = in_light(slim(_svg(spec, FILE, path.stem)))
+    write_bytes(path, svg.encode("utf-8", errors="replace"))
 
 
 @cache
@@ -134,58 +123,7 @@ def _svg(chart: Chart, width: int, name: str) -> str:
     ids = {old: f"{name}-{new}" for new, old in enumerate(re.findall(r'<[^>]* id="([^"]+)"', svg))}
     for old, new in ids.items():
         svg = svg.replace(f' id="{old}"', f' id="{new}"').replace(f"url(#{old})", f"url(#{new})")
-    return _slim(svg)
-
-
-def _slim(svg: str) -> str:
-    """The same picture in fewer letters: nothing unseen, short numbers, lines as steps, cells by
-    their colour."""
-    kept: list[bool] = []
-
-    def short(match: re.Match[str]) -> str:
-        tag = _NEEDLESS.sub("", match.group())
-        if tag.startswith("<g") and tag.endswith("/>"):
-            return ""
-        if tag.startswith("<g"):
-            kept.append(tag != "<g>")
-        if (tag == "<g>" and not kept[-1]) or (tag == "</g>" and not kept.pop()):
-            return ""
-        tag = re.sub(r"\d+\.\d+", lambda number: f"{round(float(number[0]), 2):g}", tag)
-        tag = _LINE.sub(_steps, tag).replace("<svg", '<svg font-size="11px"')
-        return re.sub(r"rgb\((\d+), (\d+), (\d+)\)", _hex, tag)
-
-    # Tags only: what a name says is left alone.
-    return _CELLS.sub(_by_colour, _UNSEEN.sub("", re.sub(r"<[^>]+>", short, svg)))
-
-
-def _steps(line: re.Match[str]) -> str:
-    """A path of straight lines, each from where the last one ended, in tenths of a pixel."""
-    parts, before, at = [], "", (0, 0)
-    for letter, *point in re.findall(r"([ML])([^,]+),([^ML]+)", line[0]):
-        x, y = (round(10 * float(number)) for number in point)
-        step = (x, y) if letter == "M" else (x - at[0], y - at[1])
-        sign = letter.replace("L", "l") if letter != before else " "
-        parts.append(f"{sign}{step[0] / 10:g},{step[1] / 10:g}")
-        before, at = letter, (x, y)
-    return re.sub(r"[ ,](?=-)", "", re.sub(r"(?<!\d)0(?=\.)", "", "".join(parts)))
-
-
-def _by_colour(cells: re.Match[str]) -> str:
-    """One path for all cells of a colour and a height, as thick lines; they do not overlap."""
-    paths: dict[tuple[str, str], str] = {}
-    for x, y, width, height, colour in re.findall(_CELL, cells[0]):
-        middle = float(y) + float(height) / 2
-        key = colour, height
-        paths[key] = paths.get(key, "") + f"M{x},{middle:g}h{width}"
-    return "".join(
-        f'<path d="{path}" stroke="{colour}" stroke-width="{height}"/>'
-        for (colour, height), path in paths.items()
-    )
-
-
-def _hex(colour: re.Match[str]) -> str:
-    """Of cells: a few dozen colours that differ to the eye."""
-    return "#" + "".join(f"{min(255, 8 * round(int(part) / 8)):02x}" for part in colour.groups())
+    return svg
 
 
 def _framed(drawing: Drawing) -> Chart:

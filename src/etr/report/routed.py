@@ -107,6 +107,6 @@ def merge(tokens: Sequence[Piece]) -> tuple[Piece, ...]:
     )
 
 
-def hue(expert: int, num_experts: int) -> int:
-    """A colour for an expert, degrees: evenly apart where they are few."""
-    return round(360 * expert / num_experts if num_experts <= 12 else 137.508 * expert) % 360
+def turn(num_experts: int) -> float:
+    """Between the hues of one expert and the next, degrees: evenly apart where they are few."""
+    return 360 / num_experts if num_experts <= 12 else 137.508

@@ -7,7 +7,7 @@ from html import escape
 from etr.report.found import Found
 from etr.report.marks import HIDDEN, SHOWN, layer, mark, nominal
 from etr.report.results import Results
-from etr.report.routed import Piece, Routed, RoutedText, hue, read_routed
+from etr.report.routed import Piece, Routed, RoutedText, read_routed, turn
 from etr.report.spec import Chart, Missing, Numbers, Plot, Spec
 from etr.report.style import CARD, INK, SANS, SOFT
 from etr.report.wording import clipped
@@ -65,7 +65,7 @@ def _read(results: Results) -> tuple[list[Found[Routed]], list[str]]:
 def _html(run: Found[Routed]) -> str:
     routed = run.value
     legend = "".join(
-        _span(Piece(text=f"expert {expert}", expert=expert, kept=True), routed.num_experts)
+        _tag(Piece(text=f"expert {expert}", expert=expert, kept=True))
         for expert in range(min(routed.num_experts, 16))
     )
     more = " …" if routed.num_experts > 16 else ""
@@ -73,29 +73,28 @@ def _html(run: Found[Routed]) -> str:
     blocks = "".join(
         f"<details{' open' if layer == layers[-1] else ''}><summary>MoE layer {layer} of"
         f" {routed.num_layers}, counted from 0</summary>"
-        + "".join(_text_html(text, routed) for text in routed.texts if text.layer == layer)
+        + "".join(_text_html(text) for text in routed.texts if text.layer == layer)
         + "</details>"
         for layer in reversed(layers)
     )
     return (
-        f'<div class="routed" data-variant="{escape(run.name)}">'
+        f'<div class="routed" data-variant="{escape(run.name)}"'
+        f' style="--turn:{turn(routed.num_experts):g}">'
         f"<h4>{escape(run.name)}, {escape(routed.selection)} selection</h4>"
         f'<p class="tokens">{legend}{more} <s>dropped</s></p>{blocks}</div>'
     )
 
 
-def _text_html(text: RoutedText, routed: Routed) -> str:
-    spans = "".join(_span(piece, routed.num_experts) for piece in text.pieces)
-    return f'<p class="domain">{escape(text.domain)}</p><p class="tokens">{spans}</p>'
+def _text_html(text: RoutedText) -> str:
+    tags = "".join(_tag(piece) for piece in text.pieces)
+    return f'<p class="domain">{escape(text.domain)}</p><p class="tokens">{tags}</p>'
 
 
-def _span(piece: Piece, num_experts: int) -> str:
+def _tag(piece: Piece) -> str:
+    """A page has thousands: the style makes colour and hover text of the expert alone."""
     text = escape("".join(c if c.isprintable() or c == "\n" else "·" for c in piece.text))
-    if not piece.kept:
-        wanted = "" if piece.expert is None else f", wanted expert {piece.expert}"
-        return f'<s title="dropped{wanted}">{text}</s>'
-    shade = hue(piece.expert or 0, num_experts)
-    return f'<span title="expert {piece.expert}" style="--hue:{shade}">{text}</span>'
+    name, expert = "i" if piece.kept else "s", piece.expert
+    return f"<{name}{'' if expert is None else f' style=--e:{expert}'}>{text}</{name}>"
 
 
 def _picture(found: Sequence[Found[Routed]]) -> Chart:
@@ -109,9 +108,8 @@ def _picture(found: Sequence[Found[Routed]]) -> Chart:
         name = clipped(f"{run.name}, layer {last}, {text.domain}", 70)
         heads.append({"variant": run.name, "x": 0, "row": top, "name": name})
         for piece, line, column, part in _lines(text.pieces):
-            red, green, blue = hls_to_rgb(
-                hue(piece.expert or 0, run.value.num_experts) / 360, 0.84, 0.7
-            )
+            hue = turn(run.value.num_experts) * (piece.expert or 0) % 360
+            red, green, blue = hls_to_rgb(hue / 360, 0.84, 0.7)
             color = f"rgb({255 * red:.0f},{255 * green:.0f},{255 * blue:.0f})"
             letters += [
                 {
