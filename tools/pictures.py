@@ -43,7 +43,7 @@ def main(comparison: Path) -> None:
         for theme in THEMES:
             for width in WIDTHS:
                 screen(chromium, page, theme, width, IMAGES / f"report-{width}-{theme}.png")
-        many_variants(Path(scratch), 12, "of a sweep")
+        many_variants(Path(scratch), 12, "of a sweep", seeds=3, steps=160)
         page = write_report(Path(scratch), Path(scratch) / "many.html", title="Twelve variants")
         screen(chromium, page, "light", 1440, IMAGES / "report-12-variants.png", height=4600)
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from etr.cli import main
+from etr_command import main
 
 sys.exit(main())

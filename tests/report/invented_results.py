@@ -1,13 +1,15 @@
 """Invented comparisons for the tests of etr.report: shaped like real ones, seeded."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from invented_rows import alarm, diagnostics, layer_extras, profile, write_trace
 
-VARIANTS = (
+Variant = tuple[str, str, str, str, float, float, bool]
+VARIANTS: tuple[Variant, ...] = (
     ("baseline 1.1", "baseline", "factor 1.1", "dropless", 1.60, 1.00, True),
     ("linear 1.1", "linear", "factor 1.1", "threshold", 1.585, 1.00, True),
     ("etr schedule", "etr", "schedule 1.1 to 0.6", "threshold", 1.60, 0.72, True),
@@ -25,10 +27,11 @@ def make_results(
     variants: int = len(VARIANTS),
     layers: int = 3,
     experts: int = 8,
+    kinds: Sequence[Variant] = VARIANTS,
 ) -> dict[str, Any]:
     """Write results.json and every run's metrics.jsonl into `folder`; return the results."""
     rows = []
-    for index, variant in enumerate(VARIANTS[:variants]):
+    for index, variant in enumerate(kinds[:variants]):
         for seed in range(seeds):
             random = np.random.default_rng(100 * index + seed)
             name = f"runs/{index}-{seed}/metrics.jsonl"
@@ -63,12 +66,12 @@ def write_results(folder: Path, results: dict[str, Any]) -> Path:
     return path
 
 
-def _kept(variant: tuple[Any, ...], u: float) -> float:
+def _kept(variant: Variant, u: float) -> float:
     return 0.97 - 0.97 * (1 - float(variant[5])) * min(u / 0.7, 1)
 
 
 def _lines(
-    variant: tuple[Any, ...], steps: int, layers: int, experts: int, random: np.random.Generator
+    variant: Variant, steps: int, layers: int, experts: int, random: np.random.Generator
 ) -> list[dict[str, Any]]:
     scored = variant[1] != "baseline"
     other = np.random.default_rng(steps)  # of its own, for the losses to stay what tests know
@@ -126,7 +129,7 @@ def _lines(
                     "tokens": 4096 * step,
                     "expert_flops": flops,
                     "selection": selection,
-                    "val_loss": loss + 0.08,
+                    "val_loss": loss + 0.08 + 0.006 * float(np.sin(step + 50 * skew[0, 0])),
                     "val_loss_by_domain": {},
                     "kept_fraction_eval": kept,
                 }
@@ -139,7 +142,7 @@ def _lines(
 
 
 def _row(
-    variant: tuple[Any, ...], seed: int, steps: int, metrics: str, random: np.random.Generator
+    variant: Variant, seed: int, steps: int, metrics: str, random: np.random.Generator
 ) -> dict[str, Any]:
     name, router, capacity, selection, base, kept, causal = variant
     loss = base + 0.02 * seed + 0.004 * float(random.standard_normal())
@@ -179,18 +182,24 @@ def _row(
     }
 
 
-def many_variants(folder: Path, count: int, name: str = "") -> None:
-    """A comparison of as many variants as asked for, which share the curves of a few.
+def many_variants(
+    folder: Path, count: int, name: str = "", *, seeds: int = 1, steps: int = 16
+) -> None:
+    """A comparison of as many variants as asked for: kinds of a few, each with losses of its own.
 
     Args:
         folder: where to.
-        count: variants, each of one seed.
+        count: variants.
         name: what each name ends with.
+        seeds: of each.
+        steps: of each run.
     """
-    results = make_results(folder, seeds=1, steps=16, variants=min(count, 4), layers=2, experts=4)
-    rows = results["rows"]
-    results["rows"] = [
-        {**rows[place % len(rows)], "name": f"{place} {name}".strip() if place else "baseline"}
-        for place in range(count)
-    ]
-    write_results(folder, results)
+    kinds: list[Variant] = []
+    for place in range(count):
+        again, kind = divmod(place, 4)
+        _, router, capacity, selection, base, kept, causal = VARIANTS[kind]
+        own = f"{place} {name}".strip() if place else "baseline"
+        loss = base + 0.011 * again * (1 if place % 3 else -1)
+        kinds.append((own, router, capacity, selection, loss, kept * 0.96**again, causal))
+    sizes = {"variants": count, "layers": 2, "experts": 4}
+    make_results(folder, seeds=seeds, steps=steps, kinds=kinds, **sizes)

@@ -3,6 +3,7 @@ import copy
 import csv
 import io
 import json
+import math
 import re
 import struct
 import xml.etree.ElementTree as ET
@@ -157,6 +158,19 @@ def test_a_chart_has_what_its_picture_has_and_obeys_the_page(
         assert spec["params"][0]["name"] == "hidden"
         assert all("variant" in record for record in spec["data"]["values"])
         assert figure.html or '"tooltip": [' in json.dumps(spec)
+
+
+def test_marks_at_the_ends_of_an_axis_are_whole(figures: dict[str, Drawing | Skipped]) -> None:
+    """Nothing is cut at the frame, and the 0 of an axis has no unit."""
+    curves, panel = (figures[key] for key in ("loss-by-steps", "difference"))
+    assert isinstance(curves, Drawing)
+    assert isinstance(panel, Drawing)
+    for encoding in (curves.chart["encoding"], panel.chart["spec"]["encoding"]):
+        assert encoding["x"]["scale"]["padding"] ** 2 >= 40 / math.pi, "the area of a dot"
+    svg = page_svg(curves, curves.wide)
+    assert ">0G<" not in page_svg(figures["loss-by-compute"], False)
+    first = min(float(x) for x in re.findall(r'transform="translate\(([\d.]+),[\d.]+\)" d="M', svg))
+    assert first >= 4
 
 
 def test_titles_state_what_the_data_decide(figures: dict[str, Drawing | Skipped]) -> None:

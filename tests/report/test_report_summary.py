@@ -227,6 +227,19 @@ def test_reading_counts_both_losses_once_where_both_are_served_dropless() -> Non
     assert len(read(content).gains[0].parts) == 2
 
 
+@pytest.mark.parametrize("share", [0.5, 0.72 * 0.96])
+def test_what_no_seed_changes_has_no_interval(share: float) -> None:
+    """Nor where the mean of three equal numbers is not quite one of them."""
+    same = {"base": [2.0, 2.1, 2.2], "new": [2.0, 2.1, 2.2]}
+    content = _results(
+        same, **{n: {"expert_flops_per_step": 5.82e9 * (share if n == "new" else 1)} for n in same}
+    )
+    (part,) = read(content).gains[0].parts
+    assert part.endswith(
+        f"{100 * (share - 1):.1f} % (the same in every seed)".replace("-", "\N{MINUS SIGN}")
+    )
+
+
 def test_headline_of_a_comparison_that_only_loses() -> None:
     content = _results({"base": [2.0, 2.1], "a": [2.5, 2.6], "b": [2.2, 2.3]})
     assert headline(summarize(content)) == "No variant reaches base: b ends 0.200 above it"

@@ -11,8 +11,10 @@ from etr.report.curves import Curve, CurveOf, VariantCurves, gather, mean_curve,
 from etr.report.labels import LINE, label_layer, label_places, labels
 from etr.report.marks import (
     FRAME,
+    PLAIN_ZERO,
     SHARED,
     SHOWN,
+    WHOLE_DOTS,
     colors,
     layer,
     mark,
@@ -79,6 +81,7 @@ def line_chart(
     records = [r for v in variants for r in _records(v, lines[v.name], len(names), smoothed)]
     xs = [float(end) for c in lines.values() for end in (c.x[0], c.x[-1])]
     ends = [min(xs), max(xs)] if min(xs) < max(xs) else [min(xs) - 0.5, max(xs) + 0.5]
+    along = {"domain": ends, **WHOLE_DOTS}
     scale = {"domain": rounded(domain), "nice": False}
     if log:
         scale["type"], y = "log", y | {"values": log_ticks(*domain)}
@@ -90,7 +93,7 @@ def line_chart(
         "transform": [SHOWN, {"flatten": ["x", "y"]}],
         "height": height,
         "encoding": {
-            "x": numeric("x", x, format="~s", tickCount=6, scale={"domain": ends, "nice": False}),
+            "x": numeric("x", x, scale=along, format="~s", labelExpr=PLAIN_ZERO, tickCount=6),
             "y": numeric("y", title, scale=scale, **axis),
             "color": colors(results, names)["color"] | SHARED,
         },

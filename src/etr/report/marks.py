@@ -15,6 +15,10 @@ SHOWN = {"filter": "indexof(hidden, datum.variant) < 0"}
 """The page's legend says which variants a chart leaves out."""
 FRAME = {"params": [HIDDEN], "padding": {"left": 4, "top": 8, "right": 8, "bottom": 4}}
 """What every chart of one panel has beside its data."""
+PLAIN_ZERO = "datum.value == 0 ? '0' : datum.label"
+"""Labels of an axis, of which that of 0 has neither sign nor unit."""
+WHOLE_DOTS = {"nice": False, "padding": 5}
+"""Room at both ends of an axis, pixels: marks that end at the frame are not cut there."""
 SHARED = {"legend": None}
 """No legend of its own: that of the page, or labels, say whose a mark is."""
 

@@ -1,5 +1,6 @@
 """Sentences about a comparison, each computed from its numbers; none is written by hand."""
 
+import math
 from dataclasses import dataclass
 
 from etr.report.columns import LOSS_DIGITS
@@ -132,7 +133,7 @@ def _clause(quantity: Quantity, difference: Difference) -> str:
         return f"{text} (counted: {span} over {seeds})"
     if difference.interval is None or difference.missing:
         return f"{text} ({difference.reason.removeprefix('undecided: ')})"
-    if low == high:
+    if math.isclose(low, high):  # a mean over seeds rounds
         return f"{text} (the same in every seed)"
     return f"{text} (95 % interval {between(scale * low, scale * high, digits)})"
 

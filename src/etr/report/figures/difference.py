@@ -10,7 +10,19 @@ import numpy as np
 from etr.report.curves import evaluation_curve
 from etr.report.found import MOST_RUNS, too_many
 from etr.report.lines import STEPS, not_shown
-from etr.report.marks import SHARED, colors, layer, mark, numeric, panels, rounded, rule, tip
+from etr.report.marks import (
+    PLAIN_ZERO,
+    SHARED,
+    WHOLE_DOTS,
+    colors,
+    layer,
+    mark,
+    numeric,
+    panels,
+    rounded,
+    rule,
+    tip,
+)
 from etr.report.results import Results, Row
 from etr.report.spec import Chart, Missing, Numbers, Plot, Spec
 from etr.report.statistics import mean, t_interval
@@ -98,14 +110,13 @@ def _chart(results: Results, found: dict[str, list[_Point]]) -> Chart:
         }
         for name, points in found.items()
     ]
-    zero = "datum.value == 0 ? '0' : datum.label"
     scale = {"domain": list(_range(list(found.values()))), "nice": False}
-    y = numeric("y", _LABEL, format="+.3~f", labelExpr=zero, scale=scale)
+    y = numeric("y", _LABEL, format="+.3~f", labelExpr=PLAIN_ZERO, scale=scale)
     ends = {"low": ("interval from", "+.4f"), "high": ("interval to", "+.4f")}
     dot = {"filled": True, "size": 40, "opacity": 1}
     spec = {
         "encoding": {
-            "x": numeric("x", STEPS, format="~s", tickCount=4),
+            "x": numeric("x", STEPS, format="~s", tickCount=4, scale={"zero": False, **WHOLE_DOTS}),
             "y": y,
             "color": colors(results, found)["color"] | SHARED,
             "tooltip": tip(x=("step", ","), y=(_LABEL, "+.4f"), **ends),
