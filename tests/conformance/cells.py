@@ -6,10 +6,12 @@ are found by their types, and what a configuration can do by its traits.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import types
 import typing
+import zlib
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -251,3 +253,22 @@ def train_steps(layer: MoE, num_steps: int = 3, num_tokens: int = 256) -> None:
         with Collector(layer) as collector:
             layer(tokens(num_tokens, dtype), context(num_tokens, collector=collector))
         after_step(layer)
+
+
+@functools.cache
+def _trained(cell: Cell) -> MoE:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(zlib.crc32(cell.id.encode()))
+        layer = cell.layer()
+        train_steps(layer)
+    return layer.eval()
+
+
+def trained(cell: Cell, eval_selection: str) -> MoE:
+    """A layer in eval mode that has learned from a few steps, the same at each call.
+
+    Training never looks at `eval_selection`, so that the layers of a cell learn together.
+    """
+    layer = copy.deepcopy(_trained(cell))
+    layer.eval_selection = eval_selection
+    return layer

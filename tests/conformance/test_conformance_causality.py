@@ -15,6 +15,7 @@ from cells import (
     policy,
     tokens,
     train_steps,
+    trained,
     with_backends,
 )
 from torch import Tensor
@@ -62,10 +63,7 @@ def assert_causal(layer: MoE) -> None:
 @pytest.mark.parametrize("cell", with_backends(ALL), ids=ids)
 @pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
 def test_eval_is_causal(cell: Cell, selection: str) -> None:
-    layer = cell.layer(eval_selection=selection)
-    train_steps(layer)
-    layer.eval()
-    assert_causal(layer)
+    assert_causal(trained(cell, selection))
 
 
 @pytest.mark.parametrize("cell", [c for c in ALL if c.by_score], ids=ids)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cells import CELLS, Cell, T, context, ids, tokens, train_steps
+from cells import CELLS, Cell, T, context, ids, tokens, train_steps, trained
 from torch import Tensor
 
 from etr.moe import SERVING, MoE, RoutingContext
@@ -18,13 +18,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
 HALF = T // 2
 POSITION_FREE = [cell for cell in CELLS if cell.traits.position_free]
 CAUSAL = [name for name in SERVING if SERVING[name].causal]
-
-
-def served(cell: Cell, text: str) -> MoE:
-    """A layer in eval mode that has learned from a few steps."""
-    layer = cell.layer(eval_selection=text)
-    train_steps(layer)
-    return layer.eval()
 
 
 def labelled(num_tokens: int, first: int = 0) -> RoutingContext:
@@ -46,7 +39,7 @@ def others(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("cell", POSITION_FREE, ids=ids)
 def test_a_causal_one_gives_a_token_the_same_whatever_else_is_there(cell: Cell, text: str) -> None:
     """Later tokens or other rows, a prefill and one token at a time: as all tokens together."""
-    layer, x = served(cell, text), tokens()
+    layer, x = trained(cell, text), tokens()
     whole = output(layer, x)
     changed = output(layer, others(x))[:HALF]
     torch.testing.assert_close(changed, whole[:HALF], rtol=1e-12, atol=1e-13)
@@ -60,7 +53,7 @@ def test_any_other_shows_that_it_is_not_causal(text: str) -> None:
     """In some cell: where nothing is dropped, nothing can be seen."""
 
     def changes(cell: Cell) -> bool:
-        layer, x = served(cell, text), tokens()
+        layer, x = trained(cell, text), tokens()
         first = output(layer, x)[:HALF]
         return any(not torch.equal(output(layer, others(x))[:HALF], first) for _ in range(4))
 
@@ -70,7 +63,7 @@ def test_any_other_shows_that_it_is_not_causal(text: str) -> None:
 @pytest.mark.parametrize("text", SERVING)
 @pytest.mark.parametrize("cell", CELLS, ids=ids)
 def test_it_changes_no_state(cell: Cell, text: str) -> None:
-    layer = served(cell, text)
+    layer = trained(cell, text)
     before = copy.deepcopy(layer.state_dict())
     output(layer, tokens())
     assert layer.pending == {}
@@ -82,7 +75,7 @@ def test_it_changes_no_state(cell: Cell, text: str) -> None:
 @pytest.mark.parametrize("text", SERVING)
 @pytest.mark.parametrize("cell", CELLS, ids=ids)
 def test_no_token_and_one_token(cell: Cell, text: str, num_tokens: int) -> None:
-    layer, x = served(cell, text), tokens(num_tokens)
+    layer, x = trained(cell, text), tokens(num_tokens)
     y = output(layer, x)
     assert y.shape == x.shape
     assert torch.isfinite(y).all()
@@ -95,7 +88,7 @@ def test_for_one_call_it_serves_as_if_it_were_the_layers_own(
     cell: Cell, text: str, training: bool
 ) -> None:
     """By text, as an object and under the old name; nothing of the layer changes."""
-    layer, x, given = served(cell, text), tokens(), labelled(T)
+    layer, x, given = trained(cell, text), tokens(), labelled(T)
     want = layer(x, given).hidden_states
     layer.eval_selection = own = next(name for name in SERVING if name != text)
     layer.train(training)
@@ -117,7 +110,7 @@ def test_texts_of_policies_are_read_back(text: str) -> None:
 @pytest.mark.parametrize("cell", CELLS, ids=ids)
 def test_what_a_layer_refuses_drops_nothing(cell: Cell, text: str) -> None:
     """As its facts say without waiting for the device; and what is served is what was trained."""
-    layer, x = served(cell, text), tokens()
+    layer, x = trained(cell, text), tokens()
     facts = layer.facts(wait=False)
     assert facts == LayerFacts(traits=cell.traits, rank_by=layer.rank_by)
     found, dropless = (
