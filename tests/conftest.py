@@ -6,6 +6,7 @@ import functools
 import gc
 import logging
 import os
+import sys
 import zlib
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -58,6 +59,15 @@ def pytest_collection_finish() -> None:
     for logger in logging.root.manager.loggerDict.values():
         if isinstance(logger, logging.Logger):
             logger.propagate = True
+    _keep_instructions()
+
+
+def _keep_instructions() -> None:
+    """Dynamo keeps the instructions of 128 functions; a layer has more, so that none is found."""
+    module = sys.modules.get("torch._dynamo.bytecode_transformation")
+    kept = getattr(module, "_cached_cleaned_instructions", None)
+    if hasattr(kept, "__wrapped__"):
+        module._cached_cleaned_instructions = functools.cache(kept.__wrapped__)
 
 
 @pytest.hookimpl(optionalhook=True)
