@@ -23,6 +23,15 @@ def test_the_pages_are_there() -> None:
     assert written | {"docs/architecture.md", "docs/method.md"} <= names
 
 
+def test_every_page_is_in_the_contents_of_the_site() -> None:
+    contents = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    listed = re.findall(r"[\w/-]+\.md", contents)
+    names = {name_of(page) for page in pages()}
+    assert len(set(listed)) == len(listed)
+    # The page of results lists those of its folder.
+    assert {n for n in names if "/results/" not in n} <= set(listed) <= names
+
+
 @pytest.mark.parametrize(
     ("page", "block"), SNIPPETS, ids=[f"{name_of(p)}:{b.line}" for p, b in SNIPPETS]
 )
