@@ -20,8 +20,11 @@ pytestmark = [
 
 
 @torch.no_grad()
-def decode(model: Any, call: Any, x: Tensor, steps: int) -> Tensor:
-    """Logits of greedy steps after a prefill; `call` runs the steps, of one token each."""
+def decode(model: Any, call: Any, x: Tensor, steps: int) -> tuple[Tensor, list[Any]]:
+    """Logits of greedy steps after a prefill; `call` runs the steps, of one token each.
+
+    And the counters of the last step, which are found here.
+    """
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=32)
     out = model(x, cache=cache, use_cache=True)
     found = [out.logits[:, -1:]]
@@ -30,7 +33,7 @@ def decode(model: Any, call: Any, x: Tensor, steps: int) -> Tensor:
         position = torch.full_like(token, x.shape[1] + step)
         out = call(token, position_ids=position, cache=cache, use_cache=True)
         found.append(out.logits.clone())
-    return torch.cat(found, dim=1)
+    return torch.cat(found, dim=1), [dict(layer) for layer in out.routing_stats]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +49,9 @@ def test_decoding_is_one_graph_where_rows_are_padded_or_all_kept(
     expected = decode(model, model, x, steps=3)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
-    torch.testing.assert_close(decode(model, compiled, x, steps=3), expected, rtol=0, atol=1e-4)
+    found = decode(model, compiled, x, steps=3)
+    assert all(len(layer) > 5 for layer in found[1])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 def test_dropped_rows_break_the_graph_of_the_other_backends() -> None:

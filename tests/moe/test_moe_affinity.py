@@ -21,7 +21,9 @@ from etr.moe.affinity import (
     product,
 )
 from etr.moe.polar import (
+    _KNOWN,
     condition_number,
+    known_factor,
     newton_schulz,
     orthonormal_start,
     polar_factor,
@@ -310,6 +312,43 @@ def test_a_change_in_training_that_leaves_no_trace_is_seen_in_eval() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
+@pytest.mark.parametrize("kept_in", [torch.float32, torch.bfloat16])
+def test_a_graph_reads_known_directions_and_follows_the_weight(
+    kept_in: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compilers see one operator, which finds the directions anew only for other values."""
+    router, found = orthonormal_layer().eval().to(kept_in).router, []
+    weight = router.get_parameter("weight")
+
+    def counted(value: Tensor) -> tuple[Tensor, ...]:
+        found.append(value)
+        return polar_parts(value)
+
+    monkeypatch.setattr("etr.moe.polar.polar_parts", counted)
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    for number in range(1, 3):
+        want = polar_parts(weight.detach().float())[0]
+        for _ in range(2):
+            with torch.no_grad():
+                assert torch.equal(router.directions(torch.float32), want)
+                router.directions(torch.float32).zero_()  # what a graph gets is its own
+        assert len(found) == number
+        weight.data.normal_()  # leaves no trace
+    checks = {"test_utils": ("test_schema", "test_faketensor")}
+    torch.library.opcheck(known_factor, (weight.detach(), torch.float32), **checks)
+
+
+def test_directions_of_weights_that_are_gone_are_forgotten() -> None:
+    router = orthonormal_layer().router
+    router.directions(torch.float32)
+    before = len(_KNOWN)
+    del router
+    for _ in range(2):
+        orthonormal_layer().router.directions(torch.float32)
+    assert len(_KNOWN) <= before
+
+
+@pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
 def test_a_layer_made_in_inference_mode_runs() -> None:
     with torch.inference_mode():
         layer = orthonormal_layer().eval()
@@ -336,13 +375,13 @@ def test_micro_batches_share_directions_and_get_the_same_gradient(
         return polar_parts(value)
 
     def same_as_alone() -> None:
-        alone = polar_factor(weight)
+        alone = polar_factor(weight, polar_parts(weight))
         shared = layer.router.directions(torch.float64)
         assert torch.equal(shared, alone)
         want, got = (torch.autograd.grad(q, weight, upstream)[0] for q in (alone, shared))
         assert torch.equal(got, want)
 
-    monkeypatch.setattr("etr.moe.routers.etr.polar_parts", counted)
+    monkeypatch.setattr("etr.moe.polar.polar_parts", counted)
     with torch.inference_mode():  # what it keeps then must still serve training
         layer(torch.randn(3, 16, dtype=torch.float64))
     for _ in range(2):
@@ -355,8 +394,9 @@ def test_micro_batches_share_directions_and_get_the_same_gradient(
     same_as_alone()
     assert len(found) == 2
     functional_call(layer, {"router.weight": torch.randn(4, 16, dtype=torch.float64)}, (x,))
-    assert len(found) == 2  # an argument is not kept
+    assert len(found) == 3  # an argument's are found each time, and not kept
     same_as_alone()
+    assert len(found) == 3
 
 
 @pytest.mark.parametrize(("condition", "warned"), [(500.0, False), (5000.0, True)])

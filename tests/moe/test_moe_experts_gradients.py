@@ -356,3 +356,17 @@ def test_a_compiler_sees_the_loop_as_operators(
         y = run(OneByOne(), problem)
         found.append([y, *torch.autograd.grad(y, leaves, upstream)])
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiler_sees_grouped_products_as_operators(dtype: torch.dtype) -> None:
+    """On a CPU it knows torch's own of bfloat16 alone."""
+    ends = torch.tensor([3, 3, T], dtype=torch.int32)
+    rows, other = torch.randn(T, H).to(dtype), torch.randn(T, I).to(dtype)
+    weight = torch.randn(len(ends), I, H).to(dtype).transpose(1, 2)
+    forward, checks = torch.ops.etr.grouped_mm.default, ("test_schema", "test_faketensor")
+    for left, right in ((rows, weight), (rows.T, other)):
+        torch.library.opcheck(forward, (left, right, ends), test_utils=checks)
+        found, want = forward(left, right, ends), F.grouped_mm(left, right, offs=ends)
+        assert torch.equal(found, want)
+        assert found.stride() == want.stride() == torch.empty(found.shape).stride()

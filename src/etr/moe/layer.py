@@ -114,7 +114,7 @@ class MoE(ArrangedParts):
         output = MoEOutput(
             hidden_states=y.to(hidden_states.dtype).view_as(hidden_states),
             losses=losses,
-            stats=count() if learns or torch.compiler.is_compiling() else Counters(count),
+            stats=count() if learns else Counters(count),
         )
         if collector is not None:
             collector.add(self, output, learns=learns)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from etr.moe.kernels.block_affinity import NORM_FLOOR
 
@@ -59,6 +60,47 @@ def polar_parts(weight: Tensor) -> Parts:
     singular = values.clamp_min(NORM_FLOOR**2).sqrt() + nan_or_zero.unsqueeze(-1)
     inverse = (basis / singular.unsqueeze(-2)) @ basis.mT
     return (inverse @ w).to(weight.dtype), singular, basis, inverse
+
+
+_KNOWN: dict[tuple[StorageWeakRef, int], tuple[Tensor, Parts]] = {}
+"""By place in memory: a copy of the weight that last stood there, and its parts."""
+
+
+def known_parts(weight: Tensor, dtype: torch.dtype) -> Parts:
+    """`polar_parts` of a weight in a dtype, found once while its values stay; shared, so read only.
+
+    Elsewhere than on the CPU the factor alone. Whether values do stay is seen by comparing them
+    with a copy, since writes through ``.data`` leave no other trace: a tenth or less of finding the
+    parts on a CPU. On a GPU the host waits for that.
+    """
+    place = StorageWeakRef(weight.untyped_storage()), int(weight.storage_offset())
+    known = _KNOWN.get(place)
+    if known is None or known[1][0].dtype != dtype or not _same(known[0], weight):
+        for old in list(_KNOWN):
+            if old[0].expired():
+                _KNOWN.pop(old, None)
+        with torch.inference_mode(False), torch.no_grad():
+            copy = weight.detach().clone()
+            now = copy.to(dtype)
+            found = polar_parts(now) if now.device.type == "cpu" else (newton_schulz(now),)
+            known = _KNOWN[place] = copy, found
+    return known[1]
+
+
+def _same(known: Tensor, weight: Tensor) -> bool:
+    alike = known.dtype == weight.dtype and known.device == weight.device
+    return alike and torch.equal(known, weight)
+
+
+@torch.library.custom_op("etr::known_factor", mutates_args=())
+def known_factor(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The factor of `known_parts` without gradient, for a graph: compilers see one operator."""
+    return known_parts(weight, dtype)[0].clone()  # compilers may write into what they get
+
+
+@known_factor.register_fake
+def _(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def newton_schulz(weight: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ functions serves dispatch, combine and both backward passes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,28 @@ class DispatchHandle:
     num_tokens_per_expert: Tensor
     num_tokens: int
     padded: bool = True
+
+
+class Index:
+    """Numbers that pick rows of tensors, copied to each device once and not at every use.
+
+    Args:
+        numbers: from 0.
+    """
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self.numbers = list(numbers)
+        self._on: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """The numbers on a device, int64 [N]; to be read only."""
+        if device in self._on and not torch.compiler.is_compiling():
+            return self._on[device]
+        with torch.inference_mode(False):
+            made = torch.tensor(self.numbers, device=device)
+        if type(made) is Tensor and not torch.compiler.is_compiling():  # no fake, no graph's own
+            self._on[device] = made
+        return made
 
 
 def expert_of_row(num_tokens_per_expert: Tensor, num_rows: int) -> Tensor:

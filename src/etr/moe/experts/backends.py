@@ -138,14 +138,11 @@ GROUPED = Whole(
 def grouped_mm_runs(problem: Problem) -> bool:
     """Whether torch's grouped_mm takes these inputs.
 
-    It has no float64, wants row strides in multiples of 16 bytes, and, compiled for CPU, runs in
-    bfloat16 alone; compiled, the loop is an operator of its own. No rows at all is left to it too.
+    It has no float64, and wants row strides in multiples of 16 bytes. No rows at all is left to the
+    loop too.
     """
     source = problem.source
     if source.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not problem.num_rows:
-        return False
-    on_cpu = source.device.type == "cpu"
-    if torch.compiler.is_compiling() and on_cpu and source.dtype != torch.bfloat16:
         return False
     widths = (problem.up.shape[1], problem.up.shape[2], problem.down.shape[2])
     return all(width * source.element_size() % 16 == 0 for width in widths)

@@ -11,6 +11,7 @@ from etr.moe.checked import check_count, meanings
 from etr.moe.experts.bank import Bank, BankConfig, ExpertSizes
 from etr.moe.experts.uniform import Experts
 from etr.moe.experts.weights import ExpertParams
+from etr.moe.rows import Index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class MergedExperts(Experts):
 
     def __init__(self, sizes: ExpertSizes, of: Sequence[int]) -> None:
         super().__init__(replace(sizes, num_experts=max(of) + 1))
-        self.of = list(of)
+        self.of, self.index = list(of), Index(of)
 
     @property
     def num_experts(self) -> int:
@@ -63,7 +64,7 @@ class MergedExperts(Experts):
         found = super().params(dtype)
         if self.of == list(range(len(self.of))):
             return found
-        index = torch.tensor(self.of, device=found.up.device)
+        index = self.index.on(found.up.device)
         up_bias, down_bias = found.up_bias, found.down_bias
         return replace(
             found,

@@ -64,13 +64,32 @@ class Grouped:
     ends: Tensor
 
     def times(self, rows: Tensor, weight: Tensor) -> Tensor:
-        return F.grouped_mm(rows, weight, offs=self.ends)
+        return _grouped(rows, weight, self.ends)
 
     def outer(self, left: Tensor, right: Tensor) -> Tensor:
-        return F.grouped_mm(left.T, right, offs=self.ends)
+        return _grouped(left.T, right, self.ends)
 
     def spread(self, values: Tensor, num_rows: int) -> Tensor:
         return values.repeat_interleave(self.counts, 0, output_size=num_rows)
+
+
+def _grouped(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    if left.device.type == "cpu" and torch.compiler.is_compiling():
+        return _grouped_mm(left, right, ends)
+    return F.grouped_mm(left, right, offs=ends)
+
+
+@torch.library.custom_op("etr::grouped_mm", mutates_args=())
+def _grouped_mm(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_mm` for compilers, which on a CPU know it of bfloat16 alone."""
+    return F.grouped_mm(left, right, offs=ends)
+
+
+@_grouped_mm.register_fake
+def _(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    if right.dim() == 3:
+        return left.new_empty(left.shape[0], right.shape[2])
+    return left.new_empty(ends.shape[0], left.shape[0], right.shape[1])
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,13 @@ from etr.moe.affinity import (
     token_norm,
 )
 from etr.moe.context import RouterInput
-from etr.moe.polar import condition_number, orthonormal_start, polar_factor, polar_parts
+from etr.moe.polar import (
+    condition_number,
+    known_factor,
+    known_parts,
+    orthonormal_start,
+    polar_factor,
+)
 from etr.moe.routers.base import Router, RouterConfig, RouterTraits
 from etr.moe.routing import Routing, Scores
 from etr.moe.score_scale import CosineScale, OddsScale, ScoreScale
@@ -135,7 +141,6 @@ class _EtrRouter(Router):
             self.log_temperature = nn.Parameter(torch.empty(1))  # FSDP takes none without dimension
         if config.gate == "sigmoid":
             self.offset = nn.Parameter(torch.empty(1))
-        self._kept: tuple[Tensor, tuple[Tensor, ...]] | None = None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -151,10 +156,6 @@ class _EtrRouter(Router):
         if self.offset is not None:
             self.offset.fill_(0.0)
 
-    def train(self, mode: bool = True) -> _EtrRouter:
-        self._kept = None
-        return super().train(mode)
-
     def affinity(self, x: Tensor) -> Tensor:
         """Cosine of tokens [T, H] and expert directions, [T, E]."""
         if self.weight is None:
@@ -164,27 +165,23 @@ class _EtrRouter(Router):
         return cosine_affinity(x, self.directions(arithmetic(x.dtype)), unit=True)
 
     def directions(self, dtype: torch.dtype) -> Tensor:
-        """Directions [E, H]; orthonormal ones are kept while the weight stays the same.
+        """Directions [E, H]; orthonormal ones are found once while the weight stays the same.
 
-        So micro-batches and recomputed activations share those of their optimizer step. Whether
-        the weight does stay is seen by comparing it with a copy, since writes through ``.data``
-        leave no other trace: a tenth or less of computing the directions on a CPU. On a GPU the
-        host waits for that, in eval mode alone.
+        So micro-batches and recomputed activations share those of their optimizer step, and calls
+        in eval mode, compiled ones too on a CPU. See `known_parts`.
         """
         if self.weight is None or self.config.frame != "orthonormal":
             return block_directions(self.hidden_size, self.num_experts, dtype, self.weight)
-        weight, kept, on_cpu = self.weight, self._kept, self.weight.device.type == "cpu"
+        weight, on_cpu = self.weight, self.weight.device.type == "cpu"
         learns = self.training or torch.is_grad_enabled()
+        if on_cpu and not learns and torch.compiler.is_compiling():
+            return known_factor(weight, dtype)
         # What stands in a parameter's place may be a function's argument, or have no values.
         lasting = on_cpu and type(weight) is nn.Parameter
         if not _comparable(weight) or (learns and not lasting):
             return polar_factor(weight.to(dtype))
-        if kept is None or kept[1][0].dtype != dtype or not _same(kept[0], weight):
-            with torch.inference_mode(False), torch.no_grad():
-                now = weight.detach().to(dtype)
-                found = polar_parts(now) if on_cpu else (polar_factor(now),)
-                kept = self._kept = weight.detach().clone(), found
-        return polar_factor(weight.to(dtype), kept[1]) if learns else kept[1][0]
+        parts = known_parts(weight, dtype)
+        return polar_factor(weight.to(dtype), parts) if learns else parts[0]
 
     def scores(self, x: Tensor, inputs: RouterInput) -> Scores:
         affinity = self.affinity(x)
@@ -227,11 +224,6 @@ def _comparable(weight: Tensor) -> bool:
     if torch.compiler.is_compiling() or weight.is_meta:
         return False
     return not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def _same(kept: Tensor, weight: Tensor) -> bool:
-    alike = kept.dtype == weight.dtype and kept.device == weight.device
-    return alike and torch.equal(kept, weight)
 
 
 @dataclass(frozen=True, kw_only=True)

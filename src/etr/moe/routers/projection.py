@@ -11,6 +11,7 @@ from etr.moe.checked import check_count, meanings
 from etr.moe.context import RouterInput
 from etr.moe.routers.base import Router, RouterConfig, RouterTraits
 from etr.moe.routing import Scores
+from etr.moe.rows import Index
 from etr.moe.score_scale import CosineScale
 
 
@@ -73,6 +74,7 @@ class _ProjectionRouter(Router):
         super().__init__(config, hidden_size, num_experts, top_k)
         self.score_scale = CosineScale(hidden_size)
         self.of = meanings(config.of, "of") or list(range(num_experts))
+        self.index = Index(self.of)
         shape = (max(self.of) + 1, config.sets, config.rank, hidden_size)
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.register_buffer("basis", torch.empty(shape, dtype=dtype))
@@ -87,7 +89,7 @@ class _ProjectionRouter(Router):
     def scores(self, x: Tensor, inputs: RouterInput) -> Scores:
         found = cosines(x, self.basis)
         if self.config.of:
-            found = found[:, torch.tensor(self.of, device=found.device)]
+            found = found[:, self.index.on(found.device)]
         if self.config.follow and inputs.before is not None:
             best = inputs.before >= inputs.before.amax(-1, keepdim=True)
             found = torch.where(best, found, -1.0)
