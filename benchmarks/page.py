@@ -35,6 +35,11 @@ fails, or cannot be checked, has no time. Saved bytes are what autograd holds fo
 parameters not counted, each storage once. Operations are what reaches the device and is not a view,
 forward and backward where both are timed: on a GPU each is a launch. A star marks what the library
 picks by itself.
+
+There are as many rounds as a case's time budget has room for, 3 to 25; or 2, where 3 would take
+more than four budgets. A case is left out where the products of its experts in one step, at the
+rate of one product timed beforehand, would take longer than the budget: that depends on the
+machine, and on no system.
 """
 NO_LOSS = "In no case of this run was another checked system faster.\n"
 
@@ -63,7 +68,8 @@ def page(found: dict[str, Any], command: str) -> str:
         own = [result for result in results if result.group == group]
         if own:
             parts.append(f"## {heading}\n")
-            parts += [titled(case_table(result)) for result in own]
+            parts += [titled(case_table(result)) for result in own if not result.left_out]
+            parts.append(left_out(own))
     slopes = slopes_table(results)
     if slopes.rows:
         parts += [f"## {slopes.title}\n", "Forward and backward.\n", markdown(slopes)]
@@ -99,6 +105,12 @@ def systems_list(results: list[CaseResult]) -> str:
 def titled(table: TextTable) -> str:
     """A table under its title."""
     return f"### {table.title.replace('/', ', ')}\n\n{markdown(table)}"
+
+
+def left_out(results: list[CaseResult]) -> str:
+    """Cases that the machine had no time for, a line each."""
+    lines = [f"- {escape(r.name)}: {r.left_out}." for r in results if r.left_out]
+    return "\n".join(["Left out:\n", *lines, ""]) if lines else ""
 
 
 def markdown(table: TextTable) -> str:

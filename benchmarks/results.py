@@ -58,6 +58,7 @@ class CaseResult:
         sizes: the numbers that define it.
         rows: one per system.
         took_seconds: wall time of the whole case, checks included.
+        left_out: why nothing was measured, or empty.
     """
 
     name: str
@@ -65,6 +66,7 @@ class CaseResult:
     sizes: dict[str, Any]
     rows: list[Row]
     took_seconds: float = 0.0
+    left_out: str = ""
 
     def row(self, system: str) -> Row | None:
         """The row of one system."""

@@ -15,6 +15,8 @@ Seconds = dict[str, float]
 SLOW = 4.0
 """A system this many times slower than the median one runs in every fourth round only."""
 STRIDE = 4
+PATIENCE = 4.0
+"""The least number of rounds may take so many budgets; else there is one round fewer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,7 @@ def plan_rounds(expected: Seconds, budget: float, least: int = 3, most: int = 25
     stride = {name: STRIDE if cost > SLOW * middle else 1 for name, cost in expected.items()}
     one_round = sum(cost / stride[name] for name, cost in expected.items())
     rounds = int(budget / max(one_round, 1e-9))
+    least -= least * one_round > PATIENCE * budget
     return Plan(rounds=max(least, min(most, rounds)), stride=stride)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.budget import too_long
 from benchmarks.cases import Case
 from benchmarks.measures import MEASURES
 from benchmarks.results import CaseResult
@@ -55,13 +56,16 @@ def run_cases(
 def measure(case: Case, settings: Settings, on_note: OnNote) -> CaseResult:
     """One case."""
     began = time.perf_counter()
-    rows = MEASURES[case.group](case, settings, lambda note: on_note(case, note))
+    left_out = "" if settings.quick else too_long(case, settings.device)
+    run = MEASURES[case.group]
+    rows = [] if left_out else run(case, settings, lambda note: on_note(case, note))
     return CaseResult(
         name=case.name,
         group=case.group,
         sizes=case.sizes(),
         rows=rows,
         took_seconds=time.perf_counter() - began,
+        left_out=left_out,
     )
 
 

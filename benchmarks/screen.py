@@ -34,9 +34,10 @@ class Screen:
     def case(self, case: Case, result: CaseResult, stored: bool) -> None:
         """A case is done."""
         self._progress.advance(self._task)
-        if case.group == "layer":
+        if case.group == "layer" and not result.left_out:
             self.table(case_table(result))
         took = "stored" if stored else f"{result.took_seconds:.1f} s"
+        took = f"left out: {result.left_out}" if result.left_out else took
         self.console.print(f"{case.name}: {took}", highlight=False, markup=False)
 
     def table(self, table: TextTable, hidden: set[str] = HIDDEN) -> None:

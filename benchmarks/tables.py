@@ -151,7 +151,7 @@ def slopes_table(results: list[CaseResult]) -> TextTable:
     size_of = {"tokens": "num_tokens", "experts": "num_experts", "width": "hidden_size"}
     for label, size in size_of.items():
         grown = [result for result in growth if result.sizes["label"] == label]
-        names = [row.system for row in grown[0].rows] if grown else []
+        names = dict.fromkeys(row.system for result in grown for row in result.rows)
         rows += [slope_row(f"layer, {label}", name, grown, size) for name in names]
     router = [r for r in results if r.group == "router" and r.sizes["dtype"] == "float32"]
     for experts in sorted({r.sizes["num_experts"] for r in router}):

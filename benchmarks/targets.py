@@ -20,6 +20,10 @@ SAME_PRODUCTS = (
     "differs is memory (saved bytes, below)"
 )
 FEW_PAIRS = "its one-hot tensors grow with tokens times capacity, and are small here"
+BOOKKEEPING = (
+    "what is not a product of matrices is the layer's bookkeeping (operations, below), and in "
+    "Python some 280 functions a call where transformers' block runs 100"
+)
 REASONS: dict[str, str] = {
     "etr over dense floor, 8 experts, 500 tokens each or more": "in bfloat16 the per-expert floor "
     "is itself far above the dense one; reading all tokens for one expert each is the rest",
@@ -38,6 +42,8 @@ REASONS: dict[str, str] = {
     "both; the linear product catches up from 64 experts downwards",
     "linear over GrAP scores, 64 experts or more, float32, forward+backward": "reading the tokens "
     "bounds both at width 1024",
+    f"{GRAP_ROUTER} over linear router, 64 or 256 experts": "reading the tokens bounds both at "
+    "width 1024",
     "peak bytes of a step, ragged at factor 0.6 over padded at 1.1": "a step's peak holds the "
     "gradients of all weights too, of which dropping spares nothing",
     **{
@@ -46,10 +52,21 @@ REASONS: dict[str, str] = {
         for experts in ("64", "128 or 256")
     },
     **{
-        f"{ours} over transformers' block, {tokens}": "what is not a product of matrices is the "
-        "layer's bookkeeping (operations, below)"
+        f"{ours} over transformers' block, {tokens}": BOOKKEEPING
         for ours in (few.SAME, few.OWN)
         for tokens in ("1 token", "8 tokens", "64 tokens")
+    },
+    **{
+        f"{label} of a model, {ours}, over transformers' model": reason
+        for label, reason in (
+            ("decode", BOOKKEEPING),
+            (
+                "compiled decode",
+                "what the experts multiply is the same; a call checks some 2300 guards of two "
+                "layers where transformers' checks 1260",
+            ),
+        )
+        for ours in (generate.SAME, generate.OWN)
     },
 }
 """Why a target is missed, by its name, from the measured stages and floors; shown with the worst

@@ -32,6 +32,7 @@ def measure_generate(case: Case, settings: Settings, on_note: OnNote) -> list[Ro
     static cache; on a CUDA device it runs as a CUDA graph.
     """
     models, wrong = build_models(case, settings.device)
+    torch._dynamo.reset()  # of earlier cases; those of one case stay compiled side by side
     ids = torch.randint(VOCAB_SIZE, (case.num_tokens, PAST + 1), device=settings.device)
     run = RUNS[case.label]
     refused = {SAME: f"failed its check: logits differ by {wrong:.2g}"} if wrong else {}
@@ -116,7 +117,6 @@ def compiled_decode(model: Any, ids: Tensor) -> Callable[[], Seconds]:
     from transformers import StaticCache
 
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=PAST + 1)
-    torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
 
     def call(run: Any) -> Any:

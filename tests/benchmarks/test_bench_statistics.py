@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import dataclasses
 
+import pytest
+import torch
+
+from benchmarks import budget
+from benchmarks.budget import seconds_of_a_row, too_long
+from benchmarks.cases import Case
 from benchmarks.rounds import STRIDE, interleaved, plan_rounds
 from benchmarks.spread import log_slope, paired_ratio, spread
 
@@ -54,8 +60,27 @@ def test_log_slope_needs_two_sizes() -> None:
 def test_the_budget_sets_the_rounds() -> None:
     expected = {"a": 1.0, "b": 1.0}
     assert plan_rounds(expected, 10.0).rounds == 5
-    assert plan_rounds(expected, 1.0).rounds == 3
+    assert plan_rounds(expected, 2.0).rounds == 3
     assert plan_rounds(expected, 1000.0).rounds == 25
+    assert [plan_rounds(expected, budget).rounds for budget in (1.6, 1.4)] == [3, 2]
+
+
+def test_a_case_is_left_out_by_what_the_machine_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 tokens take two experts each: 512 rows times three matrices, forward and backward."""
+    cpu, sizes = torch.device("cpu"), {"num_tokens": 256, "hidden_size": 8, "num_experts": 4}
+    case = Case(group="layer", **sizes, top_k=2, intermediate_size=8, budget=9.0)
+    for seconds, left_out in ((9.0 / (512 * 9), False), (9.1 / (512 * 9), True)):
+        monkeypatch.setattr(budget, "seconds_of_a_row", lambda *_, value=seconds: value)
+        assert bool(too_long(case, cpu)) == left_out
+        served = dataclasses.replace(case, group="few", budget=3.0)
+        assert bool(too_long(served, cpu)) == left_out
+        assert not too_long(dataclasses.replace(case, group="memory"), cpu)
+        assert not too_long(case, torch.device("cuda"))
+
+
+def test_a_product_takes_its_time() -> None:
+    sizes = {"num_tokens": 64, "hidden_size": 8, "num_experts": 4, "intermediate_size": 8}
+    assert seconds_of_a_row(Case(group="layer", **sizes, budget=1.0), torch.device("cpu")) > 0
 
 
 def test_slow_systems_run_less_often() -> None:
@@ -71,7 +96,7 @@ def test_systems_take_turns() -> None:
         order.append(name)
         return {"step": float(len(order))}
 
-    plan = plan_rounds({"a": 1.0, "b": 1.0, "slow": 9.0}, 0.0, least=5)
+    plan = plan_rounds({"a": 1.0, "b": 1.0, "slow": 9.0}, 6.0, least=5)
     steps = {name: (lambda name=name: step(name)) for name in ("a", "b", "slow")}  # type: ignore[misc]
     done: list[tuple[int, int]] = []
     found = interleaved(steps, plan, lambda *counts: done.append(counts))

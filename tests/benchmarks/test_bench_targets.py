@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -147,7 +148,7 @@ def test_few_tokens_are_judged_by_their_number() -> None:
     }
     assert list(found.values()) == ["missed", "met", "not measured", "met", "met", "not measured"]
     reason = judge(target(f"{few.SAME} over transformers' block, 1"), [one]).reason
-    assert reason.endswith("bookkeeping (operations, below)")
+    assert "bookkeeping (operations, below)" in reason
 
 
 def test_peak_bytes_are_of_one_case() -> None:
@@ -228,6 +229,16 @@ def test_the_page_holds_targets_losses_and_refusals() -> None:
     assert "- **DeepSpeed** (not installed):" in text
     assert targets_table([result]).columns[0] == "target"
     assert text.count("\n| :--- |") >= 2
+
+
+def test_the_page_says_which_cases_were_left_out() -> None:
+    results = [layer(dense=1.0, etr=1.05), layer(tokens=256)]
+    results[1].rows.clear()
+    absent = dataclasses.replace(results[1], left_out="it would take 9 s")
+    values = [result.to_dict() for result in (results[0], absent)]
+    text = page({"environment": {}, "cases": values}, "python -m benchmarks")
+    assert f"Left out:\n\n- {absent.name}: it would take 9 s.\n" in text
+    assert f"### {absent.name.replace('/', ', ')}" not in text
 
 
 def test_results_survive_json() -> None:
