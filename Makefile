@@ -13,7 +13,7 @@ PYTEST  = $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadsco
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-fast test-newest test-lowest test-pythons test-peers criteria check lock bench speed speed-gpu docs \
-        transforms dlm gallery study study-smoke results clean
+        transforms dlm serving gallery study study-smoke results clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -106,6 +106,9 @@ TRANSFORMS = $(BIN)/python tools/transforms.py --sequence-length 128
 transforms: $(VENV)/.train  ## every transform at three budgets, with controls (an hour of one core; resumes)
 	$(TRANSFORMS) qwen3_moe demo dense versions --num-batches 2 --max-tokens-per-domain 2048 --draws 2
 	$(TRANSFORMS) smollm2 --batch-size 4 --num-batches 2 --max-tokens-per-domain 2048 --draws 1 --rounds 2
+
+serving: $(VENV)/.train  ## a small model, and docs/results/serving.md: where its experts are and which are used
+	$(BIN)/python tools/serving.py runs/serving
 
 results: $(VENV)/.train  ## regenerate the pages of the demo (two seeds of the full one), and README's table
 	$(BIN)/etr demo --full --out runs/results --seeds 0 1 --markdown docs/results/demo.md

@@ -13,8 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tools"))  # which one who imports this file need not see
+import serving_times as times  # noqa: E402
+from serving_page import page  # noqa: E402
+
 RECORD, PAGE = ROOT / "docs/results/serving.json", ROOT / "docs/results/serving.md"
 RANKS, NODES, BLOCK = 4, 2, 32
 TRAIN = (
@@ -25,6 +30,13 @@ TRAIN = (
 """Options of the model."""
 PLANNERS = ("consecutive", "round_robin", "round_robin:by_load=true", "exflow", "moetuner")
 CACHES = ("lru", "lfu", "expertflow", "oracle")
+AHEAD = ("edgemoe",)
+"""Policies that the bound is not one of: they bring experts in before they are asked for."""
+RUN_BY = ("lru", "lfu")
+"""Policies that a model can run with: they go by nothing that is not there while it writes."""
+DECODINGS = ("plain", "scmoe:beta=0.3", "scmoe:beta=1", "rewire:rate=0.1", "rewire:rate=0.3")
+ROUNDS = 20
+"""Of timings on ranks."""
 POLICIES = (
     "dropless",
     "dynamic_sharing:beta=0.5",
@@ -61,23 +73,73 @@ def placements(seen: Any, held_out: Any) -> dict[str, list[float]]:
     return found
 
 
-def memories(seen: Any, held_out: Any) -> dict[str, dict[str, float]]:
-    """Hit rate on held-out text by policy and experts held."""
+def on_ranks(
+    folder: Path, seen: Any, held_out: Any, ids: torch.Tensor, row_bytes: int, rounds: int = ROUNDS
+) -> dict[str, Any]:
+    """What models that are renumbered by plans take on an emulated cluster, or why there is none.
+
+    Args:
+        folder: the model.
+        ids: text, int64 [R, S], R a multiple of the ranks.
+        row_bytes: of a token that travels.
+    """
+    from etr.cluster import EmulatedCluster, emulate, why_unavailable
+    from etr.files import read_json, write_json
+    from etr.hf.transform import transform
+    from etr.model.transform import Renumber
+    from etr.systems import PLANNERS as TABLE
+    from etr.systems import Devices, travel
+
+    if (reason := why_unavailable()) is not None:
+        return {"missing": reason}
+    devices, flows, models = Devices(num_ranks=RANKS, num_nodes=NODES), {}, {}
+    with tempfile.TemporaryDirectory() as place:
+        for number, text in enumerate(PLANNERS):
+            plan = TABLE.parse(text).plan(seen, devices)
+            flows[text] = travel(held_out, plan).flow.tolist()
+            models[text] = f"{place}/{number}"
+            transform(folder, models[text], Renumber(), plan=plan.to_dict())
+        save_file({"ids": ids.contiguous()}, f"{place}/ids.safetensors")
+        job = {"models": models, "flows": flows, "row_bytes": row_bytes, "rounds": rounds}
+        job |= {"ids": f"{place}/ids.safetensors", "out": f"{place}/out.json"}
+        write_json(Path(place) / "job.json", job)
+        program = str(ROOT / "tools/serving_ranks.py")
+        cluster = EmulatedCluster(nodes=NODES, ranks_per_node=RANKS // NODES)
+        if emulate(cluster, [sys.executable, program, f"{place}/job.json"]):
+            raise SystemExit("the ranks failed")
+        return {"inter": cluster.inter, "intra": cluster.intra} | read_json(Path(job["out"]))
+
+
+def replayed(name: str, seen: Any, held_out: Any) -> dict[str, Any]:
+    """What a memory by a policy did on held-out text, by experts held."""
     from etr.systems import CACHES as TABLE
     from etr.systems import replay
 
     (past, ids), (demand, tokens) = seen, held_out
-    experts, found = demand.counts.shape[1], {}
-    for name in CACHES:
-        cache = TABLE.parse(name)
-        expected = cache.learn(past, ids)(demand, tokens) if cache.predicts else None
-        found[name] = {
-            str(size): replay(
-                demand.choices, cache, size, num_experts=experts, expected=expected
-            ).hit_rate
-            for size in (experts // 8, experts // 4, experts // 2)
+    experts, cache = demand.counts.shape[1], TABLE.parse(name)
+    expected = cache.learn(past, ids)(demand, tokens) if cache.predicts else None
+    options = {"num_experts": experts, "expected": expected}
+    sizes = (experts // 8, experts // 4, experts // 2)
+    return {str(size): replay(demand.choices, cache, size, **options) for size in sizes}
+
+
+def memories(seen: Any, held_out: Any) -> dict[str, dict[str, float]]:
+    """Hit rate by policy and experts held, of those that load misses alone."""
+    return {
+        name: {size: done.hit_rate for size, done in replayed(name, seen, held_out).items()}
+        for name in CACHES
+    }
+
+
+def ahead(seen: Any, held_out: Any) -> dict[str, dict[str, list[float]]]:
+    """Hit rate, and loads over uses, of those that bring experts in beforehand."""
+    return {
+        name: {
+            size: [done.hit_rate, done.loads / done.uses]
+            for size, done in replayed(name, seen, held_out).items()
         }
-    return found
+        for name in AHEAD
+    }
 
 
 def used_in_blocks(choices: torch.Tensor) -> float:
@@ -94,6 +156,7 @@ def measure(arguments: list[str]) -> dict[str, Any]:
     from etr.cli.trace import TraceConfig
     from etr.data import open_data
     from etr.evaluate.held_out import evaluate
+    from etr.moe import moe_layers
     from etr.trace import read_trace
     from etr.trace.record import record_trace
     from etr.trace.sampling import SampledRows
@@ -120,78 +183,24 @@ def measure(arguments: list[str]) -> dict[str, Any]:
             used = used_in_blocks(torch.tensor(trace.choices()[0]))
             policies[text] = [loss, used]
             print(f"{text}: loss {loss:.4f}, {used:.2f} experts in a block", flush=True)
-    sizes = ("num_experts", "num_layers", "top_k", "router")
+    text = torch.cat([batch.input_ids for batch in rows])
+    names = ("num_experts", "num_layers", "top_k", "router")
+    experts, size = info.num_experts, moe_layers(model)[0].config.hidden_size
     return {
-        "model": {name: getattr(info, name) for name in sizes},
+        "settings": {"train": TRAIN, "ranks": RANKS, "nodes": NODES, "block": BLOCK},
+        "rounds": times.ROUNDS,
+        "model": {name: getattr(info, name) for name in names},
         "tokens": len(ids) + len(tokens),
+        "expert_bytes": int(moe_layers(model)[0].bank.sizes[0]) * 4,
         "placement": placements(seen, held_out),
+        "ranks": on_ranks(folder, seen, held_out, text[1::2][: RANKS * 8], 4 * size),
         "memory": memories((seen, ids), (held_out, tokens)),
+        "ahead": ahead((seen, ids), (held_out, tokens)),
+        "offload": times.of_memories(folder, RUN_BY, experts // 4, text[:1]),
         "policies": policies,
+        "times": times.of_policies(model, POLICIES, text[:16]),
+        "decodings": times.of_decodings(model, DECODINGS, text),
     }
-
-
-def page(found: dict[str, Any]) -> str:
-    """The page of what was measured."""
-    from etr.sheet import table
-
-    model, sizes = found["model"], list(found["memory"]["lru"])
-    plain = found["policies"]["dropless"]
-    placed = table(
-        ("planner", "hops between ranks", "hops between nodes", "busiest rank"),
-        (
-            (f"`{name}`", f"{ranks:.1%}", f"{nodes:.1%}", f"{load:.2f} of mean")
-            for name, (ranks, nodes, load) in found["placement"].items()
-        ),
-        "lr",
-    )
-    held = table(
-        ("policy", *(f"{size} of {model['num_experts']} held" for size in sizes)),
-        (
-            (f"`{name}`", *(f"{row[size]:.1%}" for size in sizes))
-            for name, row in found["memory"].items()
-        ),
-        "lr",
-    )
-    rows = (
-        (name, f"{used:.2f}", f"{used / plain[1]:.2f}", f"{loss:.4f}", f"{loss - plain[0]:+.4f}")
-        for name, (loss, used) in found["policies"].items()
-    )
-    head = ("policy", f"experts of a block of {BLOCK}", "share", "held-out loss", "less dropless")
-    shared = table(head, ((f"`{name}`", *cells) for name, *cells in rows), "lr")
-    return HEAD.format(train=TRAIN, **model, tokens=found["tokens"]) + BODY.format(
-        placed=placed, held=held, shared=shared, ranks=RANKS, nodes=NODES
-    )
-
-
-HEAD = """<!-- generated by `python tools/serving.py RUN`; do not edit, make it again -->
-
-# Serving: where experts are, which are in memory, and which a block uses
-
-One small language model, `etr train {train}`:
-{num_layers} layers of {num_experts} experts, top {top_k}; {tokens:,} tokens of its held-out text.
-One seed of one model of this size: the tables show what the methods do to a real trace, and rank
-none of them. Plans and predictions are made from every second sequence and measured on the others.
-
-"""
-BODY = """## Placement on {ranks} ranks and {nodes} nodes
-
-Model outputs are equal whatever the placement. Hops go from each expert of a token to each of its
-experts in the next layer ([place-experts.md](../guides/place-experts.md)).
-
-{placed}
-## A memory of a few experts
-
-Share of uses that found their expert in memory, a memory for each layer, tokens one by one; the
-text that is written is the same for every policy. `oracle` knows what comes and is a bound
-([offload.md](../guides/offload.md)).
-
-{held}
-## Blocks that share their experts
-
-These change what the model computes, so the loss stands beside. Text is read in one pass, in which
-a block's tokens vote; while a model writes token by token, a request alone is served as without.
-
-{shared}"""
 
 
 def main() -> None:
