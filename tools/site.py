@@ -15,6 +15,8 @@ from pathlib import Path
 from mkdocs.commands.build import build as build_pages
 from mkdocs.config import load_config
 
+import etr
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 SHIM = "https://unpkg.com/iframe-worker/shim"
@@ -30,7 +32,8 @@ def build(target: Path = ROOT / "build") -> Path:
         shutil.copy(ROOT / page, source / page)
     # Pages link to code too, which the site has not; a test holds these links.
     logging.getLogger("mkdocs").setLevel(logging.ERROR)
-    build_pages(load_config(str(ROOT / "mkdocs.yml"), docs_dir=str(source), site_dir=str(site)))
+    own = {"docs_dir": str(source), "site_dir": str(site), "site_name": f"etr {etr.__version__}"}
+    build_pages(load_config(str(ROOT / "mkdocs.yml"), **own))
     shutil.copy(ROOT / "tools" / WORKER, site / WORKER)
     use_own_worker(site)
     return site / "index.html"
