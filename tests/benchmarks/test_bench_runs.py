@@ -41,7 +41,7 @@ def test_groups_measure(group: str) -> None:
     rows = MEASURES[group](tiny(group), SETTINGS, lambda note: None)
     missing = [SYSTEMS[x.system].missing(CPU) if x.system in SYSTEMS else "" for x in rows]
     assert [row.refused for row in rows] == missing
-    assert all(len(row.seconds[STEP]) == 3 for row in rows if not row.refused)
+    assert all(len(row.seconds[STEP]) == 2 for row in rows if not row.refused)
     assert sum(row.default for row in rows) == 1
 
 
@@ -51,7 +51,7 @@ def test_few_tokens_are_served_by_layers_that_compute_the_same(num_tokens: int) 
     rows = {row.system: row for row in MEASURES["few"](case, SETTINGS, lambda note: None)}
     assert set(rows) == {few.HF, few.SAME, few.OWN, few.DROPS}
     assert not any(row.refused for row in rows.values())
-    assert all(len(row.seconds["forward"]) == 3 for row in rows.values())
+    assert all(len(row.seconds["forward"]) == 2 for row in rows.values())
     assert (rows[few.SAME].drop_rate, rows[few.OWN].drop_rate) == (0, 0)
     assert all((row.operations or 0) > 15 for row in rows.values())
 
@@ -66,7 +66,7 @@ def test_generation_measures_models_that_compute_the_same(
     rows = {row.system: row for row in MEASURES["generate"](case, SETTINGS, lambda note: None)}
     assert set(rows) == {HF, SAME, OWN}
     assert not any(row.refused for row in rows.values())
-    assert all(len(row.seconds["forward"]) == 3 for row in rows.values())
+    assert all(len(row.seconds["forward"]) == 2 for row in rows.values())
 
 
 def test_a_cache_is_cut_back_after_each_decoding_step() -> None:
