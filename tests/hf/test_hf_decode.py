@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import wraps
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import PAD, calibrated, make_model, quiet_eval, tokens
 from torch import Tensor
+from transformers import StaticCache
 
-from etr.hf import EtrForCausalLM
+from etr.hf import EtrForCausalLM, adapt
+from etr.hf.adapt import Adapting
 from etr.hf.decode import decoding_by, generate
+from etr.hf.versions import CACHE
 from etr.methods.rewire import Rewire
 from etr.model import DECODINGS, Decoding
 from etr.moe import moe_layers, selecting
@@ -108,10 +113,13 @@ def test_logits_of_every_step_are_those_of_whole_texts(contrast, model):
 
 
 @pytest.mark.parametrize("name", DECODINGS)
-def test_every_decoding_runs_alike_with_and_without_a_cache(name, model):
+def test_every_decoding_runs_alike_whatever_the_cache(name, model):
     decoding = DECODINGS.parse(name)
     cached = run(model, decoding)
-    assert torch.equal(run(model, decoding, use_cache=False), cached)
+    for options in ({"use_cache": False}, {"cache_implementation": "static"}):
+        assert torch.equal(run(model, decoding, **options), cached)
+    beams = run(model, decoding, num_beams=3)
+    assert torch.equal(run(model, decoding, num_beams=3, use_cache=False), beams)
     assert torch.equal(cached, by_hand_or_plain(model, decoding))
 
 
@@ -230,3 +238,49 @@ def test_refits_come_after_so_many_tokens(linear, monkeypatch):
     monkeypatch.setattr(Rewire, "fit", counted)
     run(linear, DECODINGS.parse("rewire:interval=2,steps=1"))
     assert lengths == [3] * 3  # at the prompt of 9, and as it grows from there to 9 + 5
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_beams_are_rewired_by_their_own_texts(use_cache, linear, monkeypatch):
+    """Refits see the texts that the beams are at, and what was added to a text goes with it."""
+    texts, fitted = [], []
+    prepare, fit = type(linear).prepare_inputs_for_generation, Adapting._fit
+
+    @wraps(prepare)
+    def prepared(self, input_ids, **given):
+        texts.append(input_ids.clone())
+        return prepare(self, input_ids, **given)
+
+    def seen(self, model, mask):
+        assert torch.equal(self._text, texts[-1])
+        fit(self, model, mask)
+        fitted.append(self._text.clone())
+        for layer, value in self._deltas.items():  # names the text that it was fitted to
+            self._deltas[layer] = value * 0 + self._text.sum(1, keepdim=True)
+
+    def added(given, deltas, length):
+        for value in deltas.values() if given else ():  # nothing is given while it fits
+            assert torch.equal(value[:, 0].long(), texts[-1][:, : fitted[-1].shape[1]].sum(1))
+        return with_deltas(given, deltas, length)
+
+    with_deltas = adapt._with
+    monkeypatch.setattr(type(linear), "prepare_inputs_for_generation", prepared)
+    monkeypatch.setattr(Adapting, "_fit", seen)
+    monkeypatch.setattr(adapt, "_with", added)
+    decoding = DECODINGS.parse("rewire:interval=2,steps=1,rate=0")
+    run(linear, decoding, num_beams=3, use_cache=use_cache)
+    assert len(fitted) == 3
+    moved = any(not torch.equal(b[:, : a.shape[1]], a) for a, b in pairwise(texts))
+    assert moved  # or the test would say nothing
+
+
+def test_a_cache_that_is_used_again_begins_a_text(linear):
+    decoding = DECODINGS.parse("rewire:rate=3")
+    ids, mask = padded()
+    cache = StaticCache(config=linear.config, max_cache_len=20)
+    options = {"pad_token_id": PAD, CACHE: cache, **GREEDY}
+    with decoding_by(linear, decoding):
+        first = linear.generate(ids, attention_mask=mask, **options)
+        cache.reset()
+        other = linear.generate(ids.flip(0), attention_mask=mask.flip(0), **options)
+    assert torch.equal(other, first.flip(0))

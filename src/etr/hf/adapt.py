@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,13 @@ from etr.hf.modeling import EtrForCausalLM
 from etr.hf.versions import CACHE_NAMES
 from etr.model.decoding import Decoding, Deltas
 from etr.moe import RoutingContext, moe_layers
+
+ROWS: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "reorder_cache": lambda value, rows: value.index_select(0, rows),
+    "batch_select_indices": lambda value, rows: value[rows],
+    "batch_repeat_interleave": lambda value, times: value.repeat_interleave(times, 0),
+}
+"""Methods of a cache by which search moves its rows, and what they do."""
 
 
 class Adapting:
@@ -44,15 +51,18 @@ class Adapting:
         if ids is None:
             raise ValueError(f"decoding {self._decoding.name!r} fits to a text: give input_ids")
         cache = next((found for n in CACHE_NAMES if (found := given.get(n)) is not None), None)
-        goes_on = cache is not None and cache is self._cache and self._text is not None
-        if goes_on:
-            assert self._text is not None
-            self._text = torch.cat([self._text, ids], 1)
+        held = 0 if cache is None else int(cache.get_seq_length())
+        if held and cache is self._cache and self._text is not None:
+            self._text = torch.cat([self._text[:, :held], ids], 1)  # search may have cropped
         else:
-            again = cache is None and self._follows(ids)
+            rows = self._followed(ids) if cache is None else None
             self._text = ids
-            if not again:
+            if rows is None:
                 self._deltas, self._fitted = {}, 0
+            else:
+                self._move(lambda value: value[rows], text=False)
+        if cache is not None and cache is not self._cache:
+            self._move_with(cache)
         self._cache = cache
         length, every = self._text.shape[1], self._decoding.refits_after
         assert every is not None
@@ -61,12 +71,36 @@ class Adapting:
             self._fitted = length
         return (), {**given, "routing_context": _with(given, self._deltas, ids.shape[1])}
 
-    def _follows(self, ids: Tensor) -> bool:
-        """Whether a text that is given as a whole is the last one, a little longer."""
+    def _followed(self, ids: Tensor) -> Tensor | None:
+        """Of texts that are given as a whole, the row of the last ones that each goes on from.
+
+        None where one goes on from none of them.
+        """
         old = self._text
         if old is None or old.shape[0] != ids.shape[0] or old.shape[1] >= ids.shape[1]:
-            return False
-        return torch.equal(ids[:, : old.shape[1]], old)
+            return None
+        same = (ids[:, None, : old.shape[1]] == old).all(-1)
+        own = same.diagonal()[:, None]  # its own row rather than an equal one before
+        same = torch.where(own, torch.eye(len(ids), dtype=torch.bool, device=ids.device), same)
+        return same.int().argmax(1) if bool(same.any(1).all()) else None
+
+    def _move(self, rows: Callable[[Tensor], Tensor], text: bool = True) -> None:
+        if text and self._text is not None:
+            self._text = rows(self._text)
+        self._deltas = {layer: rows(value) for layer, value in self._deltas.items()}
+
+    def _move_with(self, cache: Any) -> None:
+        """Let texts and what is added to them go where search moves the rows of a cache."""
+        for name, move in ROWS.items():
+            if hasattr(cache, name):
+                setattr(cache, name, self._moved(getattr(cache, name), move))
+
+    def _moved(self, method: Any, move: Callable[[Tensor, Any], Tensor]) -> Any:
+        def call(to: Any) -> None:
+            method(to)
+            self._move(lambda value: move(value, to))
+
+        return call
 
     def _fit(self, model: EtrForCausalLM, mask: Any) -> None:
         text = self._text
