@@ -21,6 +21,9 @@ from etr.moe.dispatch import DISPATCHERS, all_to_all
 
 SIZES = (7, 0, 13, 8)
 """Tokens of each rank."""
+TOKENS = 64
+"""Tokens of each rank whose memory is counted."""
+DISPATCHES = ("all_to_all", "least_loaded", "least_loaded:alpha=1.5,chunk=3")
 
 
 def layer(dispatch: str) -> MoE:
@@ -56,7 +59,7 @@ def on_rank() -> dict[str, Any]:
 
     all_to_all.by_expert = least_loaded.by_expert = counted
     found: dict[str, Any] = {}
-    for name in ("all_to_all", "least_loaded", "least_loaded:alpha=1.5,chunk=3"):
+    for name in DISPATCHES:
         generator = torch.Generator().manual_seed(5)
         x, push = torch.randn(2, sum(SIZES), 16, dtype=torch.float64, generator=generator)
         x[:, 0] = 9.0
@@ -70,8 +73,30 @@ def on_rank() -> dict[str, Any]:
             grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
             values[key] = grad.to_local() if hasattr(grad, "to_local") else grad
         found[name] = values
-    found["ran"] = ran
+    found["ran"] = list(ran)
+    found["saved"] = {name: saved(layer(name).distribute(parallel)) for name in DISPATCHES}
     return found
+
+
+def saved(one: MoE) -> int:
+    """Bytes that a forward keeps for its backward, where all tokens of a long batch take one
+    expert; each part of memory once, and no weight that is the layer's own."""
+    x = torch.ones(TOKENS, 16, dtype=torch.float64)
+    x[:, 0] = 9.0
+    own = {w.to_local() if hasattr(w, "to_local") else w for w in one.parameters()}
+    own = {weight.untyped_storage().data_ptr() for weight in own}
+    kept: dict[int, int] = {}
+
+    def pack(value: torch.Tensor) -> torch.Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        output = one(x.requires_grad_())
+    assert output.hidden_states.requires_grad
+    return sum(kept.values())
 
 
 @pytest.mark.distributed
@@ -86,6 +111,11 @@ def test_a_burst_is_spread_and_changes_nothing(tmp_path: Path) -> None:
     assert plain == (28, 0, 0, 0)  # all rows are the first rank's
     assert spread == (7, 7, 7, 7)
     assert max(capped) <= math.ceil(1.5 * 7)
+    # A rank keeps what one of evenly loaded ranks does, and the weights of its two experts and a
+    # guest; three numbers a row say where rows go.
+    plain, spread, _ = zip(*(rank.pop("saved").values() for rank in ranks), strict=True)
+    weights = 3 * 8 * sum(value[0].numel() for value in layer("least_loaded").experts.parameters())
+    assert max(spread) <= sum(plain) / 4 + weights + 3 * 8 * TOKENS < 0.6 * max(plain)
     for rank in ranks:
         want = rank.pop("all_to_all")
         for name in ("least_loaded", "least_loaded:alpha=1.5,chunk=3"):
