@@ -9,8 +9,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from transformers import MixtralConfig
 
 from etr.files import read_json
+from etr.hf import EtrConfig, EtrForCausalLM
 from etr.systems import Demand
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,3 +59,41 @@ def test_memories_predict_one_trace_from_another(tool: ModuleType) -> None:
     assert set(found) == set(tool.CACHES)
     for size in ("1", "2", "4"):
         assert all(0 <= row[size] <= found["oracle"][size] for row in found.values())
+
+
+def test_ratios_are_of_a_round(tool: ModuleType) -> None:
+    """A step that takes twice as long as the first one in each of two rounds has a ratio of 2."""
+    clock = iter([0, 0, 0, 1, 1, 3, 0, 4, 4, 12])  # a round that warms up, and two
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tool.times.time, "process_time", lambda: next(clock))
+        found = tool.times.medians({"one": lambda: None, "two": lambda: None}, 2)
+    assert found == {"one": 1, "two": 2}
+
+
+def test_decodings_and_policies_are_timed_on_the_same_model(tool: ModuleType) -> None:
+    """Plain decoding is the model's own: its loss is that of the second halves, by hand."""
+    torch.manual_seed(0)
+    base = MixtralConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    config = EtrConfig.from_base(base, "token_choice", capacity="none", eval_selection="dropless")
+    model, rows = EtrForCausalLM(config).eval(), torch.randint(32, (3, 12))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tool.times.medians, "__defaults__", (1,))
+        found = tool.times.of_decodings(model, tool.DECODINGS, rows)
+        taken = tool.times.of_policies(model, tool.POLICIES, rows)
+    assert set(taken) == set(tool.POLICIES)
+    assert taken["dropless"] == [1, 1]
+    logits = model(rows).logits[:, 6:-1].detach()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 7:].flatten())
+    assert found["plain"]["loss"] == pytest.approx(float(loss), abs=1e-5)
+    assert found["plain"]["guessed"] == float((logits.argmax(-1) == rows[:, 7:]).float().mean())
+    assert all(0 <= row["guessed"] <= 1 for row in found.values())
+    assert "loss" in found["rewire:rate=0.3"]
+    assert found["rewire:rate=0.3"]["loss"] != found["plain"]["loss"]
