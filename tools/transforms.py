@@ -284,7 +284,9 @@ def run(settings: Settings) -> None:
 
 def page(found: dict[str, Any]) -> str:
     """The page of what was measured."""
-    return HEAD + _against_chance(found) + "".join(_of_model(*each) for each in found.items())
+    absent = [f"- {name}: {one.about}\n" for name, one in MODELS.items() if name not in found]
+    parts = [HEAD, _against_chance(found), *(_of_model(*each) for each in found.items())]
+    return "".join([*parts, "\n## Not measured\n\n" if absent else "", *absent])
 
 
 COLUMNS = (
@@ -304,10 +306,10 @@ def _of_model(name: str, model: dict[str, Any]) -> str:
     from etr.sheet import table
 
     subject, sizes = MODELS.get(name), model["settings"]
-    rows, refused = [], []
+    rows, reasons = [], dict[str, list[str]]()
     for method, row in model["methods"].items():
         if "refused" in row:
-            refused.append(f"- `{method}` is refused: {row['refused']}\n")
+            reasons.setdefault(row["refused"], []).append(f"`{method}`")
             continue
         ratios = (f"{row[key]:.3f}" for key in ("bytes", "flops", "time"))
         chance = (_nats(row["controls"][k]) if k in row["controls"] else "" for k in KINDS)
@@ -315,11 +317,18 @@ def _of_model(name: str, model: dict[str, Any]) -> str:
         cells = (f"`{method}`", _nats(row), *chance, *ratios, format_, f"{row['seconds']:.1f}")
         rows.append(cells)
     about = f"{subject.about} " if subject else ""
+    missing = [one for one in subject.methods if one not in model["methods"]] if subject else []
     text = (
         f"\n## {name}\n\n{about}Its held-out loss is {model['loss']:.4f} nats over {model['rows']} "
         f"rows of {sizes['sequence_length']} tokens; methods that measure saw "
         f"{sizes['num_batches']} batches of {sizes['batch_size']}.\n\n"
     )
+    if missing:
+        text += f"Not measured yet: {', '.join(f'`{one}`' for one in missing)}.\n\n"
+    refused = [
+        f"- {', '.join(each)} {'is' if len(each) == 1 else 'are'} refused: {reason}\n"
+        for reason, each in reasons.items()
+    ]
     return text + table(COLUMNS, rows, "lr") + "".join(["\n", *refused] if refused else [])
 
 
@@ -385,8 +394,8 @@ compresses choices into vectors, is a start for training, and its row says what 
 - Bytes of the folder, operations of the experts for a token (of one that takes the widest, where
   widths differ) and CPU time are ratios to the source's.
 - Time is that of one batch in evaluation, the fastest of a few, in turns with the source, on a busy
-  machine: a few hundredths say nothing. Bits are stored, and unpacked again for each forward: they
-  save bytes and no time.
+  machine: a few hundredths say nothing. Bits are stored, and unpacked again for each forward, which
+  takes time; experts of unequal widths (`heapr`) run one after another.
 - "In" is the format that holds the result: the source's family of transformers (theirs), or this
   library's (ours).
 - One seed of each model. The error is over rows of text, not over draws, seeds or models.
