@@ -117,7 +117,7 @@ class QuantMoe(FewBits):
             each = len(score) // layer.num_experts
             found.append([WHOLE if i // each in alone else b for i, b in enumerate(own)])
             start += len(score)
-        plan = {"bits": found, "score": [score.tolist() for score in scores]}
+        plan: dict[str, Any] = {"bits": found, "score": [score.tolist() for score in scores]}
         if self.score == "block":
             for name, key in (("expected_cosine", "expected"), ("cosine", "cosine")):
                 plan[name] = [float(one[key].double().mean()) for one in stats]
