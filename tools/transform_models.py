@@ -19,6 +19,7 @@ SHRINK = (
     *(f"flexmore:rank={rank}" for rank in (32, 8, 2)),
     *(f"compressed_experts:main={main}" for main in (3, 2, 1)),
     *(f"quantmoe:average={bits}" for bits in (3.5, 3, 2.5)),
+    *(f"quantmoe:average={bits},score=block" for bits in (3.5, 3, 2.5)),
     *(f"quantmoe:low={bits},high={bits},average={bits}" for bits in (8, 4, 2)),
     *(f"edgemoe:tolerance={nats}" for nats in (0.01, 0.05, 0.2)),
     *(f"eaquant:bits={bits}" for bits in (8, 4, 2)),
