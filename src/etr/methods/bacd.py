@@ -60,7 +60,7 @@ CARD = Card(
     departs=(
         "Confidences of tokens that were unmasked because none reached the bar count for the mean "
         "too. Only the decoding of TDAR is here, not its two sizes of blocks. Steps measured: 9.58 "
-        "(0.6), 13.42 (bacd), 16.00 (0.9). The model of `make dlm STEPS=700` took 15.8 steps for "
+        "(0.6), 13.42 (bacd), 16.00 (0.9). The model of `make dlm` took 15.0 steps for "
         "blocks of 16."
     ),
 )
