@@ -180,8 +180,8 @@ def test_the_whole_path_and_that_nothing_runs_twice(tmp_path: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in files}
 
 
-def test_one_process_learns_locality_as_ranks_do(tmp_path: Path) -> None:
-    """The loss is in the run, and moves tokens to experts of their block's node."""
+def test_a_run_learns_from_the_locality_of_the_nodes_that_it_plays(tmp_path: Path) -> None:
+    """On one node, where every expert is at home, it learns something else."""
     variant = smoke().blocks[0].variants[-1]
     assert "locality" in variant
     result = execute(Run(task="text-x-own", variant=variant, steps=2, seed=0), tmp_path)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from etr.cluster.bench.plan import CHUNKED, PADDED, RANKS
 from etr.cluster.network import parse_rate
 from etr.study.study import Study
 
-PADDED, CHUNKED = "all_to_all_padded", "chunked:all_to_all,chunks=4"
-RANKS = 4
-"""Of every shape."""
+__all__ = ["CHUNKED", "PADDED", "RANKS", "Condition", "EqualTimeStudy"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 
+from etr.cluster.bench.plan import EMULATED
 from etr.cluster.bench.sleep import add_sleeping_experts
 from etr.cluster.measure import join_group
 from etr.cluster.replay import Replay, Rest
@@ -21,8 +22,6 @@ from etr.moe.dispatch import parse_dispatcher
 from etr.moe.losses.locality import Locality
 from etr.moe.ranks import ExpertParallel
 from etr.moe.topology import Topology
-
-EMULATED = "emulated"
 
 
 def main(arguments: list[str]) -> None:
