@@ -106,7 +106,7 @@ def _result(name: str, seed: int, loss: float, steps: int) -> dict[str, Any]:
         "run": {"task": "text-x", "variant": f"{name}=etr", "steps": steps, "seed": seed},
         "steps": steps,
         "max_violation_last": 0.1,
-        "environment": {"torch": "0", "python": "0", "machine": "m", "corpus": "c"},
+        "environment": {"torch": "0", "python": "0", "machine": "m", "threads": 1, "corpus": "c"},
         "final": {"served_loss": loss, "served": "dropless", "dropless": mode},
     }
 

@@ -76,3 +76,21 @@ def collect(
         blocks={name: (task, match, tuple(rows_of(found))) for name, task, match, found in blocks},
         times=times,
     )
+
+
+def measured_with(study: Collection) -> str:
+    """A page's line on versions, machine, threads and text; empty without results."""
+    every = [
+        result["environment"]
+        for _, _, rows in study.blocks.values()
+        for row in rows
+        for result in row.results
+    ]
+    if not every:
+        return ""
+    found, texts = every[0], sorted({one["corpus"] for one in every if one.get("corpus")})
+    corpora = f" Text: corpus {', '.join(texts)}." if texts else ""
+    return (
+        f"Measured with torch {found['torch']}, Python {found['python']}, "
+        f"{found['machine']}, {found['threads']} thread per run.{corpora}\n"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from etr.sheet import table
-from etr.study.collection import Collection
+from etr.study.collection import Collection, measured_with
 from etr.study.grid import MATCHES
 from etr.study.summary import StudyRow, difference, resolution
 from etr.study.verdicts import verdicts
@@ -39,7 +39,7 @@ def page(study: Collection, reference: str, figures: dict[str, str], notes: str)
         "## Verdicts\n\n" + _verdicts(study),
         "## Smallest difference that could be seen\n\n" + _resolution(study, reference),
         notes,
-        _environment(study),
+        measured_with(study),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -186,23 +186,6 @@ def _resolution(study: Collection, reference: str) -> str:
         if width is not None:
             lines.append([f"`{task}`: {name}", MATCHES[match], f"{width:.4f}"])
     return table(("block", "what is equal", "median half-width of the intervals"), lines)
-
-
-def _environment(study: Collection) -> str:
-    every = [
-        result["environment"]
-        for _, _, rows in study.blocks.values()
-        for row in rows
-        for result in row.results
-    ]
-    if not every:
-        return ""
-    found, texts = every[0], sorted({one["corpus"] for one in every if one.get("corpus")})
-    corpora = f" Text: corpus {', '.join(texts)}." if texts else ""
-    return (
-        f"Measured with torch {found['torch']}, Python {found['python']}, "
-        f"{found['machine']}, {found['threads']} thread per run.{corpora}\n"
-    )
 
 
 def _number(value: float | None, digits: int = 4) -> str:

@@ -10,7 +10,7 @@ from etr.methods import METHODS, Card
 from etr.report.chart import save_svg
 from etr.report.statistics import holm
 from etr.sheet import escape_markdown, table
-from etr.study.collection import Collection
+from etr.study.collection import Collection, measured_with
 from etr.study.figures import costs
 from etr.study.grid import MATCHES, Match
 from etr.study.run import Run, load_model
@@ -48,7 +48,7 @@ class RivalsRunner(StudyRunner):
                 save_svg(costs({one.row.name: one.row for one in rows}, key), self.out / path)
                 images.append(f"![{title}]({path})\n\n*{title}*\n")
         parts = [_OPENING, *images, *tables(found), _several(found), sentences(found)]
-        parts += [authors(found, self.claimed), _environment(study)]
+        parts += [authors(found, self.claimed), measured_with(study)]
         return "\n".join(part for part in parts if part)
 
 
@@ -240,19 +240,9 @@ have none. Differences are paired by seed and by held-out document; Student's 95
 both, so that it speaks of other seeds and of other text of these domains. What a layer does with
 tokens (MaxVio, balance loss, experts) is measured as served; a balance loss of 1 is not balance:
 read it with MaxVio. Bytes are those of {RANKS} ranks on two nodes with blocks of experts and of
-tokens. Models are small, and trained for minutes: what differs here need not differ at scale.
+tokens; times are processor seconds. Models are small, and trained for minutes: what differs here
+need not differ at scale.
 """
-
-
-def _environment(study: Collection) -> str:
-    rows = [row for _, _, found in study.blocks.values() for row in found]
-    if not rows:
-        return ""
-    found = rows[0].results[0]["environment"]
-    return (
-        f"Measured with torch {found['torch']}, Python {found['python']}, {found['machine']}, one "
-        "thread a run; times are processor seconds.\n"
-    )
 
 
 __all__ = ["Compared", "RivalsRunner", "authors", "compared", "sentences", "tables"]

@@ -13,7 +13,7 @@ from etr.cluster.study.plan import RANKS, EqualTimeStudy
 from etr.report.chart import save_svg
 from etr.report.statistics import holm
 from etr.sheet import table
-from etr.study.collection import Collection
+from etr.study.collection import Collection, measured_with
 from etr.study.figures import front
 from etr.study.summary import LossDifference, StudyRow, difference
 
@@ -71,7 +71,7 @@ def page(
         cells = [[cell(one) for cell in COLUMNS.values()] for one in rows]
         parts.append(f"## {block}\n\n" + table(list(COLUMNS), cells, "lr"))
         parts.append(f"![{title}]({path})\n\n*{title}, equal steps*\n")
-    parts += [_verdict(found, plan), _map(study, plan, found), _environment(study)]
+    parts += [_verdict(found, plan), _map(study, plan, found), measured_with(study)]
     return "\n".join(part for part in parts if part)
 
 
@@ -242,17 +242,6 @@ def _map(study: Collection, plan: EqualTimeStudy, found: Sequence[Timed]) -> str
         "The difference at equal steps, and what the time saved is worth where the loss falls by "
         "so many nats when steps grow by a factor e: the lowest row of each cluster."
         f"{seen}\n\n" + table(("nats for e times the steps", *blocks), lines, "l")
-    )
-
-
-def _environment(study: Collection) -> str:
-    rows = [row for _, _, found in study.blocks.values() for row in found]
-    if not rows:
-        return ""
-    found = rows[0].results[0]["environment"]
-    return (
-        f"Measured with torch {found['torch']}, Python {found['python']}, {found['machine']}; "
-        f"text: corpus {found.get('corpus', 'not recorded')}.\n"
     )
 
 
