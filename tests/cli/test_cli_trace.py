@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,10 @@ def test_experts_are_placed_by_a_trace(name, traced, capsys):
     assert main(["plan", name, str(traced), "--ranks", "2", "--nodes", "2"]) == 0
     out = capsys.readouterr().out
     assert "plan.json" in out
+    picture = ET.parse(traced.parent / "plan.svg").getroot()
+    assert picture.tag.endswith("svg")
+    words = ["".join(element.itertext()) for element in picture.iter()]
+    assert {"before, consecutive", f"after, {name}"} <= {*words}
     plan = Plan.from_dict(json.loads((traced.parent / "plan.json").read_text()))
     assert (plan.rank_of_expert.shape, plan.devices.num_nodes) == ((2, 4), 2)
     demand = Demand.of(*map(torch.tensor, read_trace(traced).choices()), num_experts=4)
@@ -270,6 +275,7 @@ def test_traces_of_other_models_are_refused(run, traced, options, tmp_path, caps
         assert main([*arguments, *(["--ranks", "2"] if verb != "cache" else [])]) == 2
         said = " ".join(capsys.readouterr().err.split())
         assert f"{option}='{traced}' is a trace of another model: its source is" in said
+    assert not list(tmp_path.glob("plan.*"))
     arguments = ["plan", "exflow", str(traced), "--ranks", "2", "--model", str(run)]
     assert main([*arguments, "--placed", str(tmp_path / "new")]) == 2
     assert "the trace is of the model in" in capsys.readouterr().err
@@ -296,6 +302,7 @@ def test_a_model_writes_the_same_with_its_experts_on_disk(run, capsys):
             "trace 'no.parquet' does not exist",
         ),
         (["plan", "consecutive", "{trace}", "--ranks", "4", "--nodes", "3"], "num_nodes=3"),
+        (["plan", "consecutive", "{trace}", "--ranks", "2", "--out", "p.svg"], "out='p.svg' must"),
         (["cache", "{trace}", "--caches", "nonsense"], "cache='nonsense' is unknown; choose"),
         (["cache", "{trace}", "--sizes", "0"], "must be at least 1, not 0"),
         (["cache", "{trace}", "--regroup", "2"], "regroup=2 must be at least 1, sequences of"),
@@ -309,6 +316,14 @@ def test_what_plan_and_cache_refuse(arguments, message, traced, capsys):
     assert code == 2
     output = capsys.readouterr()
     assert message in " ".join((output.out + output.err).replace("│", " ").split())
+
+
+def test_a_trace_that_is_cut_short_leaves_no_plan_and_no_picture(traced, tmp_path, capsys):
+    cut = tmp_path / "cut.parquet"
+    cut.write_bytes(traced.read_bytes()[:-100])
+    assert main(["plan", "exflow", str(cut), "--ranks", "2"]) == 2
+    assert "is cut short" in " ".join(capsys.readouterr().err.split())
+    assert list(tmp_path.iterdir()) == [cut]
 
 
 def test_a_placement_is_carried_out(mixtral, traced, tmp_path, capsys):

@@ -18,6 +18,8 @@ from etr.cli._tables import make_table
 from etr.cli._traces import same_model
 from etr.files import write_json
 from etr.model.transform import Renumber
+from etr.report.chart import save_svg
+from etr.report.hops import hops_chart
 from etr.systems import PLANNERS, Demand, Devices, Plan, Travel, travel
 from etr.systems.plan import Consecutive, RoundRobin
 from etr.trace import Trace, TraceInfo, read_trace
@@ -40,7 +42,8 @@ class PlanConfig(WithImports):
     nodes: int = 1
     """Nodes that the ranks stand on."""
     out: str | None = None
-    """JSON file of the plan; by default plan.json beside the trace."""
+    """JSON file of the plan; by default plan.json beside the trace. A picture of the traffic before
+    and after stands beside it, plan.svg."""
     held_out: str | None = None
     """Another trace of the same model, on which the plan is measured too."""
     model: str | None = None
@@ -51,6 +54,11 @@ class PlanConfig(WithImports):
     def __post_init__(self) -> None:
         PLANNERS.parse(self.name)
         Devices(num_ranks=self.ranks, num_nodes=self.nodes)
+        if Path(self.out or "").suffix == ".svg":
+            raise ValueError(
+                f"out={self.out!r} must be the JSON file of the plan, such as plan.json; the "
+                "picture, plan.svg, is written beside it"
+            )
 
 
 def run(arguments: list[str]) -> int:
@@ -81,7 +89,10 @@ def run(arguments: list[str]) -> int:
     out = Path(config.trace).parent / "plan.json" if config.out is None else Path(config.out)
     flows = {"before": found[0][1].flow.tolist(), "after": found[-1][1].flow.tolist()}
     write_json(out, {**plan.to_dict(), "hops_between_ranks": flows})
-    print(f"{config.name} for {config.ranks} ranks: {out}")
+    picture = out.with_suffix(".svg")
+    titles = ("before, consecutive", f"after, {config.name}")
+    save_svg(hops_chart(dict(zip(titles, flows.values(), strict=True)), config.nodes), picture)
+    print(f"{config.name} for {config.ranks} ranks: {out}, {picture}")
     if source is not None:
         _carry_out(plan, source, Path(config.placed or f"{str(config.model).rstrip('/')}-placed"))
     elif plan.is_even:

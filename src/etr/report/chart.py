@@ -10,7 +10,7 @@ import copy
 import json
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -91,16 +91,17 @@ def save_files(drawing: Drawing, folder: Path) -> tuple[Path, Path]:
     import vl_convert
 
     paths = folder / f"{drawing.key}.svg", folder / f"{drawing.key}.png"
-    svg = in_light(slim(_svg(_framed(drawing), FILE, drawing.key)))
+    chart = titled(drawing.chart, drawing.title, [drawing.caption])
+    svg = in_light(slim(_svg(_in_file(chart), FILE, drawing.key)))
     write_bytes(paths[0], svg.encode("utf-8", errors="replace"))
     write_bytes(paths[1], vl_convert.svg_to_png(svg, scale=PNG_SCALE))
     return paths
 
 
 def save_svg(chart: Chart, path: Path) -> None:
-    """Write a chart alone, without title and caption."""
-    spec = {**_still(chart), "config": {**CONFIG, "background": CARD.css}}
-    svg = in_light(slim(_svg(spec, FILE, path.stem)))
+    """Write a chart as it is: without title and caption, unless it is `titled`."""
+    name = re.sub(r"[^\w-]", "-", path.stem)
+    svg = in_light(slim(_svg(_in_file(chart), FILE, name), step=1))
     write_bytes(path, svg.encode("utf-8", errors="replace"))
 
 
@@ -126,16 +127,14 @@ def _svg(chart: Chart, width: int, name: str) -> str:
     return svg
 
 
-def _framed(drawing: Drawing) -> Chart:
-    """The specification of a file: with the title above, and the caption below it."""
-    title = textwrap.wrap(drawing.title, 62)
-    caption = textwrap.wrap(drawing.caption, 92)
+def titled(chart: Chart, title: str, lines: Sequence[str]) -> Chart:
+    """The specification of a file: with a title, and lines below it, above the chart."""
     return {
-        **_still(drawing.chart),
+        **chart,
         "padding": 14,
         "title": {
-            "text": title,
-            "subtitle": caption,
+            "text": textwrap.wrap(title, 62),
+            "subtitle": [part for line in lines for part in textwrap.wrap(line, 92)],
             "anchor": "start",
             "frame": "bounds",
             "fontSize": 15,
@@ -145,8 +144,12 @@ def _framed(drawing: Drawing) -> Chart:
             "color": INK.css,
             "subtitleColor": SOFT.css,
         },
-        "config": {**CONFIG, "background": CARD.css},
     }
+
+
+def _in_file(chart: Chart) -> Chart:
+    """Without what a pointer needs, on a card."""
+    return {**_still(chart), "config": {**CONFIG, "background": CARD.css}}
 
 
 def _still(chart: Chart) -> Chart:

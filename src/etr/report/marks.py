@@ -131,7 +131,13 @@ COSINES = (-1, -0.5, 0, 0.5, 1)
 
 
 def heat(
-    title: str, domain: Sequence[float], x: str, y: str, told: Any, labels: Any = None
+    title: str,
+    domain: Sequence[float],
+    x: str,
+    y: str,
+    told: Any,
+    labels: Any = None,
+    scale: Any = None,
 ) -> Chart:
     """A panel of rectangles in the colours of their `value`.
 
@@ -141,12 +147,13 @@ def heat(
         x, y: titles of the axes: `column` along x, `row` along y, row 0 on top.
         told: what a pointer is told.
         labels: options of both axes.
+        scale: options of the scale of colours.
     """
     axis: dict[str, Any] = {"grid": False, "labelOverlap": True, "domain": False, "ticks": False}
     axis |= {"labelAngle": 0, **(labels or {})}
-    scale = {"domain": domain, "range": LOAD_MAP, "clamp": True, "interpolate": "rgb"}
+    colours = {"domain": domain, "range": LOAD_MAP, "clamp": True, "interpolate": "rgb"}
     legend = {"title": title, "titleLimit": 300, "gradientLength": 200, "values": domain}
-    color = {"field": "value", "type": "quantitative", "scale": scale}
+    color = {"field": "value", "type": "quantitative", "scale": colours | (scale or {})}
     return layer(
         mark("rect", stroke=None, strokeWidth=0),
         x={"field": "column", "type": "ordinal", "title": x, "axis": axis},

@@ -88,6 +88,8 @@ _HOMES = {
 # Idle to overloaded, 1 (the mean load) in the middle; both ends differ in hue and the middle is
 # a mid grey that neither theme swallows.
 LOAD_MAP = ("#0b4f8a", "#6ba3cf", "#dcdad4", "#e29a63", "#a03c00")
+# None to the most, of counts; 0 still differs from a light card.
+COUNT_MAP = ("#eeece6", "#0b4f8a")
 
 
 def looks(names: Iterable[str]) -> dict[str, Look]:

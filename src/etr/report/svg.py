@@ -6,6 +6,7 @@ import base64
 import re
 import struct
 import zlib
+from functools import partial
 
 import numpy as np
 
@@ -28,10 +29,15 @@ _CELL = r'<path d="M([-\d.]+),([-\d.]+)h([-\d.]+)v([-\d.]+)h[-\d.]+Z" fill="#(\w
 _CELLS = re.compile(f"(?:{_CELL}){{9,}}")
 
 
-def slim(svg: str) -> str:
+def slim(svg: str, step: int = 8) -> str:
     """The same picture in fewer letters: nothing unseen, short numbers, lines as steps, cells by
-    their colour."""
-    return _CELLS.sub(_by_colour, _shortened(svg))
+    their colour.
+
+    Args:
+        svg: what Vega drew.
+        step: that parts of mixed colours are rounded to, of 256.
+    """
+    return _CELLS.sub(_by_colour, _shortened(svg, step))
 
 
 def page_slim(svg: str) -> str:
@@ -40,7 +46,7 @@ def page_slim(svg: str) -> str:
     return re.sub(r' (?:xmlns(?::xlink)?|version|font-family)="[^"]*"(?=[^<>]*>)', "", svg)
 
 
-def _shortened(svg: str) -> str:
+def _shortened(svg: str, step: int = 8) -> str:
     kept: list[bool] = []
 
     def short(match: re.Match[str]) -> str:
@@ -53,7 +59,7 @@ def _shortened(svg: str) -> str:
             return ""
         tag = re.sub(r"\d+\.\d+", lambda number: f"{round(float(number[0]), 2):g}", tag)
         tag = _LINE.sub(_steps, tag).replace("<svg", '<svg font-size="11px"')
-        return re.sub(r"rgb\((\d+), (\d+), (\d+)\)", _hex, tag)
+        return re.sub(r"rgb\((\d+), (\d+), (\d+)\)", partial(_hex, step), tag)
 
     # Tags only: what a name says is left alone.
     svg = _UNSEEN.sub("", re.sub(r"<[^>]+>", short, svg))
@@ -134,6 +140,7 @@ def _png(pixels: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
-def _hex(colour: re.Match[str]) -> str:
-    """Of cells: a few dozen colours that differ to the eye."""
-    return "#" + "".join(f"{min(255, 8 * round(int(part) / 8)):02x}" for part in colour.groups())
+def _hex(step: int, colour: re.Match[str]) -> str:
+    """Of cells: with steps of 8, a few dozen colours that differ to the eye."""
+    parts = (min(255, step * round(int(part) / step)) for part in colour.groups())
+    return "#" + "".join(f"{part:02x}" for part in parts)
