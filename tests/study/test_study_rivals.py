@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,14 @@ def test_the_page_says_what_survives_and_what_it_costs() -> None:
     assert "| 25.0% | 1.50 ± 0.50 |" in causal
 
 
+def test_the_page_says_what_has_not_been_run() -> None:
+    found, plan = stored({"token_choice": [2.0, 2.1], "bip": [1.9]})
+    more = Block(name="text-x, matched", task="text-x", variants=("bip",), steps=10, seeds=(0, 1))
+    plan = replace(plan, blocks=(replace(plan.blocks[0], seeds=(0, 1)), more))
+    assert "text-x (3 of 4); text-x, matched (0 of 2)." in plan.still_to_run(found)
+    assert replace(plan, blocks=(replace(plan.blocks[0], seeds=(0,)),)).still_to_run(found) == ""
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
 def test_the_smoke_path_writes_its_page_and_goes_on(
@@ -206,6 +215,7 @@ def test_the_smoke_path_writes_its_page_and_goes_on(
     page = (tmp_path / "rivals.md").read_text(encoding="utf-8")
     for heading in ("`text-x`, equal steps: causal", "equal expert FLOPs", "How many comparisons"):
         assert heading in page
+    assert "Not all of it has been run" not in page
     for name in ("dynamic_top_p", "bip", "token_choice"):
         assert f"`{name}`" in page
     for picture in ("images/rivals-text-x-flops.svg", "images/rivals-text-x-time.svg"):

@@ -47,7 +47,14 @@ class RivalsRunner(StudyRunner):
                 title = f"Held-out loss as served on {task} against {what} of a step"
                 save_svg(costs({one.row.name: one.row for one in rows}, key), self.out / path)
                 images.append(f"![{title}]({path})\n\n*{title}*\n")
-        parts = [_OPENING, *images, *tables(found), _several(found), sentences(found)]
+        parts = [
+            _OPENING,
+            self.study.still_to_run(study),
+            *images,
+            *tables(found),
+            _several(found),
+            sentences(found),
+        ]
         parts += [authors(found, self.claimed), measured_with(study)]
         return "\n".join(part for part in parts if part)
 

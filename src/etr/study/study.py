@@ -50,6 +50,21 @@ class Study:
         known = ", ".join(block.name for block in self.blocks)
         raise ValueError(f"block {name!r} is unknown; choose from {known}")
 
+    def still_to_run(self, found: Collection) -> str:
+        """A page's line on the runs that it does not have yet; empty where it has all."""
+        left = []
+        for block in self.blocks:
+            runs = len(block.variants) * len(block.seeds)
+            done = sum(len(row.results) for row in found.rows(block.name))
+            if done < runs:
+                left.append(f"{block.name} ({done} of {runs})")
+        if not left:
+            return ""
+        return (
+            f"**Not all of it has been run**: {'; '.join(left)}. The same command goes on where it "
+            "stopped. Intervals and corrections are those of the runs that there are.\n"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class StudyRunner:

@@ -57,7 +57,7 @@ def page(
         out: folder of the page.
     """
     found = compared(study, plan, measured)
-    parts = [_opening(plan, measured), _limited(study, plan)]
+    parts = [_opening(plan, measured), plan.still_to_run(study), _limited(study, plan)]
     for block in dict.fromkeys(one.block for one in found):
         rows = [one for one in found if one.block == block]
         condition = plan.conditions[block]
