@@ -40,6 +40,7 @@ TEXTS: dict[str, list[str]] = {
     "low_rank": ["low_rank", "low_rank:ranks=0+3+8+1", "low_rank:ranks=4x0"],
     "compressed": ["compressed", "compressed:main=2"],
     "nested": ["nested", "nested:base=1,levels=1", "nested:group=4,use=2"],
+    "stand_in": ["stand_in", "stand_in:rank=1", "stand_in:rank=0"],
     "packed": ["packed", "packed:bits=12x16", "packed:bits=2+4+8+16+8x4"],
 }
 """What a bank of a name may be; its defaults alone where nothing is named."""
@@ -297,6 +298,7 @@ def test_a_token_may_choose_more_than_there_are_experts_with_nulls() -> None:
         ("merged:of=0+2", "must be a number for each choice joined by"),
         ("merged:of=0+1", "names 2 choices; there are num_experts=4"),
         ("low_rank:ranks=2x3", "names 2 experts; there are num_experts=4"),
+        ("stand_in:rank=-1", "rank=-1 of what stands in must be at least 0"),
         ("nested:use=4", "use=4 must lie between 1 and levels=3"),
         ("packed:bits=3+3", "must be 2, 4, 8 or 16 for each matrix"),
         ("packed:bits=5x4", "names 5 matrices; num_experts=4 have 3 each"),

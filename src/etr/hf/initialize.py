@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from etr.moe.experts import ExpertWeights
+from etr.moe.experts.stand_in import StandInMap
 from etr.moe.routers import Router
 from etr.moe.state import GlobalState
 
@@ -16,16 +17,17 @@ from etr.moe.state import GlobalState
 def initialize(module: nn.Module, initializer_range: float) -> bool:
     """Write initial values into one module of the layer; what a checkpoint gave stays.
 
-    Experts start like the family's own, normal with `initializer_range` and biases at 0; routers
-    start their own way, from a random stream of their own, so that with one seed models that differ
-    in the router alone start from the same other weights; state starts at its initial values.
+    Experts start like the family's own, normal with `initializer_range` and biases at 0; routers,
+    and what stands in for experts, start their own way, from a random stream of their own, so that
+    with one seed models that differ in them alone start from the same other weights; state starts
+    at its initial values.
 
     Returns:
         False for a module that is not the layer's.
     """
     if isinstance(module, ExpertWeights):
         _keep_loaded(module, lambda: _normal(module, initializer_range))
-    elif isinstance(module, Router):
+    elif isinstance(module, (Router, StandInMap)):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(torch.randint(2**62, ())))
             _keep_loaded(module, module.reset_parameters)

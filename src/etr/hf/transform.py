@@ -127,6 +127,7 @@ def flops_of_a_token(model: EtrForCausalLM) -> float:
         sizes = torch.tensor(layer.bank.sizes)
         largest = sizes.argsort(descending=True)[: layer.config.top_k]
         total += float(layer.bank.flops(torch.zeros_like(sizes).index_fill(0, largest, 1.0)))
+        total += layer.bank.flops_of_any_token
         if layer.shared_experts is not None:
             total += 2 * sum(value.numel() for value in layer.shared_experts.parameters())
     return total

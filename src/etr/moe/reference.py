@@ -13,6 +13,7 @@ from torch import Tensor
 
 from etr.moe.experts import Bank, ExpertParams
 from etr.moe.experts.nulls import NullExperts
+from etr.moe.experts.stand_in import StandInExperts
 from etr.moe.layer import MoE
 from etr.moe.routing import Limit, Routing
 
@@ -159,6 +160,25 @@ def expert_output(bank: Bank, token: Tensor, expert: int) -> Tensor:
     return token * 0 if bank.constants is None else bank.constants[expert].to(token.dtype)
 
 
+def dropped_gates(routing: Routing, kept: set[Pair], token: int) -> list[Tensor]:
+    """Gates of the choices of a token that its experts did not keep."""
+    pairs = enumerate(zip(routing.token.tolist(), routing.expert.tolist(), strict=True))
+    return [
+        routing.gate[p]
+        for p, (t, e) in pairs
+        if t == token and e < routing.num_experts and (t, e) not in kept
+    ]
+
+
+def stood_in(bank: StandInExperts, token: Tensor, gates: list[Tensor]) -> Tensor:
+    """What one token [H] gets for dropped choices of these gates."""
+    down, up, bias = (value.to(token.dtype) for value in bank.stand_in.parameters())
+    total = torch.zeros_like(token)
+    for gate in gates:
+        total = total + gate.to(token.dtype) * (up @ (down @ token) + bias)
+    return total
+
+
 def moe(layer: MoE, x: Tensor, routing: Routing, limit: Limit) -> tuple[Tensor, set[Pair]]:
     """Output of the layer for tokens x [T, H], given what its router wants and what is allowed.
 
@@ -176,6 +196,8 @@ def moe(layer: MoE, x: Tensor, routing: Routing, limit: Limit) -> tuple[Tensor, 
             if (t, e) in kept:
                 scale = weight[t, e].to(x.dtype) * layer.config.routed_scale
                 total = total + scale * expert_output(layer.bank, x[t], e)
+        if isinstance(layer.bank, StandInExperts):
+            total = total + stood_in(layer.bank, x[t], dropped_gates(routing, kept, t))
         if layer.shared_experts is not None:
             shared = feed_forward(x[t], layer.shared_experts.params(x.dtype), 0)
             if layer.shared_gate is not None:

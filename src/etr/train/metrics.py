@@ -250,7 +250,7 @@ def finite(value: Tensor | float) -> float | None:
 def expert_flops(model: nn.Module, stats: Iterable[dict[str, Tensor]]) -> float:
     """Floating-point operations of the experts on kept tokens, forward and backward.
 
-    Shared experts run for every token.
+    Shared experts, and what a bank computes beside its experts, run for every token.
     A multiply-add counts as two; the backward pass costs twice the forward. Padding that a backend
     computes in vain is not counted.
     """
@@ -258,9 +258,11 @@ def expert_flops(model: nn.Module, stats: Iterable[dict[str, Tensor]]) -> float:
     for layer, counts in zip(moe_layers(model), stats, strict=True):
         if counts:
             total += 3 * float(layer.bank.flops(counts["num_tokens_per_expert"]))
+            each = layer.bank.flops_of_any_token
             if layer.shared_experts is not None:
-                size = layer.shared_experts.size_of_one
-                total += 3 * 2 * size * float(counts["num_valid_tokens"])
+                each += 2 * layer.shared_experts.size_of_one
+            if each:
+                total += 3 * each * float(counts["num_valid_tokens"])
     return total
 
 

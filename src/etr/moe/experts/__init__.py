@@ -10,6 +10,7 @@ from etr.moe.experts.nested import Nested
 from etr.moe.experts.nulls import Nulls
 from etr.moe.experts.packed import Packed
 from etr.moe.experts.shared import SharedGate, run_shared
+from etr.moe.experts.stand_in import StandIn
 from etr.moe.experts.tied import Shared
 from etr.moe.experts.uniform import Uniform
 from etr.moe.experts.weights import ExpertParams, ExpertWeights
@@ -18,7 +19,7 @@ from etr.moe.table import Table
 
 BANKS: Table[BankConfig] = Table(
     "experts",
-    (Uniform, Nulls, Widths, Shared, Merged, LowRank, Packed, Compressed, Nested),
+    (Uniform, Nulls, Widths, Shared, Merged, LowRank, Packed, Compressed, Nested, StandIn),
     wrapped="wrapped",
 )
 """Banks by name. Their texts may name one to wrap, as in ``shared:nulls``."""

@@ -121,6 +121,11 @@ class Bank(nn.Module):
         """Weights of each expert, numbered through the parts."""
         return [part.size_of_one for part in self.parts for _ in range(part.num_experts)]
 
+    @property
+    def flops_of_any_token(self) -> float:
+        """Operations of a forward pass that every token costs, whatever it chose."""
+        return 0.0
+
     def whole(self) -> list[nn.Parameter]:
         """Parameters beside the experts' weights, which every rank holds whole."""
         return []
@@ -135,7 +140,7 @@ class Bank(nn.Module):
         return found
 
     def idle(self, x: Tensor, routing: Routing, selection: Selection) -> Tensor | None:
-        """What choices without weights add to tokens x [T, H], [T, H]; None for nothing."""
+        """What choices that do not run add to tokens x [T, H], [T, H]; None for nothing."""
         return None
 
     def forward(self, x: Tensor, dtype: torch.dtype, run: Callable[..., Any]) -> Any:
@@ -193,7 +198,7 @@ class Bank(nn.Module):
         Args:
             num_tokens_per_expert: kept pairs of each choice, int64 [num_choices].
         Returns:
-            float64 []; what choices without weights add counts nothing.
+            float64 []; of choices that do not run see `flops_of_any_token`.
         """
         counts = num_tokens_per_expert.cpu().double()
         sizes = torch.tensor(self.sizes, dtype=torch.float64)
