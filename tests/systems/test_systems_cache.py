@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from etr.systems import CACHES, replay
+from etr.systems import CACHES, counts_of_passes, replay
 from etr.systems.cache import Cache, FastMemory
 
 LOADING = [name for name, kind in CACHES.items() if not kind().start(()).computes_elsewhere]
@@ -118,6 +118,70 @@ def test_a_forward_uses_each_expert_once():
     assert (together.uses, together.hits, together.loads) == (6, 2, 4)
     one_by_one = replay(choices, CACHES["lru"](), 2, num_experts=3, forward=torch.arange(4))
     assert one_by_one == replay(choices, CACHES["lru"](), 2, num_experts=3)
+
+
+def test_steps_of_blocks_are_passes_whose_numbers_policies_are_told():
+    """A prompt, two steps, a pass into the cache, a step; no step counts on from the one before."""
+
+    class Told(FastMemory):
+        def __init__(self) -> None:
+            self.seen: list[tuple] = []
+
+        def prepare(self, step, experts):
+            self.seen.append((step, list(experts), dict(self.tokens)))
+            return ()
+
+        def leaves(self, held):
+            return min(held)
+
+    class Telling(Cache):
+        name, summary = "telling", "for this test"
+
+        def start(self, uses, expected=()):
+            self.memory = Told()
+            return self.memory
+
+    cache = Telling()
+    choices = torch.tensor(
+        [[[0], [0], [1], [1], [2], [0], [0]], [[1], [2], [1], [1], [0], [0], [2]]]
+    )
+    step = torch.tensor([-1, -1, 0, 0, 1, -1, 0])
+    found = replay(choices[:1], cache, 2, num_experts=3, step=step)
+    tokens = [{0: 2}, {1: 2}, {2: 1}, {0: 1}, {0: 1}]
+    assert cache.memory.seen == [
+        (number, list(one), one) for number, one in zip((0, 0, 1, 2, 0), tokens, strict=True)
+    ]
+    forward = torch.tensor([0, 0, 1, 1, 2, 3, 4])
+    assert found == replay(choices[:1], Telling(), 2, num_experts=3, forward=forward)
+    replay(choices, cache, 2, num_experts=3, step=step, shared=True)
+    assert [one[0] for one in cache.memory.seen] == [0, 1, 0, 1, 2, 3, 4, 5, 0, 1]
+    nothing = replay(choices[:, :0], cache, 2, num_experts=3, step=step[:0])
+    assert nothing.uses == 0
+
+
+def test_counts_of_passes():
+    choices = some(3, layers=3, tokens=20, k=2, experts=5)
+    step = torch.tensor([-1] * 4 + [0] * 3 + [1] * 3 + [-1] * 3 + [0] * 6 + [1])
+    counts, steps = counts_of_passes(choices, step, 5)
+    assert steps.tolist() == [-1, 0, 1, -1, 0, 1]
+    for layer, found in zip(choices, counts, strict=True):
+        for part, row in zip(layer.split([4, 3, 3, 3, 6, 1]), found.tolist(), strict=True):
+            assert row == [part.flatten().tolist().count(expert) for expert in range(5)]
+    counts, steps = counts_of_passes(choices[:, :0], step[:0], 5)
+    assert (counts.shape, steps.shape) == ((3, 0, 5), (0,))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"forward": torch.zeros(10)}, "give forward or step"),
+        ({"step": torch.zeros(9)}, r"step has shape \(9,\); choices has 10 tokens"),
+    ],
+)
+def test_steps_that_do_not_fit_are_refused(options, message):
+    given = {"step": torch.zeros(10), **options}
+    with pytest.raises(ValueError, match=message):
+        replay(WORKED, CACHES["lru"](), 2, num_experts=4, **given)
 
 
 def test_time_is_that_of_what_was_moved():

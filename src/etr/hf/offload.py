@@ -249,7 +249,7 @@ def usage(model: EtrForCausalLM) -> Replayed:
 def begin_step(model: EtrForCausalLM, step: int) -> None:
     """Tell memories which step of a block comes, as `etr.hf.fill` counts them."""
     for _, bank in banks(model):
-        bank.memory.step = step
+        bank.memory.count_from(step)
 
 
 def resident_bytes(model: EtrForCausalLM) -> int:

@@ -77,13 +77,14 @@ def exchanged(counts: Tensor, steps: Tensor, size: int, every: int) -> Exchanges
 
     Args:
         counts: tokens of each expert in each step, int64 [N, E].
-        steps: number of each step in its block, int64 [N].
+        steps: number of each step in its block, int [N]; negative for a pass that fills none, whose
+            number counts on.
         size: experts that are there.
         every: steps between exchanges.
     """
     memory, missed = Memory(Tide(every=every).start(()), size), 0
     for row, step in zip(counts.tolist(), steps.tolist(), strict=True):
-        memory.step = step
+        memory.count_from(step)
         tokens = {expert: count for expert, count in enumerate(row) if count}
         memory.begin(tokens)
         missed += sum(n for expert, n in tokens.items() if expert not in memory.held)

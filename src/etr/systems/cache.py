@@ -1,20 +1,18 @@
-"""A fast memory that holds a few experts: who leaves when another must come in, replayed.
+"""A fast memory that holds a few experts: who leaves when another must come in.
 
-A replay touches no value of a model: it walks the choices of a trace in decoding order, token after
-token and in each token layer after layer, and counts which experts were there already. A model
-whose experts do not fit (`etr.hf.offload`) goes through the same `Memory`.
+A replay of a trace (`etr.systems.replay`) and a model whose experts do not fit (`etr.hf.offload`)
+go through the same `Memory`.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from etr.systems.plan import Demand
@@ -212,6 +210,11 @@ class Memory:
             self.held.add(expert)
         self.uses = self.hits = self.loads = 0
 
+    def count_from(self, step: int) -> None:
+        """Say which step of a block comes; negative: none does, and the number counts on."""
+        if step >= 0:
+            self.step = step
+
     def begin(self, tokens: Mapping[int, int]) -> None:
         """A step that will use some experts, for so many tokens each: the policy may bring in any.
 
@@ -288,88 +291,3 @@ class Replayed:
             hits=sum(memory.hits for memory in found),
             loads=sum(memory.loads for memory in found),
         )
-
-
-def replay(
-    choices: Tensor,
-    cache: Cache,
-    size: int,
-    *,
-    num_experts: int,
-    shared: bool = False,
-    forward: Tensor | None = None,
-    expected: Tensor | None = None,
-) -> Replayed:
-    """Use the experts of a trace in decoding order, from an empty memory.
-
-    Args:
-        choices: int64 [L, N, K], negative where a token has fewer.
-        cache: who leaves.
-        size: experts that a memory holds.
-        num_experts: E of each layer.
-        shared: one memory for all layers, and not one each.
-        forward: number of the forward pass that each token is part of, int64 [N], equal ones side
-            by side; a pass uses each of its experts once. None: one for each token.
-        expected: what was predicted, int64 [L, N, K'], for a policy that predicts; not with
-            `forward`.
-    Raises:
-        ValueError: wrong sizes, an expert that there is not, or no prediction for who needs one.
-    """
-    if size < 1:
-        raise ValueError(f"size={size} must be at least 1, experts")
-    _check(choices, num_experts, "choices")
-    steps = _steps(choices, num_experts, shared, forward)
-    guesses: list[list[dict[int, int]]] = [[] for _ in steps]
-    if cache.predicts:
-        if expected is None or forward is not None:
-            raise ValueError(
-                f"cache {cache.name!r} goes by predicted choices of each token; give expected, and "
-                "no forward"
-            )
-        _check(expected, num_experts, "expected")
-        guesses = _steps(expected, num_experts, shared, None)
-    memories = []
-    for memory_steps, guess in zip(steps, guesses, strict=True):
-        flat = [expert for step in memory_steps for expert in step]
-        policy = cache.start(flat, [list(step) for step in guess])
-        policy.shared_by(len(choices) if shared else 1, num_experts)
-        memory = Memory(policy, size)
-        for step in memory_steps:
-            memory.begin(step)
-            for expert in step:
-                memory.use(expert)
-        memories.append(memory)
-    return Replayed.of(memories)
-
-
-def _check(choices: Tensor, num_experts: int, name: str) -> None:
-    if choices.ndim != 3:
-        raise ValueError(f"{name} has shape {tuple(choices.shape)}; it must be [L, N, K]")
-    if choices.numel() and choices.max() >= num_experts:
-        raise ValueError(f"{name} holds {int(choices.max())}; num_experts={num_experts}")
-
-
-def _steps(
-    choices: Tensor, num_experts: int, shared: bool, forward: Tensor | None
-) -> list[list[dict[int, int]]]:
-    """Experts of every step and their tokens, for every memory."""
-    parts = [choices[:, i : i + 1] for i in range(choices.shape[1])]
-    if forward is not None:
-        lengths = torch.unique_consecutive(forward, return_counts=True)[1].tolist()
-        parts = list(choices.split(lengths, 1)) if lengths else []
-    # [part][layer] -> experts in the order of first use, and how many tokens
-    found = [[_counted(layer) for layer in part.flatten(1).tolist()] for part in parts]
-    if not shared:
-        return [[part[layer] for part in found] for layer in range(len(choices))]
-    first = range(0, len(choices) * num_experts, num_experts)
-    return [
-        [
-            {expert + n: count for expert, count in one.items()}
-            for part in found
-            for n, one in zip(first, part, strict=True)
-        ]
-    ]
-
-
-def _counted(experts: list[int]) -> dict[int, int]:
-    return Counter(expert for expert in experts if expert >= 0)
