@@ -6,6 +6,7 @@ python tools/dlm.py RUN PAGE [TOKENS]    TOKENS of held-out text for each domain
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,36 +137,25 @@ def unmaskings(model: Any, objective: Any, starts: Tensor) -> str:
 
 def intervals(model: Any, objective: Any, starts: Tensor) -> str:
     """A table of moves and misses."""
-    from etr.hf.fill import fill
     from etr.methods.tide import exchanged
-    from etr.moe import moe_layers
-    from etr.moe.watch import watch
     from etr.sheet import table
+    from etr.systems import counts_of_passes
+    from etr.trace import read_trace
+    from etr.trace.steps import record_fill
 
-    experts = moe_layers(model)[0].num_choices
     found: dict[tuple[int, int], list[int]] = {}
     for start in starts:
-        counts: list[list[Tensor]] = [[] for _ in moe_layers(model)]
-        number, steps = [0], list[int]()
-
-        def see(place: int, view: Any) -> None:
-            kept = view.routing.expert[view.selection.kept]
-            counts[place].append(torch.bincount(kept, minlength=experts))  # noqa: B023
-            if place == 0:
-                steps.append(number[0])  # noqa: B023
-                number[0] += 1  # noqa: B023
-
-        def begin(step: int) -> None:
-            number[0] = step  # noqa: B023
-
-        with watch(model, see):
-            added = BLOCKS * objective.block
-            fill(model, objective, start[None], max_new_tokens=added, on_step=begin)
+        with tempfile.TemporaryDirectory() as place:
+            path, added = f"{place}/trace.parquet", BLOCKS * objective.block
+            record_fill(model, objective, start[None], path=path, max_new_tokens=added)
+            trace = read_trace(path)
+        experts, choices = trace.info.num_experts, torch.tensor(trace.choices(kept=True)[0])
+        counts, steps = counts_of_passes(choices, torch.tensor(trace.step), experts)
         for size in (experts // 4, experts // 2):
             for every in INTERVALS:
                 total = found.setdefault((size, every), [0, 0, 0])
-                for layer in map(torch.stack, counts):
-                    one = exchanged(layer, torch.tensor(steps), size, every)
+                for layer in counts:
+                    one = exchanged(layer, steps, size, every)
                     for i, value in enumerate((one.moves, one.missed, int(layer.sum()))):
                         total[i] += value
     rows = [

@@ -7,9 +7,12 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from etr.cli import main
 from etr.cli._progress import describe
+from etr.report.routed import read_routed
+from etr.systems import CACHES, replay
 from etr.trace import read_trace
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")
@@ -118,3 +121,51 @@ def test_a_trace_has_both_halves_of_each_row(run: Path, tmp_path: Path) -> None:
     assert (noised == clean)[~hidden].all()
     assert layer.sequence.tolist() == [n for n in range(8) for _ in range(16)]
     assert layer.position.tolist() == list(range(16)) * 8
+    assert trace.info.columns == ("block",)
+    assert layer.block.tolist() == [place // 4 for place in range(16)] * 8
+
+
+def test_steps_are_recorded_while_it_writes_and_replayed(run: Path, tmp_path: Path, capsys) -> None:
+    """The text is the one without; block by position, steps of a block counted up."""
+    out = tmp_path / "steps.parquet"
+    greedy = ["generate", str(run), "--prompt", "7: aaa", "--max-new-tokens", "9"]
+    assert main(greedy) == 0
+    text = capsys.readouterr().out
+    assert main([*greedy, "--trace", str(out), "--offload", "disk", "--resident", "2"]) == 0
+    found = capsys.readouterr().out
+    assert found.startswith(text)
+    trace = read_trace(out)
+    layer = trace.layer(0)
+    assert trace.info.columns == ("block", "step")
+    assert (layer.block == layer.position // 4).all()
+    assert set(layer.step[layer.block == 0]) == {-1}  # the prompt's one whole block
+    assert set(layer.step[layer.block == 1]) >= {-1, 0}
+    assert trace.rows(0)["text"].to_pylist()[:6] == [*"7: a", *"aa"]
+    step, choices = torch.tensor(trace.step), torch.from_numpy(trace.choices(kept=True)[0])
+    for name in ("lru", "tide:every=2"):
+        assert main(["cache", str(out), "--sizes", "2", "--caches", name]) == 0
+        done = replay(choices, CACHES.parse(name), 2, num_experts=4, step=step)
+        out_text = capsys.readouterr().out
+        assert f"{done.hit_rate:.1%}" in out_text
+        assert f"in {len(step.unique_consecutive())} passes" in out_text
+        if name == "lru":
+            assert f"{done.hit_rate:.1%} of {done.uses:,} uses" in found
+    shown = read_routed(out)
+    kept = layer.step < 0
+    assert "".join(piece.text for piece in shown.texts[0].pieces) == "".join(
+        word for word, there in zip(trace.rows(0)["text"].to_pylist(), kept, strict=True) if there
+    )
+
+
+def test_what_steps_do_not_go_with_is_refused(run: Path, tmp_path: Path, capsys) -> None:
+    steps, text, out = (str(tmp_path / name) for name in ("steps", "text", "no"))
+    short = ["generate", str(run), "--max-new-tokens", "5", "--trace"]
+    assert main([*short, steps]) == 0
+    assert main(["trace", str(run), "--max-tokens", "64", "--out", text]) == 0
+    for first, second in ((steps, text), (text, steps)):
+        assert main(["cache", first, "--learn-from", second]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"'{steps}' has the steps of a model that fills blocks" in said
+    assert main([*short, out, "--objective", "causal"]) == 2
+    assert "etr trace records" in " ".join(capsys.readouterr().err.split())
+    assert not Path(out).exists()

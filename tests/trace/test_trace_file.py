@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from etr.trace import NO_EXPERT, LayerRouting, TokenRows, TraceInfo, TraceWriter, read_trace
-from etr.trace.schema import FORMAT, KEY, SCHEMA
+from etr.trace.schema import KEY, OPTIONAL, SCHEMA
 
 INFO = TraceInfo(
     num_experts=4,
@@ -47,6 +48,13 @@ def routing(counts: list[int], seed: int = 0, affinities: bool = True) -> LayerR
         affinities=generator.random(number).astype(np.float32) if affinities else None,
         kept=kept,
     )
+
+
+FIRST = (
+    b'{"format": 1, "num_experts": 4, "num_layers": 2, "top_k": 2, "router": "etr", '
+    b'"selection": "threshold", "affinity": "score", "source": "runs/x"}'
+)
+"""Metadata of `INFO` as files of the first format have had them from the beginning."""
 
 
 def write(path: Path, *parts: tuple[TokenRows, list[LayerRouting]], rows: int = 1000) -> None:
@@ -185,7 +193,10 @@ def test_a_parquet_file_that_is_no_trace(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, f"format 2; this version of the library reads format {FORMAT}"),
+        ({"format": 3}, "format 3; this version of the library reads formats 1 and 2"),
+        ({"columns": ["request"]}, r"columns=\('request',\) must be some of block, step"),
+        ({"columns": ["step", "block"]}, "columns=.* in this order"),
+        ({"columns": 2}, "malformed"),
         ({"num_layers": 0}, "num_layers=0"),
         ({"top_k": "two"}, "top_k='two'"),
         ({"router": ...}, "router"),
@@ -235,6 +246,72 @@ def rewrite(path: Path, name: str, values: pa.Array) -> None:
 )
 def test_values_out_of_range(path, name, value, message):
     rewrite(path, name, pa.array(value, SCHEMA.field(name).type))
+    with pytest.raises(ValueError, match=message):
+        read_trace(path)
+
+
+def test_files_without_further_columns_are_those_of_the_first_format(path):
+    file = pq.read_schema(path)
+    assert file.metadata[KEY] == FIRST
+    assert file.names == [
+        *("sequence", "position", "token_id", "text", "domain"),
+        *("layer", "experts", "weights", "affinities", "kept"),
+    ]
+    trace = read_trace(path)
+    assert trace.info.columns == ()
+    assert trace.step is trace.layer(0).block is trace.layer(0).step is None
+    table = pq.read_table(path).replace_schema_metadata({KEY: FIRST})
+    pq.write_table(table, path)  # as another program would write one
+    assert read_trace(path).table.equals(trace.table)
+
+
+@pytest.mark.parametrize("names", [("block",), ("step",), ("block", "step")])
+@pytest.mark.parametrize("rows", [1, 1000])
+def test_optional_columns_are_read_back(names, rows, tmp_path):
+    info = replace(INFO, columns=names)
+    given = {"block": np.arange(6) // 4, "step": np.array([-1, -1, 0, 0, 1, 1])}
+    shown = {name: given[name] for name in names}
+    with TraceWriter(tmp_path / "t", info, rows_per_group=rows) as writer:
+        for first in (0, 2):
+            part = replace(tokens(6, first), **shown)
+            writer.write(part, [routing([2] * 6), routing([1] * 6)])
+    assert json.loads(pq.read_schema(tmp_path / "t").metadata[KEY])["format"] == 2
+    assert pq.read_schema(tmp_path / "t").names == [*SCHEMA.names, *names]
+    trace = read_trace(tmp_path / "t")
+    assert trace.info == info
+    for name in OPTIONAL.names:
+        for index in (0, 1):
+            found = getattr(trace.layer(index), name)
+            if name in names:
+                np.testing.assert_array_equal(found, np.tile(given[name], 2))
+                assert found.dtype == np.int32
+            else:
+                assert found is None
+    np.testing.assert_array_equal(trace.step, trace.layer(0).step)
+
+
+def test_tokens_have_the_columns_of_their_trace(tmp_path):
+    with (
+        pytest.raises(ValueError, match=r"columns=\('block',\); the trace has \(\)"),
+        TraceWriter(tmp_path / "t", INFO) as writer,
+    ):
+        writer.write(replace(tokens(3), block=np.zeros(3, int)), [routing([2] * 3)] * 2)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("block", -1, "block holds -1; it must be at least 0"),
+        ("step", -2, "step holds -2; it must be at least -1"),
+        ("step", None, "step holds null"),
+    ],
+)
+def test_blocks_and_steps_out_of_range(name, value, message, path):
+    info = replace(INFO, columns=(name,))
+    values = pa.array([0] * 9 + [value], pa.int32())
+    table = pq.read_table(path).append_column(name, values)
+    pq.write_table(table.replace_schema_metadata(info.to_metadata()), path)
     with pytest.raises(ValueError, match=message):
         read_trace(path)
 

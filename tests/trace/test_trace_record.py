@@ -186,6 +186,7 @@ def test_kept_is_what_stands_above_the_threshold(tmp_path):
 def test_rows_say_which_token(tmp_path):
     trace = trace_of(tiny("mixtral"), tmp_path / "t", tokenizer=byte_tokenizer(), source="here")
     assert trace.info.source == "here"
+    assert trace.info.columns == ()
     for index in range(2):
         rows = trace.rows(index)
         assert rows["sequence"].to_pylist() == [0] * 12 + [1] * 8 + [2] * 12 + [3] * 4

@@ -25,7 +25,7 @@ class CacheConfig(WithImports):
     """Which trace to replay, and in which memories."""
 
     trace: Annotated[str, tyro.conf.Positional]
-    """File that etr trace wrote."""
+    """File that etr trace or etr generate --trace wrote."""
     caches: tuple[str, ...] = ()
     """Policies: who leaves when another expert must come in; by default all that need no trace to
     learn from, or with one all. oracle knows what comes: a bound."""
@@ -71,7 +71,10 @@ def run(arguments: list[str]) -> int:
     """Replay, and print hits and what was moved for every policy and size."""
     config = parse(CacheConfig, "cache", arguments)
     trace = read_trace(config.trace)
+    if config.learn_from is not None:
+        _token_by_token(trace, config.trace)
     choices = torch.from_numpy(trace.choices(kept=True)[0])
+    step = None if trace.step is None else torch.tensor(trace.step)
     experts = trace.info.num_experts
     largest = experts * (trace.info.num_layers if config.shared else 1)
     sizes = config.sizes or (*_doubling(largest), largest)
@@ -79,7 +82,7 @@ def run(arguments: list[str]) -> int:
         name for name, kind in CACHES.items() if config.learn_from or not kind.predicts
     )
     expected = {name: _expected(CACHES.parse(name), config.learn_from, trace) for name in names}
-    options: dict[str, Any] = {"num_experts": experts, "shared": config.shared}
+    options: dict[str, Any] = {"num_experts": experts, "shared": config.shared, "step": step}
     table = make_table(
         "experts held", "policy", "hits", "of the bound", *_moved(config, None), words=("policy",)
     )
@@ -95,9 +98,10 @@ def run(arguments: list[str]) -> int:
         cells = (str(size), name, f"{found.hit_rate:.1%}", share)
         table.add_row(*cells, *_moved(config, found))
     Console().print(table)
+    order = "in decoding order" if step is None else f"in {len(step.unique_consecutive()):,} passes"
     where = "one memory for all layers" if config.shared else "a memory for each layer"
     print(
-        f"{trace.num_tokens:,} tokens in decoding order, {trace.info.num_layers} layers of "
+        f"{trace.num_tokens:,} tokens {order}, {trace.info.num_layers} layers of "
         f"{experts} experts, {where}, empty at first"
     )
     if config.regroup is not None:
@@ -137,9 +141,19 @@ def _expected(cache: Cache, learn_from: str | None, trace: Trace) -> torch.Tenso
     if not cache.predicts or learn_from is None:
         return None
     past = same_model(learn_from, trace.info, "learn_from")
+    _token_by_token(past, learn_from)
     ids = [torch.from_numpy(one.layer(0).token_id.astype("int64")) for one in (past, trace)]
     before, now = (_demand(one) for one in (past, trace))
     return cache.learn(before, ids[0])(now, ids[1])
+
+
+def _token_by_token(trace: Trace, path: str) -> None:
+    """Refuse what policies that predict cannot go by."""
+    if trace.step is not None:
+        raise ValueError(
+            f"{path!r} has the steps of a model that fills blocks; policies that learn_from "
+            "another trace predict token after token: leave it out, or give traces of etr trace"
+        )
 
 
 def _demand(trace: Trace) -> Demand:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -61,6 +62,8 @@ class GenerateConfig(WithImports):
     """With --offload: experts of each layer that are in memory at a time."""
     cache: str = "lru"
     """With --offload: which expert makes room: lru, lfu or another name in CACHES."""
+    trace: str | None = None
+    """For models that fill blocks: Parquet file to write, of what each step routes."""
 
     def __post_init__(self) -> None:
         serving_of(self.selection, "selection")
@@ -93,7 +96,9 @@ def run(arguments: list[str]) -> int:
     model, tokenizer, folder = open_model(config.model, load)
     say_which(folder)
     objective = objective_for(config.objective, config.model, tokenizer)
-    print(continue_text(model, tokenizer, config, objective))
+    print(continue_text(model, tokenizer, config, objective, str(folder)))
+    if config.trace is not None:
+        print(f"what each step routed: {config.trace}")
     if offload is not None:
         print(said_of_experts(model))
     return 0
@@ -101,7 +106,7 @@ def run(arguments: list[str]) -> int:
 
 def run_composed(config: GenerateConfig) -> int:
     """Generate with several models that answer as one, say who did, and print."""
-    for name in ("offload", "objective"):
+    for name in ("offload", "objective", "trace"):
         value = getattr(config, name)
         if value is not None:
             raise ValueError(f"{name}={value!r} is for one model, not for {config.model}")
@@ -132,6 +137,7 @@ def continue_text(
     tokenizer: PreTrainedTokenizerBase,
     config: GenerateConfig,
     objective: Objective | None = None,
+    source: str = "",
 ) -> str:
     """Prompt and continuation as text.
 
@@ -139,31 +145,23 @@ def continue_text(
         model, tokenizer: go together.
         config: what to continue and how.
         objective: what the model was trained on; None for the next token.
+        source: where the model came from, for a trace.
     Raises:
-        ValueError: a decoding of next tokens, for a model that fills blocks.
+        ValueError: a decoding of next tokens, for a model that fills blocks; or a trace of steps,
+            for one that does not.
     """
     model.eval()
     set_eval_selection(model, (objective or Causal()).served_by(config.selection)[0])
     prompt = torch.tensor([encode_prompt(tokenizer, config.prompt)], device=model.device)
     torch.manual_seed(config.seed)
     if isinstance(objective, BlockDiffusion) and not isinstance(model, Composed):
-        if config.decoding != "plain":
-            raise ValueError(
-                f"decoding={config.decoding!r} chooses next tokens; a model that was trained on "
-                f"{objective.name} fills blocks: leave it out"
-            )
-        filled = fill(
-            model,
-            objective,
-            prompt,
-            max_new_tokens=config.max_new_tokens,
-            unmasking=UNMASKINGS.parse(config.unmasking),
-            propose=sampler(config.temperature, config.top_p),
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            on_step=partial(begin_step, model),
-        )
+        filled = _filled(model, tokenizer, config, objective, prompt, source)
         return str(tokenizer.decode(filled[0], skip_special_tokens=True))
+    if config.trace is not None:
+        raise ValueError(
+            f"trace={config.trace!r} records the steps of models that fill blocks; what a model of "
+            "next tokens routes for a text, etr trace records"
+        )
     sampling = (
         {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
         if config.temperature > 0
@@ -178,3 +176,35 @@ def continue_text(
         **sampling,
     )
     return str(tokenizer.decode(out[0], skip_special_tokens=True))
+
+
+def _filled(
+    model: EtrForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    config: GenerateConfig,
+    objective: BlockDiffusion,
+    prompt: torch.Tensor,
+    source: str,
+) -> torch.Tensor:
+    """Prompt and continuation of a model that fills blocks, perhaps with a trace of its steps."""
+    if config.decoding != "plain":
+        raise ValueError(
+            f"decoding={config.decoding!r} chooses next tokens; a model that was trained on "
+            f"{objective.name} fills blocks: leave it out"
+        )
+    write: Callable[..., torch.Tensor] = fill
+    if config.trace is not None:
+        from etr.trace.steps import record_fill  # pyarrow, which writing alone does without
+
+        write = partial(record_fill, path=config.trace, tokenizer=tokenizer, source=source)
+    return write(
+        model,
+        objective,
+        prompt,
+        max_new_tokens=config.max_new_tokens,
+        unmasking=UNMASKINGS.parse(config.unmasking),
+        propose=sampler(config.temperature, config.top_p),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        on_step=partial(begin_step, model),
+    )

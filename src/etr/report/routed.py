@@ -60,9 +60,7 @@ def read_routed(path: Path) -> Routed:
         raise ValueError(f"reading a trace needs pyarrow ({error.name} is not installed)") from None
     trace = read_trace(path)
     layers = sorted({0, trace.info.num_layers - 1})
-    texts = tuple(
-        text for layer in layers for text in _texts(trace.rows(layer).select(_COLUMNS), layer)
-    )
+    texts = tuple(text for layer in layers for text in _texts(_rows(trace, layer), layer))
     if not texts:
         raise ValueError("the trace has no text")
     return Routed(
@@ -74,6 +72,16 @@ def read_routed(path: Path) -> Routed:
 
 
 _COLUMNS = ["sequence", "text", "domain", "experts", "kept"]
+
+
+def _rows(trace: Any, layer: int) -> Any:
+    """Rows of a layer, of a text that was written in steps those of its finished blocks alone."""
+    rows = trace.rows(layer)
+    if "step" in trace.info.columns:
+        import pyarrow.compute as pc
+
+        rows = rows.filter(pc.less(rows["step"], 0))
+    return rows.select(_COLUMNS)
 
 
 def _texts(rows: Any, layer: int) -> Iterator[RoutedText]:

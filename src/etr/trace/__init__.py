@@ -7,8 +7,9 @@
     RoutingRecorder  what a model's routers decide               etr.trace.recorder
     SampledRows      which held-out text                         etr.trace.sampling
     record_trace     model, text -> file                         etr.trace.record
+    record_fill      model that fills blocks, prompts -> file    etr.trace.steps
 
-What is imported here needs pyarrow and NumPy; import the last three, which run models, by their
+What is imported here needs pyarrow and NumPy; import the last four, which run models, by their
 full names.
 """
 

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from etr.trace.schema import LISTS, SCHEMA, TraceInfo
+from etr.trace.schema import LISTS, TraceInfo
 
 NO_EXPERT = -1
 """Fills up rows of `LayerTrace.experts` whose token has fewer experts than others."""
@@ -23,7 +23,7 @@ _MAGIC = b"PAR1"
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTrace:
-    """One layer's routing of N tokens, in the order of sequence and position.
+    """One layer's routing of N tokens, in the order of the file.
 
     K is the most experts any token has; shorter rows are filled up with `NO_EXPERT`, weight 0,
     affinity NaN and kept False.
@@ -43,6 +43,10 @@ class LayerTrace:
     """Affinities, float32 [N, K], or None where the router has no scores."""
     kept: NDArray[np.bool_]
     """Kept, bool [N, K]."""
+    block: NDArray[np.int32] | None = None
+    """Block, int32 [N], or None where the trace does not say."""
+    step: NDArray[np.int32] | None = None
+    """Step, int32 [N], or None where the trace does not say."""
 
     def counts(self, num_experts: int, *, kept: bool = False) -> NDArray[np.int64]:
         """Choices of each expert, or with `kept` those it kept, int64 [E]."""
@@ -63,6 +67,11 @@ class Trace:
     def num_tokens(self) -> int:
         """Tokens, each of which has a row in every layer."""
         return int(self.table.num_rows) // self.info.num_layers
+
+    @property
+    def step(self) -> NDArray[np.int32] | None:
+        """Step of each token, int32 [N], for `etr.systems`; None where the trace does not say."""
+        return _numpy(self.rows(0)["step"]) if "step" in self.info.columns else None
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -90,7 +99,10 @@ class Trace:
         place = np.arange(counts.max(initial=0)) < counts[:, None]
         has_affinities = rows["affinities"].null_count == 0
         return LayerTrace(
-            **{name: _numpy(rows[name]) for name in ("sequence", "position", "token_id")},
+            **{
+                name: _numpy(rows[name])
+                for name in ("sequence", "position", "token_id", *self.info.columns)
+            },
             experts=_grid(rows["experts"], place, NO_EXPERT),
             weights=_grid(rows["weights"], place, 0),
             affinities=_grid(rows["affinities"], place, np.nan) if has_affinities else None,
@@ -131,7 +143,7 @@ def read_trace(path: str | Path) -> Trace:
     _check_ends(path)
     with _damage_named(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
         info = TraceInfo.from_metadata(file.schema_arrow.metadata, str(path))
-        if not file.schema_arrow.equals(SCHEMA, check_metadata=False):
+        if not file.schema_arrow.equals(info.schema, check_metadata=False):
             raise ValueError(
                 f"{path} has other columns than a trace of its format:\n"
                 f"{file.schema_arrow.remove_metadata()}"
@@ -173,6 +185,13 @@ def _check_values(table: pa.Table, info: TraceInfo, path: Path) -> None:
         if found["min"] is not None and not 0 <= found["min"] <= found["max"] < limit:
             values = f"{found['min']} to {found['max']}"
             raise ValueError(f"{path}: {name} holds {values}; it must lie in [0, {limit})")
+    for name, least in (("block", 0), ("step", -1)):
+        if name not in info.columns:
+            continue
+        found = pc.min(table[name]).as_py()
+        if table[name].null_count or (found is not None and found < least):
+            value = "null" if table[name].null_count else found
+            raise ValueError(f"{path}: {name} holds {value}; it must be at least {least}")
     if table.num_rows % info.num_layers:
         raise ValueError(f"{path} has {table.num_rows} rows, not the same number in every layer")
     lengths = pc.list_value_length(table["experts"])

@@ -24,9 +24,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def describe(model: nn.Module, source: str = "") -> TraceInfo:
+def describe(model: nn.Module, source: str = "", columns: tuple[str, ...] = ()) -> TraceInfo:
     """What a trace of `model`, as it stands, would be of.
 
+    Args:
+        model: as it will run.
+        source: where it came from.
+        columns: of `etr.trace.schema.OPTIONAL`.
     Raises:
         ValueError: the model has no MoE layer that can be recorded.
     """
@@ -43,6 +47,7 @@ def describe(model: nn.Module, source: str = "") -> TraceInfo:
             selection="dropless",
             affinity="logit",
             source=source,
+            columns=columns,
         )
     return TraceInfo(
         num_experts=max(layer.config.num_choices for layer in layers),
@@ -52,6 +57,7 @@ def describe(model: nn.Module, source: str = "") -> TraceInfo:
         selection=effective_serving(model, layers[0].serving)[0].text,
         affinity="score" if layers[0].traits.has_scores else "none",
         source=source,
+        columns=columns,
     )
 
 
@@ -79,7 +85,8 @@ def record_trace(
             where that refuses. Layers of this library only.
         source: where the model came from, for the file's metadata.
         objective: what the model was trained on; None for the next token. Where its examples are
-            several times as long as the text, each part is a sequence of its own.
+            several times as long as the text, each part is a sequence of its own. The trace of one
+            that fills blocks says the block of each place.
     Returns:
         What the trace is of.
     Raises:
@@ -93,7 +100,7 @@ def record_trace(
     weight = next(model.parameters())
     device, dtype = weight.device, weight.dtype
     with selecting(model, objective.served_by(selection)[0]):
-        info = describe(model, source)
+        info = describe(model, source, columns=("block",) if objective.fills else ())
         with TraceWriter(path, info) as writer, recorder:
             for number, batch in enumerate(batches, 1):
                 example = objective.example(batch.to(device).text(), draws("held out", number))
@@ -110,10 +117,7 @@ class _TokenRows:
     """Numbers the rows of text, and names their domains and tokens."""
 
     def __init__(self, domains: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> None:
-        self._domains = domains
-        self._text: Callable[[int], str] | None = None
-        if tokenizer is not None:
-            self._text = cache(partial(token_text, tokenizer))
+        self._domains, self._text = domains, texts_of(tokenizer)
         self._num_sequences = 0
 
     def of(self, batch: Batch, example: Example) -> TokenRows:
@@ -123,16 +127,25 @@ class _TokenRows:
         mask, ids = (t.cpu().view(-1, length) for t in (example.valid, example.input_ids))
         domain = batch.domain.repeat_interleave(len(mask) // len(batch.domain))
         row, _ = mask.nonzero(as_tuple=True)
-        token_id = ids[mask].numpy()
+        token_id, block = ids[mask].numpy(), None
+        if example.block is not None:
+            number = example.block.cpu().view(-1, length)  # counted over all rows
+            block = (number - number[:, :1])[mask].numpy()
         found = TokenRows(
             sequence=(row + self._num_sequences).numpy(),
             position=(mask.cumsum(1) - 1)[mask].numpy(),
             token_id=token_id,
             text=None if self._text is None else [self._text(i) for i in token_id.tolist()],
             domain=[self._domains[d] for d in domain[row].tolist()],
+            block=block,
         )
         self._num_sequences += len(mask)
         return found
+
+
+def texts_of(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[int], str] | None:
+    """`token_text` of a tokenizer, each token's once; None without one."""
+    return None if tokenizer is None else cache(partial(token_text, tokenizer))
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from etr.files import whole_file
-from etr.trace.schema import SCHEMA, LayerRouting, TokenRows, TraceInfo, trace_table
+from etr.trace.schema import LayerRouting, TokenRows, TraceInfo, trace_table
 
 ROWS_PER_GROUP = 1 << 16
 """Rows held in memory before they are written."""
@@ -39,11 +39,12 @@ class TraceWriter:
         self._waiting: list[pa.Table] = []
 
     def __enter__(self) -> TraceWriter:
-        schema = SCHEMA.with_metadata(self.info.to_metadata())
         with contextlib.ExitStack() as opened:
             temporary = opened.enter_context(whole_file(self.path))
             self._file = opened.enter_context(
-                pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True)
+                pq.ParquetWriter(
+                    temporary, self.info.schema, compression="zstd", write_page_checksum=True
+                )
             )
             opened.push(lambda kind, *_: None if kind else self._flush())
             self._opened = opened.pop_all()
@@ -61,11 +62,16 @@ class TraceWriter:
         """Add tokens, each with its routing in every layer.
 
         Raises:
-            ValueError: another number of layers than announced, or of tokens in a layer.
+            ValueError: another number of layers than announced, or of tokens in a layer; or other
+                columns.
         """
         if len(layers) != self.info.num_layers:
             raise ValueError(
                 f"{len(layers)} layers; the trace has num_layers={self.info.num_layers}"
+            )
+        if tokens.columns != self.info.columns:
+            raise ValueError(
+                f"tokens have columns={tokens.columns}; the trace has {self.info.columns}"
             )
         self._waiting.append(trace_table(tokens, layers))
         self.num_tokens += len(tokens.sequence)
