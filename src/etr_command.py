@@ -18,7 +18,7 @@ VERBS = {
     "transform": "make another checkpoint of one: prune, merge, quantise, grow, renumber",
     "compose": "make one model of several that share a tokenizer",
     "upcycle": "make a Mixture-of-Experts model of a dense checkpoint",
-    "finetune": "swap a trained model's routers for ETR ones and recover the old choices",
+    "finetune": "recover old choices after a router swap, or learn to predict as a teacher does",
     "sft": "fine-tune on conversations",
     "export": "write a model for engines that know only linear routers",
     "calibrate": "set a trained model's selection thresholds from text",

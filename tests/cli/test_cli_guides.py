@@ -112,7 +112,13 @@ def upcycled(shown: str) -> None:
     assert moe_layers(load_pretrained("moe"))[0].config.num_experts == 4
 
 
-def recovered(shown: str) -> None:
+def finetuned(shown: str) -> None:
+    if "teacher" in shown:
+        assert all(word in shown for word in ("before", "after", "bits a"))
+        assert list(json.loads(Path("by-token/teach.json").read_text())["results"]) == [
+            *("teacher", "before", "after")
+        ]
+        return
     for stage in ("before", "swapped", "calibrated", "recovered"):
         assert stage in shown
     assert all(layer.has_thresholds() for layer in moe_layers(load_pretrained("recovered")))
@@ -131,7 +137,7 @@ def tuned(shown: str) -> None:
     assert load_pretrained("tuned").config.model_type == "etr"
 
 
-CHECKS = {"upcycle": upcycled, "finetune": recovered, "export": exported, "sft": tuned}
+CHECKS = {"upcycle": upcycled, "finetune": finetuned, "export": exported, "sft": tuned}
 
 
 @pytest.mark.parametrize(

@@ -41,10 +41,11 @@ TEXTS: dict[str, list[str]] = {
     "compressed": ["compressed", "compressed:main=2"],
     "nested": ["nested", "nested:base=1,levels=1", "nested:group=4,use=2"],
     "stand_in": ["stand_in", "stand_in:rank=1", "stand_in:rank=0"],
+    "routed_bits": ["routed_bits", "routed_bits:use=2,alpha=0.1", "routed_bits:shares=0.3+0.4+0.3"],
     "packed": ["packed", "packed:bits=12x16", "packed:bits=2+4+8+16+8x4"],
 }
 """What a bank of a name may be; its defaults alone where nothing is named."""
-MADE = ("merged", "low_rank", "packed", "nested", "compressed")
+MADE = ("merged", "low_rank", "packed", "nested", "compressed", "routed_bits")
 """Banks that make weights of what they store, or do not run all choices."""
 HERE = [text for name in BANKS for text in TEXTS.get(name, [name])]
 ROUTERS = ("token_choice", "etr", "expert_choice")

@@ -32,7 +32,9 @@ def runs(**options: str) -> str | None:
     grads = [x.grad, *(p.grad for p in layer.experts.parameters())]
     if not all(torch.isfinite(g).all() for g in grads if g is not None):
         return "a gradient is not finite"
-    learn = any(p.numel() and p.requires_grad for p in layer.experts.parameters())
+    # Experts that are codes start at 0, and make nothing that what is beside them could learn from.
+    weights = (p for part in layer.bank.parts for _, p in part.weights())
+    learn = any(p.numel() and p.requires_grad for p in weights)
     if learn and not any(g is not None and g.any() for g in grads):
         return "nothing has a gradient"
     return None

@@ -16,10 +16,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig
 
+from etr.data import Batch
 from etr.hf import EtrConfig, EtrForCausalLM, load_pretrained
 from etr.hf.convert import TransformReport
 from etr.hf.transform import transform
-from etr.model import Transform
+from etr.model import Causal, Transform
+from etr.model.objective import IGNORED
+from etr.train.briefly import train_briefly
+from etr.train.config import OptimizerConfig
+from etr.train.teach import Imitation, experts_alone
 
 VOCAB, LENGTH, BATCH = 128, 64, 16
 CODE = ("argparse.py", "ast.py", "dataclasses.py", "inspect.py", "textwrap.py")
@@ -151,6 +156,24 @@ def train(
         optimizer.step()
         model.zero_grad()
     return model.eval()
+
+
+def teach(
+    model: EtrForCausalLM, teacher: EtrForCausalLM, steps: int, rate: float = 1e-2
+) -> EtrForCausalLM:
+    """Train the experts of a model to predict as another does, on what was trained on."""
+    batches = []
+    for ids in (given["input_ids"] for given in text(steps)):
+        labels = torch.full_like(ids, IGNORED)
+        labels[:, :-1] = ids[:, 1:]
+        place = torch.arange(ids.shape[1]).expand_as(ids)
+        batches.append(
+            Batch(input_ids=ids, labels=labels, domain=ids.new_zeros(len(ids)), position=place)
+        )
+    config = OptimizerConfig(learning_rate=rate, weight_decay=0.0)
+    with experts_alone(model):
+        train_briefly(model, batches, config, Imitation(teacher, Causal()))
+    return model
 
 
 @torch.no_grad()

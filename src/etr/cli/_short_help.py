@@ -103,8 +103,8 @@ fusion_route  one for each token, chosen by a model that is trained here and add
     "finetune": Help(
         example="etr finetune models/kept --recover --out models/recovered",
         main=(
-            *("model", "recover", "out", "data", "steps", "learning_rate", "capacity"),
-            *("into_fixed", "save_dtype"),
+            *("model", "recover", "teacher", "out", "data", "steps", "learning_rate"),
+            *("capacity", "into_fixed", "save_dtype"),
         ),
     ),
     "sft": Help(

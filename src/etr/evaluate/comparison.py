@@ -62,7 +62,8 @@ def held_out_result(
     scores: Scores = {ALL: _nats_and_bits(result.loss, result.error, count, mean_bytes, suffix)}
     if result.asked_loss is not None:
         scores[ALL]["nats/token to find"] = Score(value=result.asked_loss, error=None, count=count)
-    scores[ALL]["kept share"] = Score(value=result.kept_fraction, error=None, count=count)
+    for name, value in {"kept share": result.kept_fraction, **result.counted}.items():
+        scores[ALL][name] = Score(value=value, error=None, count=count)
     for name, loss in result.loss_by_domain.items():
         error = result.error_by_domain[name]
         scores[name] = _nats_and_bits(loss, error, tokens[name], bytes_per_token[name], suffix)

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,8 @@ class EvalResult:
     """The same for each domain."""
     kept_per_choice: float = 1.0
     """Kept pairs over valid tokens * top_k, all layers together."""
+    counted: dict[str, float] = field(default_factory=dict)
+    """What banks count beside (`Bank.counters`): means of their layers' kept pairs, by name."""
     rows: tuple[tuple[float, int], ...] = ()
     """Summed nats, and tokens, of each row of text, in order."""
     digest: str = ""
@@ -100,7 +103,7 @@ def evaluate(
     weight, layers = next(model.parameters()), moe_layers(model)
     selection = objective.served_by(selection)[0]
     nats_of_rows, tokens_of_rows, domain_of_rows = list[Tensor](), list[Tensor](), list[Tensor]()
-    pairs, asked, digest = [0.0] * 3, [0.0] * 2, hashlib.sha256()
+    pairs, asked, digest = _Pairs(layers), [0.0] * 2, hashlib.sha256()
     with selecting(model, selection):
         for number, batch in enumerate(batches, 1):
             log.info("held-out batch %d", number)
@@ -114,12 +117,11 @@ def evaluate(
             asked = _added(asked, _asked(nats, example))
             tokens_of_rows.append(example.counted.sum(1).cpu())
             domain_of_rows.append(batch.domain[own])
-            for layer, stats in zip(layers, output.routing_stats if layers else [], strict=True):
-                pairs = _added(pairs, _pairs(layer, stats))
+            pairs.add(output)
     _refuse_nothing(ranks.gather(tokens_of_rows))
     parts = (nats_of_rows, tokens_of_rows, domain_of_rows)
     nats, tokens, domain = (torch.cat(ranks.gather(torch.cat(rows))) for rows in parts)
-    kept, slots, choices = map(int, ranks.sum_numbers(pairs))
+    kept, slots, choices = pairs.over(ranks)
     seen = {n: m for i, n in enumerate(domains) if int(tokens[m := domain == i].sum())}
     return EvalResult(
         loss=float(nats.sum() / tokens.sum()),
@@ -127,6 +129,7 @@ def evaluate(
         tokens_by_domain={n: int(tokens[m].sum()) for n, m in seen.items()},
         kept_fraction=kept_share(kept, slots) if slots else 1.0,
         kept_per_choice=kept / choices if choices else 1.0,
+        counted=pairs.means(ranks),
         selection=effective_selection(model, selection),
         error=ratio_error(nats, tokens),
         error_by_domain={n: ratio_error(nats[m], tokens[m]) for n, m in seen.items()},
@@ -164,13 +167,31 @@ def _asked(nats: Tensor, example: Example) -> tuple[float, float]:
     return float(found[asked].sum()), float(asked.sum())
 
 
-def _pairs(layer: MoE, stats: dict[str, Tensor]) -> tuple[int, int, int]:
-    """Pairs that were kept, that could have been, and that tokens may choose at most."""
-    return (
-        int(stats["num_tokens_per_expert"].sum()),
-        int(stats["num_slots"]),
-        int(stats["num_valid_tokens"]) * layer.config.top_k,
-    )
+class _Pairs:
+    """Sums over batches of all layers' pairs, and of what their banks count of the kept ones."""
+
+    def __init__(self, layers: Sequence[MoE]) -> None:
+        self._layers, self._sums = layers, [0.0] * 3
+        self._counted = {name: [0.0] * 2 for layer in layers for name in layer.bank.counted}
+
+    def add(self, output: Any) -> None:
+        """What a forward of the model counted."""
+        stats_of_layers = output.routing_stats if self._layers else []
+        for layer, stats in zip(self._layers, stats_of_layers, strict=True):
+            kept = int(stats["num_tokens_per_expert"].sum())
+            most = int(stats["num_valid_tokens"]) * layer.config.top_k
+            self._sums = _added(self._sums, (kept, int(stats["num_slots"]), most))
+            for name in layer.bank.counted:
+                self._counted[name] = _added(self._counted[name], (float(stats[name]), kept))
+
+    def over(self, ranks: Ranks) -> tuple[int, ...]:
+        """Pairs that were kept, that could have been, and that tokens may choose at most."""
+        return tuple(map(int, ranks.sum_numbers(self._sums)))
+
+    def means(self, ranks: Ranks) -> dict[str, float]:
+        """What banks count of a kept pair, by name; what was never counted is left out."""
+        found = {name: ranks.sum_numbers(pair) for name, pair in self._counted.items()}
+        return {name: total / count for name, (total, count) in found.items() if count}
 
 
 def _own_rows(count: int, ranks: Ranks) -> slice:

@@ -231,7 +231,10 @@ class MoE(ArrangedParts):
             expert_group=None if self.parallel is None else self.parallel.expert_peers.group,
         )
         experts = self._modules.get("experts")  # those of another engine are not here
-        return scaled_losses(rows, given, self.traits, experts)
+        found = scaled_losses(rows, given, self.traits, experts)
+        if experts is not None:
+            found |= self.bank.losses(x, routing, kept.selection, context)
+        return found
 
     @torch.no_grad()
     def stats(
@@ -242,6 +245,8 @@ class MoE(ArrangedParts):
         Of tokens x, float [T, H], learners may ask for what the experts make.
         """
         found = routing_stats(routing, kept)
+        if x is not None:
+            found |= self.bank.counters(x, routing, kept.selection)
         if self.training if learns is None else learns:
             sums = None if x is None else partial(self.output_sums, x, routing, kept.selection)
             seen = Seen(routing=routing, kept=kept, output_sums=sums)

@@ -13,7 +13,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -23,17 +22,13 @@ from torch import Tensor, nn
 from etr.data import Batch
 from etr.hf import EtrForCausalLM
 from etr.hf.layer_options import store_options
-from etr.moe import MoE, attach, moe_layers, reset_states
+from etr.moe import MoE, moe_layers, reset_states
 from etr.moe.affinity import block_width, router_dtype
 from etr.moe.polar import polar_factor
 from etr.moe.routers.etr import EtrRouter
-from etr.parallel import Ranks
+from etr.train.briefly import train_briefly
 from etr.train.config import OptimizerConfig
-from etr.train.loop import TrainingDiverged
 from etr.train.model import widen_weights
-from etr.train.optimizer import build_optimizer, learning_rate
-from etr.train.step import take_step
-from etr.train.step_loss import StepLoss
 
 T = TypeVar("T")
 
@@ -148,17 +143,11 @@ def train_on(
 ) -> list[float]:
     """Train everything but the directions on the language-model loss, one batch a step.
 
-    Capacities and router losses are those of the layers, as in any training. Waits for the device
-    at every step.
-
     Args:
-        model: with routers of frame `orthonormal`; trained in place, ends in eval mode, with
-            float32 weights.
-        batches: text, at least one.
-        config: of the optimizer, with its warm-up and decay.
+        model: with routers of frame `orthonormal`; trained in place, see `train_briefly`.
+        batches, config, on_step: see `train_briefly`.
         to_blocks: turn the directions to the fixed blocks, where they arrive after `MOVING_SHARE`
             of the steps; otherwise they stay.
-        on_step: called with each step's number and loss.
     Returns:
         Cross-entropy of each step, nats per token.
     Raises:
@@ -166,33 +155,13 @@ def train_on(
         TrainingDiverged: the loss became NaN or infinite.
     """
     widen_weights(model)
-    optimizer = build_optimizer(model, config)
-    objective = StepLoss(model, Ranks(None), "fp32")
-    device = next(model.parameters()).device
-    losses: list[float] = []
+    with _directions_of(model) as turns:
 
-    def backward(batch: Batch) -> float:
-        loss = objective.backward([batch.to(device)])[0]
-        if not math.isfinite(loss):
-            raise TrainingDiverged(f"loss is {loss} at step {len(losses) + 1}")
-        nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        return loss
+        def before_step(step: int) -> None:
+            for turn in turns if to_blocks else ():
+                turn.set(arrived(step, len(batches)))
 
-    model.train()
-    attachment = attach(model, optimizer, len(batches))
-    try:
-        with _directions_of(model) as turns:
-            for step, batch in enumerate(batches):
-                for turn in turns if to_blocks else ():
-                    turn.set(arrived(step + 1, len(batches)))
-                rate = learning_rate(config, step, len(batches))
-                losses.append(take_step(optimizer, partial(backward, batch), rate))
-                on_step(step + 1, losses[-1])
-    finally:
-        optimizer.zero_grad()
-        attachment.detach()
-        model.eval()
-    return losses
+        return train_briefly(model, batches, config, before_step=before_step, on_step=on_step)
 
 
 def arrived(step: int, steps: int) -> float:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from etr.moe.checked import check_types
+from etr.moe.context import RoutingContext
 from etr.moe.experts.activation import CLAMP, Activation, Clamp
 from etr.moe.experts.backends import EXPERT_BACKENDS
 from etr.moe.experts.weights import ExpertParams, ExpertWeights
@@ -110,6 +111,8 @@ class Bank(nn.Module):
 
     backend: ClassVar[str | None] = None
     """What "auto" means for experts that are not padded; None: the device's own rule."""
+    counted: ClassVar[tuple[str, ...]] = ()
+    """Names of its `counters`."""
 
     @property
     def parts(self) -> Sequence[ExpertWeights]:
@@ -170,6 +173,24 @@ class Bank(nn.Module):
             found = dispatch(x, *pairs, weights)
             y = found if y is None else y + found
         return x * 0.0 if y is None else y
+
+    def losses(
+        self, x: Tensor, routing: Routing, selection: Selection, context: RoutingContext
+    ) -> dict[str, Tensor]:
+        """What it adds to the loss in training, scaled, by label.
+
+        Args:
+            x, routing, selection: as in `run`.
+            context: of the call.
+        """
+        return {}
+
+    def counters(self, x: Tensor, routing: Routing, selection: Selection) -> dict[str, Tensor]:
+        """What a forward counts beside its pairs: sums over kept pairs, by the names in `counted`.
+
+        Args: as `run`.
+        """
+        return {}
 
     def output_sums(
         self,

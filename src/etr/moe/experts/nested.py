@@ -150,17 +150,22 @@ class NestedExperts(Experts):
     def parameters_of_a_token(self, top_k: int) -> float:
         return self.size_of_one * min(top_k, self.count)
 
-    def params(self, dtype: torch.dtype) -> ExpertParams:
+    @property
+    def num_levels(self) -> int:
+        """Levels in use."""
+        return self.config.use or self.config.levels
+
+    def params(self, dtype: torch.dtype, use: int | None = None) -> ExpertParams:
         up, down = (
-            torch.stack([self.matrix(name, expert).to(dtype) for expert in range(self.count)])
+            torch.stack([self.matrix(name, expert, use).to(dtype) for expert in range(self.count)])
             for name in ("up", "down")
         )
         return ExpertParams(up=up, down=down, activation=self.activation, clamp=self.clamp)
 
-    def matrix(self, name: str, expert: int) -> Tensor:
-        """One of an expert's matrices as the levels in use say, float32."""
+    def matrix(self, name: str, expert: int, use: int | None = None) -> Tensor:
+        """One of an expert's matrices as its lowest levels say, float32; None: those in use."""
         shape = self.shapes[name]
-        size, use = math.prod(shape), self.config.use or self.config.levels
+        size, use = math.prod(shape), use or self.num_levels
         base = unpacked(self.get_buffer(f"{name}_base")[expert], self.config.base, size)
         signs = [
             unpacked(level[expert], 1, size).view(shape)
