@@ -103,6 +103,7 @@ def _cases() -> list[Case]:
     cases += [Case(BY_ID["4 ranks"], n, crowded=True) for n in plain]
     banks = [f"nulls:count=3,kind={kind}" for kind in ("zero", "copy", "constant")]
     cases += [Case(BY_ID["4 ranks"], n, experts=text) for n in plain for text in banks[:1]]
+    banks.append("stand_in:rank=2")
     cases += [Case(BY_ID["2x2 twins"], "group_wise", experts=text) for text in banks]
     cases += [Case(BY_ID["2 ranks"], "all_to_all", experts=text) for text in banks]
     cases += [Case(BY_ID["2x2 data"], "all_to_all", experts=banks[-1])]
