@@ -84,6 +84,8 @@ class Table(MutableMapping[str, type[T]]):
     def parse(self, text: str, field: str | None = None) -> T:
         """Read ``name`` or ``name:option=value,option=value``; values are JSON, or else text.
 
+        Of what is wrapped, ``wrapped.option=value`` is an option.
+
         Args:
             field: what errors call it, if not the table's own word.
         Raises:
@@ -93,13 +95,24 @@ class Table(MutableMapping[str, type[T]]):
         values: dict[str, Any] = {"name": name}
         for option in filter(None, options.split(",")):
             key, equals, value = option.partition("=")
-            if not equals and self.wrapped is None:
+            if not equals and not self._wraps(name):
                 raise ValueError(
                     f"{field or self.field} option {option!r} in {text!r} must read option=value"
                 )
             key, value = (key, value) if equals else (str(self.wrapped), key)
-            values[key] = {"name": value} if key == self.wrapped else value_of(value)
+            outer, dot, inner = key.partition(".")
+            if key == self.wrapped:
+                values.setdefault(key, {})["name"] = value
+            elif dot and outer == self.wrapped:
+                values.setdefault(outer, {})[inner] = value_of(value)
+            else:
+                values[key] = value_of(value)
         return self.from_dict(values, field)
+
+    def _wraps(self, name: str) -> bool:
+        """Whether a config of the name has the option that a bare one means."""
+        fields: Collection[str] = getattr(self.get(name), "__dataclass_fields__", ())
+        return self.wrapped in fields
 
     def from_dict(self, values: dict[str, Any], field: str | None = None) -> T:
         """Inverse of `config_to_dict`.

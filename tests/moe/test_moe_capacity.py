@@ -25,8 +25,10 @@ from etr.moe.capacity import (
     capacity_tokens,
 )
 from etr.moe.capacity.base import Ratio
+from etr.moe.config import parse_capacity
 from etr.moe.learner import Step
 from etr.moe.routing import Limit, Routing
+from etr.moe.table import config_to_dict
 
 H, E = 16, 4
 
@@ -93,6 +95,22 @@ def test_the_fraction_of_a_factor(factor: float) -> None:
     assert abs(Fraction(ratio.numerator, ratio.denominator) / Fraction(factor) - 1) <= 1e-12
     assert Ratio.of(0.6)[1:] == (3, 5)
     assert Ratio.of(1e-7)[1:] == (1, 10**7)
+
+
+def test_thresholds_of_any_target_can_be_written_as_text() -> None:
+    found = parse_capacity("threshold:factor,target.capacity_factor=0.6")
+    assert found == Threshold(target=Factor(capacity_factor=0.6))
+    assert parse_capacity("threshold:factor").target == Factor()
+    assert CAPACITIES.from_dict(config_to_dict(found)) == found
+    for text, words in (
+        ("factor:0.6", "capacity option '0.6' in 'factor:0.6' must read option=value"),
+        ("threshold:half", "capacity='half' is unknown; choose one of none, factor"),
+        ("threshold:factor,target.rho=1", "'factor' has no option rho"),
+        ("threshold:target.rho=1", "capacity=None is unknown"),
+        ("threshold:locmoe", "must be a Factor"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            parse_capacity(text)
 
 
 def test_integer_and_tensor_capacity_agree() -> None:

@@ -14,9 +14,9 @@ from etr.moe.capacity.threshold import Threshold
 from etr.moe.table import Table
 
 CAPACITIES: Table[CapacityConfig] = Table(
-    "capacity", (NoLimit, Factor, Schedule, AffinityMass, Threshold, LocMoE)
+    "capacity", (NoLimit, Factor, Schedule, AffinityMass, Threshold, LocMoE), wrapped="target"
 )
-"""Capacity policies by name."""
+"""Capacity policies by name; ``threshold:factor,target.capacity_factor=0.6`` imitates a factor."""
 
 
 __all__ = [
