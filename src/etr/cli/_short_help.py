@@ -62,6 +62,7 @@ A variant may have options: "small=etr/capacity=factor:capacity_factor=0.6".
 One seed shows costs; a difference in loss takes three or more: --seeds 0 1 2.""",
     ),
     "compare --preset rivals": Help(example="etr compare --preset rivals --out runs/rivals"),
+    "compare --preset winner": Help(example="etr compare --preset winner --out runs/winner"),
     "consolidate": Help(example="etr consolidate runs/many models/whole"),
     "generate": Help(
         example='etr generate runs/train --prompt "def "',

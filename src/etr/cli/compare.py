@@ -15,7 +15,8 @@ from etr.cli._options import WithImports, parse
 from etr.cli._progress import training_progress
 from etr.cli._studies import run_study
 from etr.report import terminal_table, write_report
-from etr.train import CompareConfig, compare
+from etr.study.study import StudyRunner
+from etr.train import CompareConfig, compare, parse_variant
 from etr.train.folders import writing
 
 
@@ -23,9 +24,10 @@ from etr.train.folders import writing
 class Preset:
     """Which comparison; a part of `CompareCommand`."""
 
-    preset: Literal["rivals"] | None = None
-    """A comparison that the library plans, in place of variants. rivals: every router on the shelf
-    against its own reference, on two tasks; hours. Its own options: --preset rivals --help."""
+    preset: Literal["rivals", "winner"] | None = None
+    """A comparison that the library plans, in place of variants; hours. rivals: every router on the
+    shelf against its own reference, on two tasks. winner: forms of etr, as they are served. Its own
+    options: --preset rivals --help."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +42,8 @@ class CompareCommand(Preset):
 class PresetCommand(WithImports):
     """A comparison as the library plans it: run what is missing, then write its page."""
 
-    out: str = "runs/rivals"
-    """Folder of results, figures and page."""
+    out: str | None = None
+    """Folder of results, figures and page; by default runs and the preset's name."""
     smoke: bool = False
     """The whole path on a few steps, for tests and not for conclusions."""
     workers: int = 2
@@ -52,19 +54,26 @@ class PresetCommand(WithImports):
             raise ValueError(f"workers={self.workers} must be at least 1")
 
 
-def _preset(command: PresetCommand, again: str) -> int:
-    from etr.recipes.rivals import CLAIMED, rivals, smoke
+def _preset(name: str, command: PresetCommand, again: str) -> int:
+    from etr.recipes import rivals, winner
     from etr.study.rivals import RivalsRunner
+    from etr.study.winner import WinnerRunner
 
-    out = Path(command.out)
-    runner = RivalsRunner(
-        study=smoke() if command.smoke else rivals(),
-        out=out,
-        weights=out / "weights",
-        workers=command.workers,
-        imports=command.imports,
-        claimed=CLAIMED,
-    )
+    out = Path(command.out or f"runs/{name}")
+    same: dict[str, Any] = {
+        "out": out,
+        "weights": out / "weights",
+        "workers": command.workers,
+        "imports": command.imports,
+    }
+    runner: StudyRunner
+    if name == "rivals":
+        study = rivals.smoke() if command.smoke else rivals.rivals()
+        runner = RivalsRunner(study=study, claimed=rivals.CLAIMED, **same)
+    else:
+        study = winner.smoke() if command.smoke else winner.winner()
+        beside = tuple(parse_variant(text).name for text in winner.BESIDE)
+        runner = WinnerRunner(study=study, beside=beside, **same)
     with writing(out):
         return run_study(runner, (), again)
 
@@ -74,10 +83,11 @@ def run(arguments: list[str]) -> int:
     asked, rest = tyro.cli(Preset, args=arguments, return_unknown_args=True, add_help=False)
     again = command_line("compare", arguments)
     if asked.preset is not None:
-        return _preset(parse(PresetCommand, f"compare --preset {asked.preset}", rest), again)
+        command = parse(PresetCommand, f"compare --preset {asked.preset}", rest)
+        return _preset(asked.preset, command, again)
     config = parse(CompareCommand, "compare", arguments).comparison
-    command = shlex.join(["etr", "compare", *arguments])
-    return 130 if run_comparison(config, command, again) is None else 0
+    said = shlex.join(["etr", "compare", *arguments])
+    return 130 if run_comparison(config, said, again) is None else 0
 
 
 def run_comparison(config: CompareConfig, command: str, again: str) -> dict[str, Any] | None:

@@ -62,6 +62,7 @@ def of_view(layer: MoE, view: LayerView) -> dict[str, float]:
         experts_mean, experts_spread: experts that run for a token, and the standard deviation.
         unique_experts: different ones in `WINDOW` neighbouring tokens.
         bytes_between_nodes: of a token's float32 rows, there and back.
+        expert_flops: of a token's forward pass.
         max_violation: of what was chosen. balance_loss: where routers have probabilities.
     """
     runs = experts_run(layer, view)
@@ -78,6 +79,8 @@ def of_view(layer: MoE, view: LayerView) -> dict[str, float]:
         "unique_experts": float(windows.double().mean()),
         "bytes_between_nodes": 2 * 4 * view.x.shape[1] * float(away.sum()) / count,
         "max_violation": float(max_violation(chosen)),
+        "expert_flops": layer.bank.flops_of_any_token
+        + float(layer.bank.flops(view.selection.num_tokens_per_expert)) / count,
     }
     if view.routing.probs is not None:
         found["balance_loss"] = float(balance_loss(view.routing, chosen).detach())
