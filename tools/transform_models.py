@@ -16,6 +16,7 @@ SHRINK = (
     *(f"heapr:ratio={share},score=activation" for share in (0.25, 0.5, 0.75)),
     *(f"mc_smoe:keep={share}" for share in (0.75, 0.5, 0.25)),
     *(f"mc_smoe:keep={share},align=false" for share in (0.75, 0.5, 0.25)),
+    *(f"mc_smoe:keep=1,ratio={share},sparse=0" for share in (0.75, 0.5, 0.25)),
     *(f"flexmore:rank={rank}" for rank in (32, 8, 2)),
     *(f"compressed_experts:main={main}" for main in (3, 2, 1)),
     *(f"quantmoe:average={bits}" for bits in (3.5, 3, 2.5)),

@@ -114,10 +114,11 @@ def upcycled(shown: str) -> None:
 
 def finetuned(shown: str) -> None:
     if "teacher" in shown:
-        assert all(word in shown for word in ("before", "after", "bits a"))
-        assert list(json.loads(Path("by-token/teach.json").read_text())["results"]) == [
-            *("teacher", "before", "after")
-        ]
+        assert ("bits a" in shown) == ("by-token" in shown)
+        out = Path(shown.rpartition("saved: ")[2])
+        results = json.loads((out / "teach.json").read_text())["results"]
+        assert list(results) == ["teacher", "before", "after"]
+        assert all(f"{name} {one['loss']:.4f}" in shown for name, one in results.items())
         return
     for stage in ("before", "swapped", "calibrated", "recovered"):
         assert stage in shown

@@ -38,6 +38,11 @@ TEXTS: dict[str, list[str]] = {
     "shared": ["shared", "shared:nulls", "shared:widths,layers=2"],
     "merged": ["merged", "merged:of=0+1+0+1", "merged:of=0+0+0+0"],
     "low_rank": ["low_rank", "low_rank:ranks=0+3+8+1", "low_rank:ranks=4x0"],
+    "low_rank_rows": [
+        "low_rank_rows",
+        "low_rank_rows:rank=2,rows=3+0+5,of=0+1+0+1",
+        "low_rank_rows:rank=0,left=0.5",
+    ],
     "compressed": ["compressed", "compressed:main=2"],
     "nested": ["nested", "nested:base=1,levels=1", "nested:group=4,use=2"],
     "stand_in": ["stand_in", "stand_in:rank=1", "stand_in:rank=0"],
@@ -45,7 +50,7 @@ TEXTS: dict[str, list[str]] = {
     "packed": ["packed", "packed:bits=12x16", "packed:bits=2+4+8+16+8x4"],
 }
 """What a bank of a name may be; its defaults alone where nothing is named."""
-MADE = ("merged", "low_rank", "packed", "nested", "compressed", "routed_bits")
+MADE = ("merged", "low_rank", "packed", "nested", "compressed", "routed_bits", "low_rank_rows")
 """Banks that make weights of what they store, or do not run all choices."""
 HERE = [text for name in BANKS for text in TEXTS.get(name, [name])]
 ROUTERS = ("token_choice", "etr", "expert_choice")
@@ -300,6 +305,10 @@ def test_a_token_may_choose_more_than_there_are_experts_with_nulls() -> None:
         ("merged:of=0+1", "names 2 choices; there are num_experts=4"),
         ("low_rank:ranks=2x3", "names 2 experts; there are num_experts=4"),
         ("stand_in:rank=-1", "rank=-1 of what stands in must be at least 0"),
+        ("low_rank_rows:rank=-1", "rank=-1 must be at least 0"),
+        ("low_rank_rows:left=2", "left=2 must be a share of the rows"),
+        ("low_rank_rows:rows=3+3", "must be a number for each of gate, up, down, up to 32, 32, 64"),
+        ("low_rank_rows:rows=33+2x0", "must be a number for each of gate, up, down"),
         ("nested:use=4", "use=4 must lie between 1 and levels=3"),
         ("packed:bits=3+3", "must be 2, 4, 8 or 16 for each matrix"),
         ("packed:bits=5x4", "names 5 matrices; num_experts=4 have 3 each"),

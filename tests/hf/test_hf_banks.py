@@ -29,6 +29,7 @@ TEXTS = [
     "compressed:main=1",
     "nested:group=16,use=2",
     "low_rank:ranks=0+2x4+48",
+    "low_rank_rows:rank=4,left=0.5,of=0+1+0+1",
     "packed:bits=2+4+8+9x16",
 ]
 FAMILIES = ["mixtral", "qwen3_moe"]

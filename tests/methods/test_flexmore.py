@@ -14,7 +14,8 @@ from toy_lm import family, loss, made, model_of, plan_in, same_weights, save, sm
 from etr.hf import EtrForCausalLM
 from etr.hf.loading import load_causal
 from etr.hf.transform import transform
-from etr.methods.flexmore import FlexMoRe, differences, factors, summed_up
+from etr.methods.flexmore import FlexMoRe, differences, summed_up
+from etr.model.low_rank import factors
 from etr.moe import MoEConfig, moe_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layer evaluates dropless")

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from etr.methods.card import Card, Row
 from etr.model import TRANSFORMS, LayerTensors
 from etr.model.experts import OfExperts, Values, lists_of, matrices_of, rebuilt
+from etr.model.low_rank import factors
 from etr.moe.config import MoEConfig
 from etr.moe.experts.low_rank import LowRank
 from etr.moe.experts.runs import numbers_of, text_of
@@ -117,14 +117,6 @@ class FlexMoRe(OfExperts):
         if self.store == "full" or self._unchanged(ranks, plan["base"], full):
             return layer
         return replace(layer, experts=LowRank(ranks=text_of(ranks)))
-
-
-def factors(difference: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The nearest product of a matrix [O, R] and one [R, I] to a matrix [O, I]."""
-    left, values, right = torch.linalg.svd(difference.double(), full_matrices=False)
-    root = values[:rank].sqrt()
-    found = left[:, :rank] * root, root[:, None] * right[:rank]
-    return found[0].to(difference.dtype), found[1].to(difference.dtype)
 
 
 def differences(values: Values, ranks: Sequence[int], base: int) -> Values:

@@ -5,6 +5,7 @@ from etr.moe.experts.backends import EXPERT_BACKENDS, ExpertBackend, auto_backen
 from etr.moe.experts.bank import Bank, BankConfig, ExpertSizes
 from etr.moe.experts.compressed import Compressed
 from etr.moe.experts.low_rank import LowRank
+from etr.moe.experts.low_rank_rows import LowRankRows
 from etr.moe.experts.merged import Merged
 from etr.moe.experts.nested import Nested
 from etr.moe.experts.nulls import Nulls
@@ -19,7 +20,19 @@ from etr.moe.table import Table
 
 BANKS: Table[BankConfig] = Table(
     "experts",
-    (Uniform, Nulls, Widths, Shared, Merged, LowRank, Packed, Compressed, Nested, StandIn),
+    (
+        Uniform,
+        Nulls,
+        Widths,
+        Shared,
+        Merged,
+        LowRank,
+        LowRankRows,
+        Packed,
+        Compressed,
+        Nested,
+        StandIn,
+    ),
     wrapped="wrapped",
 )
 """Banks by name. Their texts may name one to wrap, as in ``shared:nulls``."""

@@ -61,7 +61,6 @@ class LowRankExperts(Experts):
     """
 
     def __init__(self, sizes: ExpertSizes, ranks: list[int], of: list[int]) -> None:
-        self.ranks, self.of = ranks, of
         super().__init__(
             ExpertSizes(
                 num_experts=1,
@@ -71,10 +70,15 @@ class LowRankExperts(Experts):
                 clamp=sizes.clamp,
             )
         )
+        self.add_factors(sizes, ranks, of)
+
+    def add_factors(self, sizes: ExpertSizes, ranks: list[int], of: list[int]) -> None:
+        """Make the factors, and know what they mean."""
+        self.ranks, self.of = ranks, of
         wide, narrow = sizes.hidden_size, sizes.intermediate_size
         self.halves = ("gate", "up") if sizes.activation in GATED else ("up",)
-        for name in (*self.halves, "down"):
-            rows, columns = (wide, narrow) if name == "down" else (narrow, wide)
+        self.shapes = dict.fromkeys(self.halves, (narrow, wide)) | {"down": (wide, narrow)}
+        for name, (rows, columns) in self.shapes.items():
             left, right = torch.empty(rows, sum(ranks)), torch.zeros(sum(ranks), columns)
             nn.init.normal_(left, std=columns**-0.5)
             self.register_parameter(f"{name}_left", nn.Parameter(left))
@@ -90,8 +94,7 @@ class LowRankExperts(Experts):
         return sum(value.numel() for _, value in self.weights())
 
     def parameters_of_a_token(self, top_k: int) -> float:
-        one_rank = sum(getattr(self, f"{name}_left").shape[0] for name in (*self.halves, "down"))
-        one_rank += sum(getattr(self, f"{name}_right").shape[1] for name in (*self.halves, "down"))
+        one_rank = sum(map(sum, self.shapes.values()))
         return self.size_of_one + one_rank * sum(sorted(self.ranks)[-top_k:])
 
     def params(self, dtype: torch.dtype) -> ExpertParams:
@@ -106,7 +109,11 @@ class LowRankExperts(Experts):
 
     def _differences(self, name: str, dtype: torch.dtype) -> Tensor:
         """Of one matrix of every expert, [E, O, I]."""
+        found = self.products(name, dtype)
+        return torch.stack([found[number] for number in self.of])
+
+    def products(self, name: str, dtype: torch.dtype) -> list[Tensor]:
+        """Of one matrix of each difference, [O, I]."""
         left = getattr(self, f"{name}_left").to(dtype).split(self.ranks, dim=1)
         right = getattr(self, f"{name}_right").to(dtype).split(self.ranks, dim=0)
-        found = [a @ b for a, b in zip(left, right, strict=True)]
-        return torch.stack([found[number] for number in self.of])
+        return [a @ b for a, b in zip(left, right, strict=True)]
