@@ -11,7 +11,7 @@ import torch
 
 from etr.cli import main
 from etr.methods import METHODS
-from etr.moe import MoE, MoEConfig, RoutingContext
+from etr.moe import ROUTERS, MoE, MoEConfig, RoutingContext
 from etr.moe.context import Replay
 from etr.moe.view import LayerView
 from etr.moe.watch import watch
@@ -136,9 +136,10 @@ def test_what_a_layer_does_with_tokens() -> None:
 
 def result(variant: str, seed: int, loss: float, flops: float = 2.0) -> dict[str, Any]:
     """What a run would have written."""
+    router = variant if variant in ROUTERS else "token_choice"
     return {
         "run": {"variant": variant, "seed": seed},
-        "config": {"model": {"routing": {"top_k": 2}}},
+        "config": {"model": {"routing": {"top_k": 2, "router": router}}},
         "steps": 10,
         "tokens_per_step": 4,
         "expert_flops": 10 * flops,
@@ -203,6 +204,15 @@ def test_the_page_says_what_has_not_been_run() -> None:
     plan = replace(plan, blocks=(replace(plan.blocks[0], seeds=(0, 1)), more))
     assert "text-x (3 of 4); text-x, matched (0 of 2)." in plan.still_to_run(found)
     assert replace(plan, blocks=(replace(plan.blocks[0], seeds=(0,)),)).still_to_run(found) == ""
+
+
+def test_what_is_dropped_is_said_where_tokens_ask_for_a_fixed_number() -> None:
+    rows = {name: [2.0, 2.1] for name in ("token_choice", "dynamic_top_p", "chain_of_experts")}
+    study, plan = stored(rows)
+    plan = replace(plan, references=dict.fromkeys(rows, "token_choice"))
+    (causal,) = tables(compared(study, plan))
+    assert "| 25.0% | 1.50 ± 0.50 |" in causal
+    assert "|  | 1.50 ± 0.50 |" in causal
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from etr.methods import METHODS, Card
+from etr.moe import ROUTERS
 from etr.report.chart import save_svg
 from etr.report.statistics import holm
 from etr.sheet import escape_markdown, table
@@ -142,6 +143,12 @@ def _experts(row: StudyRow, base: StudyRow) -> str:
     return "" if mean is None else f"{mean:.2f} ± {spread:.2f}"
 
 
+def _dropped(row: StudyRow) -> str:
+    """Empty where tokens ask for any number: what is kept does not say what was dropped."""
+    router = row.results[0]["config"]["model"]["routing"]["router"]
+    return f"{row.drop_rate():.1%}" if ROUTERS.parse(router).traits.fixed_k else ""
+
+
 def _ratio(key: str) -> Callable[[StudyRow, StudyRow], float]:
     def ratio(row: StudyRow, base: StudyRow) -> float:
         per_step = key == "expert_flops"
@@ -163,7 +170,7 @@ COLUMNS: dict[str, Cell] = {
     "dropless": _loss("dropless"),
     "MaxVio": _number("max_violation"),
     "balance loss": _number("balance_loss", 3),
-    "dropped in training": lambda row, base: f"{row.drop_rate():.1%}",
+    "dropped in training": lambda row, base: _dropped(row),
     "experts a token": _experts,
     f"different in {WINDOW} tokens": _number("unique_experts", 1),
     "router's share of time": _number("router_share"),
@@ -246,8 +253,9 @@ seed; losses are held out, in nats; *as served* is by calibrated thresholds, dro
 have none. Differences are paired by seed and by held-out document; Student's 95 % interval covers
 both, so that it speaks of other seeds and of other text of these domains. What a layer does with
 tokens (MaxVio, balance loss, experts) is measured as served; a balance loss of 1 is not balance:
-read it with MaxVio. Bytes are those of {RANKS} ranks on two nodes with blocks of experts and of
-tokens; times are processor seconds. Models are small, and trained for minutes: what differs here
+read it with MaxVio. What training drops is left out where tokens ask for any number of experts.
+Bytes are those of {RANKS} ranks on two nodes with blocks of experts and of tokens; times are
+processor seconds. Models are small, and trained for minutes: what differs here
 need not differ at scale.
 """
 
