@@ -134,7 +134,7 @@ class Table(MutableMapping[str, type[T]]):
             )
         for key, value in values.items():
             if isinstance(value, dict):
-                values[key] = self.from_dict(value, None if key == self.wrapped else key)
+                values[key] = self.from_dict(value, None if key == "wrapped" else key)
         return self[name](**values)
 
 

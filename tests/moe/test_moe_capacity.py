@@ -104,9 +104,9 @@ def test_thresholds_of_any_target_can_be_written_as_text() -> None:
     assert CAPACITIES.from_dict(config_to_dict(found)) == found
     for text, words in (
         ("factor:0.6", "capacity option '0.6' in 'factor:0.6' must read option=value"),
-        ("threshold:half", "capacity='half' is unknown; choose one of none, factor"),
+        ("threshold:half", "target='half' is unknown; choose one of none, factor"),
         ("threshold:factor,target.rho=1", "'factor' has no option rho"),
-        ("threshold:target.rho=1", "capacity=None is unknown"),
+        ("threshold:target.rho=1", "target=None is unknown"),
         ("threshold:locmoe", "must be a Factor"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -61,7 +61,7 @@ def test_options_of_a_dispatcher() -> None:
         ("chunked:chunks=0", "chunks=0 must be at least 1"),
         ("chunked:chunks=two", "chunks='two' must be an integer"),
         ("chunked:size=2", "has no option size; it has wrapped, chunks"),
-        ("all_to_all:dedup", "has no option wrapped; it has none"),
+        ("all_to_all:dedup", "option 'dedup' in 'all_to_all:dedup' must read option=value"),
         ("group_wise:chunked", "wrapped='chunked': parts of the tokens need a plain dispatcher"),
     ],
 )
