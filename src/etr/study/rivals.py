@@ -146,7 +146,8 @@ def _experts(row: StudyRow, base: StudyRow) -> str:
 def _dropped(row: StudyRow) -> str:
     """Empty where tokens ask for any number: what is kept does not say what was dropped."""
     router = row.results[0]["config"]["model"]["routing"]["router"]
-    return f"{row.drop_rate():.1%}" if ROUTERS.parse(router).traits.fixed_k else ""
+    traits = ROUTERS.parse(router).traits
+    return f"{row.drop_rate():.1%}" if traits.fixed_k and traits.tokens_choose else ""
 
 
 def _ratio(key: str) -> Callable[[StudyRow, StudyRow], float]:
