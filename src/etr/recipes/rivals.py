@@ -13,7 +13,8 @@ from etr.study.tasks import TASKS
 from etr.train import RoutingOptions
 
 STEPS = {"text-x": 600, "lm": 150}
-"""Optimizer steps at equal steps, by task: all of it takes two cores about five hours."""
+"""Optimizer steps at equal steps, by task. A step of all rows, one after another, took one core
+3.4 s on `text-x` and 25 s on `lm`."""
 SEEDS, MORE_SEEDS = (0, 1, 2), (3, 4)
 HEADLINE = ("etr", "deepseek_moe", "loss_free_balance")
 """Methods that, with their references, have the further seeds too."""
