@@ -256,8 +256,8 @@ both, so that it speaks of other seeds and of other text of these domains. What 
 tokens (MaxVio, balance loss, experts) is measured as served; a balance loss of 1 is not balance:
 read it with MaxVio. What training drops is left out where tokens ask for any number of experts.
 Bytes are those of {RANKS} ranks on two nodes with blocks of experts and of tokens; times are
-processor seconds. Models are small, and trained for minutes: what differs here
-need not differ at scale.
+processor seconds of runs that shared the machine with other work: a few hundredths of their ratio
+say nothing. Models are small, and trained for minutes: what differs here need not differ at scale.
 """
 
 
