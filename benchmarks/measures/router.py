@@ -21,6 +21,7 @@ from etr.moe.routers import ROUTERS, EtrRouter, Router
 
 GRAP, LINEAR = "GrAP scores", "linear scores"
 GRAP_ROUTER, LINEAR_ROUTER, ETR_ROUTER = "GrAP router", "linear router", "etr router, default"
+ETR_GIVEN = "etr router, its directions given"
 DIRECTIONS = "directions of the etr router, once an optimizer step"
 
 
@@ -36,6 +37,7 @@ def measure_router(case: Case, settings: Settings, on_note: OnNote) -> list[Row]
         GRAP_ROUTER: EtrRouter(frame="fixed").build(*sizes),
         LINEAR_ROUTER: linear,
         ETR_ROUTER: EtrRouter().build(*sizes),
+        ETR_GIVEN: with_given_directions(EtrRouter().build(*sizes).to(settings.device)),
     }
     weight: nn.Parameter = linear.weight
     inputs = RouterInput(
@@ -79,6 +81,14 @@ def measure_router(case: Case, settings: Settings, on_note: OnNote) -> list[Row]
         )
         for name in (*scores, *routers, DIRECTIONS)
     ]
+
+
+def with_given_directions(router: Router) -> Router:
+    """The router with directions for parameters, in place of the matrix they are made of."""
+    given = nn.Parameter(polar_factor(router.get_parameter("weight").detach()))
+    router.directions = lambda dtype: given.to(dtype)  # type: ignore[method-assign]
+    router.register_parameter("weight", given)
+    return router
 
 
 def gate_of(router: Router, inputs: RouterInput, x: Tensor) -> Tensor:

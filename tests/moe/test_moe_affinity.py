@@ -190,7 +190,11 @@ def test_gradcheck_of_the_frames() -> None:
     orthonormal = orthonormal_start(4, 8).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: grap_affinity(x, 4), (x,))
     assert torch.autograd.gradcheck(lambda x, w: learned_block_affinity(x, w, 4), (x, block))
+    scale = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(cosine_affinity, (x, dense))
+    scaled = partial(cosine_affinity, unit=True)
+    assert torch.autograd.gradcheck(lambda x, w, s: scaled(x, w, scale=s), (x, dense, scale))
+    assert torch.autograd.gradgradcheck(lambda x, w, s: scaled(x, w, scale=s), (x, dense, scale))
     assert torch.autograd.gradcheck(polar_factor, (dense,))
     assert torch.autograd.gradcheck(polar_factor, (orthonormal,))
 
@@ -210,6 +214,42 @@ def test_both_polar_factors_agree(num_experts: int, hidden_size: int, start: str
         grads.append(torch.autograd.grad((factor * toward).sum(), weight)[0])
     torch.testing.assert_close(*values, atol=1e-9, rtol=0)
     torch.testing.assert_close(*grads, atol=1e-8, rtol=1e-7)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 7])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_cosines_and_their_gradients_equal_the_definition(num_tokens: int, per_token: bool) -> None:
+    """Also where a token is zero, and for each example alone (torch.func)."""
+    data = torch.randn(num_tokens, 12, dtype=torch.float64)
+    data[3:4] = 0
+    frame, upstream = torch.randn(4, 12).double(), torch.randn(num_tokens, 4).double()
+    factor = torch.rand(num_tokens, 1).double() + 1 if per_token else torch.tensor(1.7).double()
+
+    def plain(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        lengths = x.square().sum(-1, keepdim=True)
+        lengths = torch.where(lengths == 0, 1e-24, lengths).sqrt()
+        return x @ weight.T / lengths * scale
+
+    def ours(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        return cosine_affinity(x, weight, unit=True, scale=scale)
+
+    found = []
+    for function in (plain, ours):
+        leaves = [value.clone().requires_grad_() for value in (data, frame, factor)]
+        y = function(*leaves)
+        found.append((y, *torch.autograd.grad(y, leaves, upstream)))
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+    def of_one(x: Tensor, toward: Tensor) -> Tensor:
+        return (cosine_affinity(x[None], frame, unit=True)[0] * toward).sum()
+
+    if num_tokens:
+        each = torch.func.vmap(torch.func.grad(of_one))(data, upstream)
+        one = torch.stack(
+            [torch.func.grad(of_one)(*pair) for pair in zip(data, upstream, strict=True)]
+        )
+        torch.testing.assert_close(each, one)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

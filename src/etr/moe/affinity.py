@@ -87,25 +87,29 @@ def block_directions(
     return own.repeat_interleave(block, dim=1) * weight.to(dtype)
 
 
-def cosine_affinity(x: Tensor, directions: Tensor, *, unit: bool = False) -> Tensor:
-    """Cosine of each token and each row of `directions`.
+def cosine_affinity(
+    x: Tensor, directions: Tensor, *, unit: bool = False, scale: Tensor | float | None = None
+) -> Tensor:
+    """Cosine of each token and each row of `directions`, times a scale if there is one.
 
     Args:
         x: tokens, float [T, H] of any precision.
         directions: [E, H], float32 (float64 for float64 tokens).
         unit: the rows already have norm 1.
+        scale: one number, or one per token [T, 1]; applied together with the tokens' norms, in
+            one pass over the products.
     Returns:
-        [T, E] in [-1, 1] up to rounding.
+        [T, E] in [-1, 1] up to rounding, or in [-scale, scale].
     """
-    if x.dtype == directions.dtype or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (x.dtype == directions.dtype and not _learns(x)):
         products, norms = product(x, directions), token_norm(x.to(directions.dtype))
     else:
-        products, norms = _OfHalf.apply(x, directions, True)
+        products, norms = _Products.apply(x, directions, True)
         norms = norms.clamp_min(NORM_FLOOR)
-    products = products / norms
+    found: Tensor = products / norms if scale is None else products * (scale / norms)
     if unit:
-        return products
-    return products / directions.norm(dim=-1).clamp_min(NORM_FLOOR)
+        return found
+    return found / directions.norm(dim=-1).clamp_min(NORM_FLOOR)
 
 
 def block_width(hidden_size: int, num_experts: int) -> int:
@@ -121,6 +125,11 @@ def block_width(hidden_size: int, num_experts: int) -> int:
             "frame='orthonormal'"
         )
     return hidden_size // num_experts
+
+
+def _learns(x: Tensor) -> bool:
+    """Whether a gradient of tokens is wanted, or may be."""
+    return x.requires_grad and torch.is_grad_enabled()
 
 
 def token_norm(x: Tensor) -> Tensor:
@@ -139,15 +148,16 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     """
     if x.dtype == weight.dtype or torch.compiler.is_compiling():
         return x.to(weight.dtype) @ weight.T
-    found: Tensor = _OfHalf.apply(x, weight, False)[0]
+    found: Tensor = _Products.apply(x, weight, False)[0]
     return found
 
 
-class _OfHalf(torch.autograd.Function):
-    """Products and norms of tokens in half precision, the norms if asked for.
+class _Products(torch.autograd.Function):
+    """Products of tokens and weights, and the tokens' norms if asked for.
 
-    The backward pass keeps the tokens as they are, as that of the experts does, and no float32
-    copy. Compilers see to that themselves.
+    The backward pass keeps the tokens as they are, as that of the experts does: no float32 copy of
+    those in half precision, and nothing as large as them for their norms, whose gradient is added
+    to that of the products in place. Compilers see to that themselves.
     """
 
     generate_vmap_rule = True
@@ -173,7 +183,8 @@ class _OfHalf(torch.autograd.Function):
         if of_x:
             grad_x = grad @ weight
             if ctx.norms:
-                grad_x = grad_x + grad_norm * (copy / norm).masked_fill(norm == 0, 0.0)
+                add = grad_x.addcmul if torch.is_grad_enabled() else grad_x.addcmul_
+                grad_x = add(copy, (grad_norm / norm).masked_fill(norm == 0, 0.0))
             grad_x = grad_x.to(x.dtype)
         return grad_x, grad.mT @ copy if of_weight else None, None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -164,6 +165,13 @@ class _EtrRouter(Router):
             return learned_block_affinity(x, self.weight, self.num_experts)
         return cosine_affinity(x, self.directions(arithmetic(x.dtype)), unit=True)
 
+    def scaled(self, x: Tensor, scale: Tensor | float) -> Tensor:
+        """`affinity` times one number, or one per token [T, 1]."""
+        if self.config.frame != "orthonormal":
+            return self.affinity(x) * scale
+        directions = self.directions(arithmetic(x.dtype))
+        return cosine_affinity(x, directions, unit=True, scale=scale)
+
     def directions(self, dtype: torch.dtype) -> Tensor:
         """Directions [E, H]; orthonormal ones are found once while the weight stays the same.
 
@@ -184,16 +192,16 @@ class _EtrRouter(Router):
         return polar_factor(weight.to(dtype), parts) if learns else parts[0]
 
     def scores(self, x: Tensor, inputs: RouterInput) -> Scores:
-        affinity = self.affinity(x)
-        if self.config.norm == "assumed":
-            affinity = affinity * (token_norm(router_dtype(x)) / math.sqrt(self.hidden_size))
         scale: Tensor | float = self.temperature
         if self.log_temperature is not None:
-            scale = self.log_temperature.squeeze().to(affinity.dtype).exp()
-        found = self.of_logits(affinity * scale)
-        if self.config.score != "cosine":
-            return found
-        return Scores(scores=affinity, logits=found.logits, gates=found.gates, probs=found.probs)
+            scale = self.log_temperature.squeeze().to(arithmetic(x.dtype)).exp()
+        if self.config.score == "cosine":
+            affinity = self.affinity(x)
+            found = self.of_logits(affinity * scale)
+            return dataclasses.replace(found, scores=affinity)
+        if self.config.norm == "assumed":
+            scale = scale * (token_norm(router_dtype(x)) / math.sqrt(self.hidden_size))
+        return self.of_logits(self.scaled(x, scale))
 
     def of_logits(self, logits: Tensor) -> Scores:
         gates = probs = logits.softmax(-1)
