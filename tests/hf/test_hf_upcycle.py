@@ -97,6 +97,20 @@ def test_the_function_is_kept_where_the_report_says_so(
     assert torch.equal(out, model.generate(x, max_new_tokens=3, do_sample=False))
 
 
+@pytest.mark.parametrize("router", ["etr", "token_choice"])
+def test_a_token_has_the_dense_output_while_one_copy_keeps_it(router: str, tmp_path: Path) -> None:
+    """In training too, where half of the choices are dropped."""
+    model = dense(tmp_path / "dense")
+    half = options(router=router, capacity="factor:capacity_factor=0.5")
+    upcycle(tmp_path / "dense", tmp_path / "moe", half)
+    layer = moe_layers(load_pretrained(tmp_path / "moe").double())[0].train()
+    x = torch.randn(64, 32, dtype=torch.float64)
+    y, want = layer(x), model.model.layers[0].mlp(x)
+    lost = (y == 0).all(-1)
+    assert 0 < int(lost.sum()) < 32, "as many choices as tokens were dropped"
+    torch.testing.assert_close(y[~lost], want[~lost])
+
+
 @pytest.mark.parametrize("case", OTHER)
 def test_other_cases_are_said_to_differ_and_do(case: str, tmp_path: Path) -> None:
     x, model = tokens(), dense(tmp_path / "dense")

@@ -41,7 +41,8 @@ class UpcycleConfig:
     num_experts: int
     """Experts of each layer."""
     experts: ExpertSource = "copy"
-    """copy: every expert is the whole dense feed-forward. slice: each is an equal part of its
+    """copy: every expert is the whole dense feed-forward, and weights are normalised over those
+    that keep a token. slice: each is an equal part of its
     inner width, so the experts together are as large as the dense layer."""
     top_k: int = 2
     """Experts a token may choose."""
@@ -185,7 +186,11 @@ def upcycled_config(reader: ShardReader, config: UpcycleConfig) -> EtrConfig:
 
 
 def _layer_options(config: UpcycleConfig) -> dict[str, Any]:
+    traits = parse_router(config.router).traits
+    summed = config.top_k > 1 and traits.tokens_choose and traits.normalize in (None, "chosen")
     return {
+        # What one copy drops the others give, so that a token loses nothing until all drop it.
+        "normalize": "kept" if summed and config.experts == "copy" else None,
         "router": config_to_dict(parse_router(config.router)),
         "capacity": config_to_dict(parse_capacity(config.capacity)),
         "num_shared_experts": 0,
