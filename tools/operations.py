@@ -28,6 +28,14 @@ T, H, I, E = 16, 32, 32, 4  # noqa: E741
 TOP_K = (1, 2)
 MODES = ("threshold", "dropless", "forward", "backward")
 
+DEFAULT = "etr, schedule"
+LIMITS = {"threshold": 45, "dropless": 45, "forward": 90, "backward": 70}
+"""What the default was to run at most, by mode."""
+OVER = (
+    "what is over is that a second choice has its weight divided by the sum over both, and that "
+    "sum has a gradient"
+)
+
 Counts = dict[str, list[int | None]]
 """A row of the table: for each mode the counts at every `TOP_K`; None where there is none."""
 
@@ -131,11 +139,22 @@ def _counts(router: str, capacity: str, top_k: int) -> dict[str, int]:
 def page(rows: dict[str, Counts]) -> str:
     """The page of a table."""
     version = torch.__version__.partition("+")[0]
-    lines = [f"| router, capacity | {' | '.join(MODES)} |", "| :--- |" + " ---: |" * len(MODES)]
+    lines = [*against_limits(rows[DEFAULT]), ""] if DEFAULT in rows else []
+    lines += [f"| router, capacity | {' | '.join(MODES)} |", "| :--- |" + " ---: |" * len(MODES)]
     for name, row in rows.items():
         cells = (" / ".join("-" if n is None else str(n) for n in row[mode]) for mode in MODES)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return HEAD.format(version=version) + "\n".join(lines) + "\n"
+
+
+def against_limits(row: Counts) -> list[str]:
+    """Whether the default runs as few as it was to, a line for each mode."""
+    lines = [f"The default (`{DEFAULT}`) was to run at most as many, top-1 / top-2:", ""]
+    for mode, limit in LIMITS.items():
+        counts = [count for count in row[mode] if count is not None]
+        outcome = "met" if max(counts) <= limit else f"missed: {OVER}"
+        lines.append(f"- {mode}: {limit}; {' / '.join(map(str, counts))}, {outcome}")
+    return lines
 
 
 def stored(text: str) -> tuple[str, dict[str, Counts]]:
