@@ -58,6 +58,8 @@ REASONS: dict[str, str] = {
         for ours in (few.SAME, few.OWN, few.DROPS)
         for tokens in ("1 token", "8 tokens", "64 tokens")
     },
+    f"prefill of a model, {generate.OWN}, over transformers' model": "its router reads each token "
+    "once more, for the norm",
     **{
         f"{label} of a model, {ours}, over transformers' model": reason
         for label, reason in (
